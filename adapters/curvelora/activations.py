@@ -1,0 +1,127 @@
+"""The elementwise functions f of weight-space adapters, dW = s f(BA), with their derivatives.
+
+Definitions and names: LoRAN (arXiv 2509.21870; the authors' code of the predecessor, Findings of EMNLP 2024 no. 177),
+activation ablation. With x = BA, amplitude a and frequency w:
+
+    identity   x                       f(0)=0    f'(0)=1     LoRA as an explicit d_out x d_in product
+    sinter     a x sin(w x) + x        f(0)=0    f'(0)=1     the method's own
+    tanh       tanh x                  f(0)=0    f'(0)=1
+    sigmoid    1 / (1 + exp(-x))       f(0)=0.5  f'(0)=0.25  dW = s/2 everywhere before training
+    relu       max(0, x)               f(0)=0    f'(0)=0     with B = 0 it never trains: the gradient is exactly zero
+    silu       x sigmoid(x)            f(0)=0    f'(0)=0.5
+    swish      x sigmoid(25 x)         f(0)=0    f'(0)=0.5   "Swish-25"
+    cos        x cos(w x) + x          f(0)=0    f'(0)=2
+    gaussian   0.5 x exp(-x^2)         f(0)=0    f'(0)=0.5
+
+All work in the dtype of their argument. The layers call them on fp32: in bf16 and fp16 Sinter at its published setting
+(a = 5e-5, w = 1e4) is the identity, bit for bit, because |f(x) - x| <= 5e-5 |x| is far below half a unit in the last place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from curvelora.errors import UserError, nearest
+
+SWISH_BETA = 25.0
+
+
+def _sinter(x: Tensor, a: float, w: float) -> Tensor:
+    return a * x * torch.sin(w * x) + x
+
+
+def _sinter_slope(x: Tensor, a: float, w: float) -> Tensor:
+    phase = w * x
+    return 1 + a * torch.sin(phase) + a * phase * torch.cos(phase)
+
+
+def _cos_slope(x: Tensor, a: float, w: float) -> Tensor:
+    phase = w * x
+    return 1 + torch.cos(phase) - phase * torch.sin(phase)
+
+
+def _sigmoid_slope(x: Tensor, a: float, w: float) -> Tensor:
+    y = torch.sigmoid(x)
+    return y * (1 - y)
+
+
+def _swish(beta: float) -> Callable[[Tensor, float, float], Tensor]:
+    return lambda x, a, w: x * torch.sigmoid(beta * x)
+
+
+def _swish_slope(beta: float) -> Callable[[Tensor, float, float], Tensor]:
+    def slope(x: Tensor, a: float, w: float) -> Tensor:
+        y = torch.sigmoid(beta * x)
+        return y * (1 + beta * x * (1 - y))
+
+    return slope
+
+
+# name -> (f, f'), each called as (x, amplitude, frequency)
+_FUNCTIONS: dict[str, tuple[Callable[[Tensor, float, float], Tensor], Callable[[Tensor, float, float], Tensor]]] = {
+    "identity": (lambda x, a, w: x, lambda x, a, w: torch.ones_like(x)),
+    "sinter": (_sinter, _sinter_slope),
+    "tanh": (lambda x, a, w: torch.tanh(x), lambda x, a, w: 1 - torch.tanh(x) ** 2),
+    "sigmoid": (lambda x, a, w: torch.sigmoid(x), _sigmoid_slope),
+    "relu": (lambda x, a, w: torch.relu(x), lambda x, a, w: (x > 0).to(x.dtype)),
+    "silu": (_swish(1.0), _swish_slope(1.0)),
+    "swish": (_swish(SWISH_BETA), _swish_slope(SWISH_BETA)),
+    "cos": (lambda x, a, w: x * torch.cos(w * x) + x, _cos_slope),
+    "gaussian": (lambda x, a, w: 0.5 * x * torch.exp(-x * x), lambda x, a, w: (0.5 - x * x) * torch.exp(-x * x)),
+}
+# names that the paper, its code and its tables use for the same functions
+ALIASES = {"sin": "sinter", "swish-25": "swish", "swish25": "swish", "swish-1": "silu", "sinusoid": "sinter"}
+NAMES = tuple(_FUNCTIONS)
+
+
+def canonical_name(name: str) -> str:
+    """Return the name under which an activation is defined.
+
+    Raises:
+        UserError: no activation has this name; the nearest one and the list are in the message.
+    """
+    key = ALIASES.get(str(name).lower(), str(name).lower())
+    if key not in _FUNCTIONS:
+        known = ", ".join(NAMES)
+        raise UserError(f"unknown activation {name!r}{nearest(key, [*NAMES, *ALIASES])} (known: {known})")
+    return key
+
+
+@dataclass(frozen=True)
+class Activation:
+    """One elementwise f with its parameters; hashable, so it can be a constant of an autograd function.
+
+    Args:
+        name: one of `NAMES` or an alias.
+        amplitude: a of Sinter, dimensionless; ignored by the others.
+        frequency: w of Sinter and cos, in radians per unit of BA; ignored by the others.
+    """
+
+    name: str = "sinter"
+    amplitude: float = 5e-5
+    frequency: float = 1e4
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", canonical_name(self.name))
+
+    def value(self, x: Tensor) -> Tensor:
+        """f(x), elementwise, in the dtype of x."""
+        return _FUNCTIONS[self.name][0](x, self.amplitude, self.frequency)
+
+    def slope(self, x: Tensor) -> Tensor:
+        """f'(x), elementwise, in the dtype of x; at a kink (relu at 0) the value that PyTorch's autograd uses."""
+        return _FUNCTIONS[self.name][1](x, self.amplitude, self.frequency)
+
+    @property
+    def value_at_zero(self) -> float:
+        """f(0), in fp64."""
+        return self.value(torch.zeros((), dtype=torch.float64)).item()
+
+    @property
+    def slope_at_zero(self) -> float:
+        """f'(0), in fp64."""
+        return self.slope(torch.zeros((), dtype=torch.float64)).item()

@@ -1,0 +1,117 @@
+"""The command `curvelora`. Each sub-command is a module with `HELP`, `add_arguments(parser)` and `run(args) -> int`.
+
+Packages add sub-commands through the entry-point group `curvelora.commands`, so this package knows nothing of the others but
+which one to name when it is missing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+import warnings
+from importlib.metadata import EntryPoint, entry_points
+from types import ModuleType
+
+from curvelora.errors import UserError, nearest
+
+GROUP = "curvelora.commands"
+# command -> the package that brings it and what it does; for help and for the message when the package is missing
+HOME = {
+    "methods": ("curvelora", "list the methods, or explain one"),
+    "train": ("curvelora-training", "fine-tune a model from a recipe"),
+    "eval": ("curvelora-eval", "score an adapter on labelled rows, offline"),
+    "report": ("curvelora-eval", "one page and one table from run folders"),
+}
+USER_ERROR = 2
+
+
+def installed_commands() -> dict[str, EntryPoint]:
+    """Sub-command -> entry point, for every package that is installed."""
+    return {point.name: point for point in entry_points(group=GROUP)}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one sub-command; returns the exit code (2 for bad input)."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    commands = installed_commands()
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_help(commands))
+        return 0
+    if argv[0] == "--version":
+        from curvelora import __version__
+
+        print(f"curvelora {__version__}")
+        return 0
+    name, rest = argv[0], argv[1:]
+    return run_guarded(lambda: _dispatch(name, rest, commands), debug="--debug" in rest)
+
+
+def _dispatch(name: str, rest: list[str], commands: dict[str, EntryPoint]) -> int:
+    if name not in commands:
+        if name in HOME:
+            package = HOME[name][0]
+            raise UserError(f"`curvelora {name}` is part of the package {package}: install it with `pip install {package}`")
+        raise UserError(f"unknown command {name!r}{nearest(name, HOME | commands)} (see `curvelora --help`)")
+    return run_module(commands[name].load(), f"curvelora {name}", rest)
+
+
+def run_module(command: ModuleType, program: str, argv: list[str]) -> int:
+    """Parse `argv` for one command module and run it."""
+    quiet_libraries()
+    parser = argparse.ArgumentParser(prog=program, description=command.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    command.add_arguments(parser)
+    return command.run(parser.parse_args(argv))
+
+
+def quiet_libraries() -> None:
+    """Silence what libraries say on every start and no user can act on; everything else is left alone."""
+    # peft 0.21 with transformers 5.23: PEFT's own code uses the old name
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.* is deprecated")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("DS_LOG_LEVEL", "error")
+
+
+def run_guarded(action, debug: bool = False) -> int:
+    """Run `action() -> exit code`; bad input becomes one sentence on stderr and exit code 2, with a traceback if `debug`.
+
+    An `OSError` (disk full, read-only, no such file) is the user's to mend as well, so it is treated alike.
+    """
+    try:
+        code = action()
+        sys.stdout.flush()  # a closed pipe shows here, not at exit
+        return code
+    except BrokenPipeError:  # before OSError, which it is: `curvelora methods | head -1` is no error
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (UserError, OSError) as error:
+        if debug:
+            traceback.print_exc()
+        print(f"error: {_sentence(error)}", file=sys.stderr)
+        return USER_ERROR
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _sentence(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        where = f" ({error.filename})" if error.filename else ""
+        return f"{error.strerror}{where}"
+    return str(error)
+
+
+def _help(commands: dict[str, EntryPoint]) -> str:
+    lines = ["usage: curvelora COMMAND [options]", "", "Nonlinear low-rank adapters for transformers.", "", "commands:"]
+    for name, (package, text) in HOME.items():
+        lines.append(f"  {name:<10} {text}" + ("" if name in commands else f"  (needs {package})"))
+    for name in sorted(set(commands) - set(HOME)):
+        lines.append(f"  {name:<10} (from {commands[name].value.split('.')[0]})")
+    lines += ["", "`curvelora COMMAND --help` explains one; `--debug` after a command shows the traceback of an error."]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""One layer class per family of methods; see `curvelora.methods` for the methods themselves."""

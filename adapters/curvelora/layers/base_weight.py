@@ -1,0 +1,77 @@
+"""The frozen weight under an adapter: its shape, and a snapshot that brings it back bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from curvelora.errors import UserError
+
+
+def is_transposed(base_layer: nn.Module) -> bool:
+    """True where the weight is stored as (d_in, d_out), as GPT-2's `Conv1D` does."""
+    return isinstance(base_layer, Conv1D)
+
+
+def linear_shape(base_layer: nn.Module, name: str) -> tuple[int, int]:
+    """Return (d_in, d_out) of a linear layer: `nn.Linear`, `Conv1D`, or a quantised layer that names its features.
+
+    Raises:
+        UserError: the layer is not linear; `name` says which one it is.
+    """
+    if is_transposed(base_layer):
+        # ZeRO-3 leaves a placeholder of size 0 and keeps the true shape in ds_shape.
+        return tuple(getattr(base_layer.weight, "ds_shape", base_layer.weight.shape))
+    d_in, d_out = getattr(base_layer, "in_features", None), getattr(base_layer, "out_features", None)
+    # embeddings and convolutions have weights but no features; bilinear layers have in1_features
+    if d_in is None or d_out is None:
+        raise UserError(
+            f"module {name!r} is a {type(base_layer).__name__}, and this method is defined for linear layers only: "
+            "leave it out of target_modules"
+        )
+    return d_in, d_out
+
+
+def keep_4bit_layout(model: nn.Module) -> None:
+    """Stop bitsandbytes (0.50) from reordering 4-bit codes when a layer is first evaluated on a CPU with AVX512-BF16.
+
+    A reordered layer has no backward pass (what flows through it is dropped, with a warning only) and dequantises to garbage,
+    so training after an evaluation, and merging, would silently go wrong. The price is that faster evaluation kernel.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def is_reordered_4bit(base_layer: nn.Module) -> bool:
+    """True where that has happened already: the layer was evaluated before `keep_4bit_layout`."""
+    return getattr(getattr(base_layer.weight, "quant_state", None), "packing_format_for_cpu", False)
+
+
+def snapshot(base_layer: nn.Module) -> Callable[[], None]:
+    """Remember the weight of `base_layer` as it is now; calling the result puts it back, bit for bit.
+
+    Adding and then subtracting an update does not restore a floating-point weight, and a quantised one far less (each
+    requantisation moves it again). Holding the old tensor costs its memory only while the adapter is merged.
+    """
+    weight = base_layer.weight
+    state = getattr(base_layer, "state", None)  # bitsandbytes int8 keeps its codes and scales here after the first call
+    state_attributes = dict(vars(state)) if state is not None else {}
+    # a partial and no closure: a copied or pickled layer must restore its own weight
+    return partial(_restore, base_layer, weight, weight.data, dict(vars(weight)), state_attributes)
+
+
+def _restore(
+    base_layer: nn.Module, weight: nn.Parameter, data: Tensor, attributes: dict[str, Any], state_attributes: dict[str, Any]
+) -> None:
+    device = base_layer.weight.device
+    vars(weight).update(attributes)
+    if state_attributes:
+        vars(base_layer.state).update(state_attributes)
+    if vars(base_layer).get("_parameters", {}).get("weight") is not weight:  # a quantiser replaced the parameter
+        base_layer.weight = weight
+    weight.data = data if data.device == device else data.to(device)

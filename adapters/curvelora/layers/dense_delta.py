@@ -1,0 +1,155 @@
+"""Weight-space family ("dense delta"): h = W0 x + dW drop(x) with dW = s f(BA), f elementwise.
+
+    x: (..., d_in)   A: (r, d_in)   B: (d_out, r)   u = BA: (d_out, d_in)   s = alpha / r
+
+LoRAN, arXiv 2509.21870. Two readings of the scale: `outside` dW = s f(u), the authors' code; `inside` dW = f(s u), the paper's
+text. dW has full rank in general, so it has to be formed; everything else here keeps that affordable:
+
+* u and f are evaluated in fp32 from fp32 factors with autocast and TF32 off, then dW is rounded once to the dtype in which
+  the layer multiplies.
+* Autograd is given x, A and B only. The backward pass forms u again, so no d_out x d_in tensor outlives either pass.
+* Rows are handled in blocks, so fp32 temporaries take tens of megabytes, whatever the size of the layer.
+
+Gradients, with g = dL/dh of shape (tokens, d_out), and c = s f'(u) (`outside` and `inside` differ only in where f' is taken):
+
+    dL/dx = g dW      M = (g^T x) * c      dL/dB = M A^T      dL/dA = B^T M
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from curvelora.activations import Activation
+from curvelora.layers.adapter_layer import AdapterLayer
+from curvelora.precision import at_least_fp32, compute_dtype, exact_products
+
+# Entries of an fp32 temporary: 2^22 are 16 MiB, small enough to stay near the caches, large enough to hide launches.
+BLOCK_ENTRIES = 1 << 22
+
+
+@dataclass(frozen=True)
+class DeltaMap:
+    """The map u -> dW, entry by entry.
+
+    Args:
+        activation: f.
+        scale: s, dimensionless.
+        scale_inside: False for s f(u), True for f(s u).
+    """
+
+    activation: Activation
+    scale: float
+    scale_inside: bool = False
+
+    def value(self, u: Tensor) -> Tensor:
+        """dW, in the dtype of u."""
+        return self.activation.value(self.scale * u) if self.scale_inside else self.scale * self.activation.value(u)
+
+    def slope(self, u: Tensor) -> Tensor:
+        """d dW / d u, in the dtype of u."""
+        return self.scale * self.activation.slope(self.scale * u if self.scale_inside else u)
+
+    @property
+    def slope_at_zero(self) -> float:
+        """The linear part: dW ~ slope_at_zero * u for small u, the LoRA that this map would be without its curvature."""
+        return self.scale * self.activation.slope_at_zero
+
+
+def row_blocks(d_out: int, d_in: int) -> Iterator[slice]:
+    """Slices of rows with at most `BLOCK_ENTRIES` entries each (at least one row)."""
+    step = max(1, BLOCK_ENTRIES // d_in)
+    for start in range(0, d_out, step):
+        yield slice(start, min(start + step, d_out))
+
+
+def dense_delta(A: Tensor, B: Tensor, delta_map: DeltaMap, dtype: torch.dtype) -> Tensor:
+    """Form dW: (d_out, d_in), evaluated in fp32 (fp64 for fp64 factors) and rounded once to `dtype`."""
+    work = at_least_fp32(A.dtype)
+    A, B = A.to(work), B.to(work)
+    weight = torch.empty(B.shape[0], A.shape[1], dtype=dtype, device=A.device)
+    with exact_products(A.device):
+        for rows in row_blocks(*weight.shape):
+            weight[rows] = delta_map.value(B[rows] @ A)
+    return weight
+
+
+class DenseDelta(torch.autograd.Function):
+    """(x, A, B) -> x dW^T, saving x, A and B only. x has the dtype in which the product is made."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, A: Tensor, B: Tensor, delta_map: DeltaMap) -> Tensor:
+        ctx.save_for_backward(x, A, B)
+        ctx.delta_map = delta_map
+        return F.linear(x, dense_delta(A, B, delta_map, x.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, A, B = ctx.saved_tensors
+        delta_map = ctx.delta_map
+        work = at_least_fp32(A.dtype)
+        A_, B_ = A.to(work), B.to(work)
+        grad = grad.to(x.dtype)
+        g, x_ = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+        needs_x, needs_factors = ctx.needs_input_grad[0], ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+
+        weight = torch.empty(B.shape[0], A.shape[1], dtype=x.dtype, device=x.device) if needs_x else None
+        grad_A, grad_B = (torch.zeros_like(A_), torch.empty_like(B_)) if needs_factors else (None, None)
+        with torch.autocast(x.device.type, enabled=False):  # a backward called under autocast multiplies as the forward did
+            for rows in row_blocks(B.shape[0], A.shape[1]):
+                # The token product runs in the layer's own dtype, as it would for any linear layer ...
+                G = (g[:, rows].T @ x_) if needs_factors else None
+                # ... and what follows in fp32, because f' - 1 is smaller than the spacing of bf16.
+                with exact_products(x.device):
+                    u = B_[rows] @ A_
+                    if needs_x:
+                        weight[rows] = delta_map.value(u)
+                    if needs_factors:
+                        M = G.to(work) * delta_map.slope(u)
+                        grad_B[rows] = M @ A_.T
+                        grad_A += B_[rows].T @ M
+            grad_x = (g @ weight).reshape(x.shape) if needs_x else None
+        if needs_factors:
+            grad_A, grad_B = grad_A.to(A.dtype), grad_B.to(B.dtype)
+        return grad_x, grad_A, grad_B, None
+
+
+class DenseDeltaLayer(AdapterLayer):
+    """h = W0 x + dW drop(x). A subclass names its two parameters, for example ("loran_A", "loran_B").
+
+    The config of an adapter has r, dropout, init_B_std and `delta_map() -> DeltaMap`.
+    """
+
+    def create_parameters(self, adapter: str, config: Any) -> None:
+        """A (r, d_in) Kaiming-uniform, U(-1/sqrt(d_in), 1/sqrt(d_in)), as nn.Linear; B (d_out, r) zero or N(0, init_B_std^2)."""
+        A = torch.empty(config.r, self.in_features, dtype=torch.float32)
+        B = torch.zeros(self.out_features, config.r, dtype=torch.float32)
+        nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+        if config.init_B_std:
+            nn.init.normal_(B, std=config.init_B_std)
+        for name, value in zip(self.adapter_layer_names, (A, B), strict=True):
+            getattr(self, name)[adapter] = nn.Parameter(value)
+
+    def factors(self, adapter: str) -> tuple[Tensor, Tensor]:
+        """(A, B) of `adapter`, shapes (r, d_in) and (d_out, r)."""
+        A, B = (getattr(self, name)[adapter] for name in self.adapter_layer_names)
+        return A, B
+
+    def adapter_output(self, adapter: str, x: Tensor) -> Tensor:
+        """dW drop(x), computed in the dtype in which a linear layer would multiply x. x: (..., d_in) -> (..., d_out)."""
+        config = self.configs[adapter]
+        x = F.dropout(x.to(compute_dtype(x)), config.dropout, self.training)
+        return DenseDelta.apply(x, *self.factors(adapter), config.delta_map())
+
+    def delta_weight(self, adapter: str) -> Tensor:
+        """dW: (d_out, d_in), fp32 (fp64 for fp64 factors)."""
+        A, B = self.factors(adapter)
+        return dense_delta(A, B, self.configs[adapter].delta_map(), at_least_fp32(A.dtype))

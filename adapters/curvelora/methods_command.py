@@ -1,0 +1,71 @@
+"""List the registered methods, or explain one: formula, paper, defaults, properties, caveats."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import textwrap
+from typing import Any
+
+HELP = "list the methods, or explain one"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Define the arguments of `curvelora methods`."""
+    parser.add_argument("name", nargs="?", help="explain this method")
+    parser.add_argument("--json", action="store_true", help="print JSON: a list of objects, or one object for NAME")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the list or the explanation."""
+    from curvelora.registry import METHODS, get_method
+
+    chosen = [get_method(args.name)] if args.name else list(METHODS.values())
+    described = [method.describe() for method in chosen]
+    if args.json:
+        print(json.dumps(described[0] if args.name else described, indent=2, default=_plain))
+    elif args.name:
+        print(explanation(described[0]))
+    else:
+        print(table(described))
+    return 0
+
+
+def table(methods: list[dict[str, Any]]) -> str:
+    """One line a method."""
+    columns = ("name", "family", "merge", "identity_at_init", "provided_by", "paper")
+    titles = ("method", "family", "merge", "identity at init", "from", "paper")
+    rows = [titles, *(tuple(_cell(method[c]) for c in columns) for method in methods)]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def explanation(method: dict[str, Any]) -> str:
+    """What a user wants to know of one method, in plain words."""
+    lines = [f"{method['name']}: {method['title']}", ""]
+    for title, key in (
+        ("formula", "formula"),
+        ("paper", "paper"),
+        ("family", "family"),
+        ("provided by", "provided_by"),
+        ("merge", "merge"),
+        ("identity at init", "identity_at_init"),
+        ("needs a base in", "required_quantization"),
+        ("cost", "cost"),
+    ):
+        if method[key] is not None:
+            lines.append(f"{title:<17} {_cell(method[key])}")
+    lines += ["", "defaults"] + [f"  {name}: {_cell(value)}" for name, value in sorted(method["defaults"].items())]
+    if method["caveats"]:
+        lines += ["", "caveats"]
+        for caveat in method["caveats"]:
+            lines += textwrap.wrap(caveat, width=110, initial_indent="  - ", subsequent_indent="    ")
+    return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    return {True: "yes", False: "no"}.get(value, str(value)) if isinstance(value, bool) else str(value)
+
+
+def _plain(value: Any) -> Any:
+    return sorted(value) if isinstance(value, set) else str(value)

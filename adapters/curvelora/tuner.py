@@ -1,0 +1,131 @@
+"""The PEFT side that all methods share: a config base class and the tuner that puts layers into a model."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.other import get_pattern_key
+from torch import nn
+
+from curvelora.errors import UserError
+from curvelora.layers.adapter_layer import AdapterLayer
+from curvelora.layers.base_weight import keep_4bit_layout
+
+
+@dataclass
+class LowRankConfig(PeftConfig):
+    """Fields that every low-rank method of this project has, with PEFT's names and meanings where PEFT has them.
+
+    Args:
+        r: rank, at least 1 and at most min(d_in, d_out) of every adapted layer.
+        alpha: numerator of the scale s = alpha / r, positive.
+        dropout: probability with which entries of the adapter's input are zeroed in training, in [0, 1); the base path
+            never sees it.
+        target_modules: names (suffixes) of linear modules, one regular expression, or "all-linear"; None takes PEFT's LoRA
+            default for the architecture.
+        exclude_modules: names or a regular expression to leave out.
+        layers_to_transform: indices of the layers to adapt; needs a list in `target_modules`.
+        layers_pattern: name of the list that the indices count in, where it is not the usual one.
+        modules_to_save: modules that train in full and are saved with the adapter, for example a new classification head.
+        rank_pattern: module name or regular expression -> rank, for modules that differ from `r`.
+        alpha_pattern: the same for `alpha`.
+
+    Raises:
+        UserError: a value out of its range.
+    """
+
+    r: int = field(default=8, metadata={"help": "rank"})
+    alpha: float = field(default=16, metadata={"help": "scale s = alpha / r"})
+    dropout: float = field(default=0.0, metadata={"help": "dropout on the adapter's input"})
+    target_modules: list[str] | str | None = field(default=None, metadata={"help": "which linear modules to adapt"})
+    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "which modules to leave out"})
+    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "layer indices to adapt"})
+    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "what those indices count"})
+    modules_to_save: list[str] | None = field(default=None, metadata={"help": "modules trained in full"})
+    rank_pattern: dict[str, int] | None = field(default_factory=dict, metadata={"help": "ranks that differ from r"})
+    alpha_pattern: dict[str, float] | None = field(default_factory=dict, metadata={"help": "alphas that differ"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, name), list | tuple):
+                setattr(self, name, set(getattr(self, name)))
+        for rank in (self.r, *(self.rank_pattern or {}).values()):
+            if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+                raise UserError(f"rank must be a whole number of at least 1, not {rank!r}: write for example r=8")
+        for alpha in (self.alpha, *(self.alpha_pattern or {}).values()):
+            if not is_number(alpha) or alpha <= 0:
+                raise UserError(f"alpha must be a positive number, not {alpha!r}: the adapter is scaled by alpha / r")
+        if not is_number(self.dropout) or not 0 <= self.dropout < 1:
+            raise UserError(f"dropout must be at least 0 and below 1, not {self.dropout!r}: it is a probability")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise UserError("layers_pattern says what layers_to_transform counts: give layers_to_transform as well")
+        if self.layers_to_transform is not None and isinstance(self.target_modules, str):
+            raise UserError("layers_to_transform needs target_modules as a list of names; write the layers into the pattern")
+
+    @property
+    def scale(self) -> float:
+        """s = alpha / r."""
+        return self.alpha / self.r
+
+    def for_module(self, key: str) -> LowRankConfig:
+        """This config with the rank and alpha that hold for the module `key`."""
+        if not self.rank_pattern and not self.alpha_pattern:
+            return self
+        own = copy.copy(self)
+        own.r = (self.rank_pattern or {}).get(get_pattern_key(list(self.rank_pattern or {}), key), self.r)
+        own.alpha = (self.alpha_pattern or {}).get(get_pattern_key(list(self.alpha_pattern or {}), key), self.alpha)
+        return own
+
+
+def is_number(value: Any) -> bool:
+    """Whether `value` is a finite number; True and False are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+class AdapterModel(BaseTuner):
+    """A PEFT tuner for any `AdapterLayer`; a method sets `prefix` and `tuner_layer_cls` and is done."""
+
+    tuner_layer_cls: type[AdapterLayer]
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
+        super()._pre_injection_hook(model, config, adapter_name)
+        keep_4bit_layout(model)
+
+    def _create_and_replace(
+        self,
+        peft_config: LowRankConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **_: Any,
+    ) -> None:
+        config = peft_config.for_module(current_key)
+        if isinstance(target, self.tuner_layer_cls):
+            target.add_adapter(adapter_name, config)
+            return
+        layer = self.tuner_layer_cls(target, current_key)
+        layer.add_adapter(adapter_name, config)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        quantised = {m.quantization_backend.backend_name for m in self.model.modules() if getattr(m, "quantization_backend", None)}
+        if quantised:
+            warnings.warn(
+                f"merging into a {' and '.join(sorted(quantised))} base quantises the sum again, which changes the model: "
+                "evaluate the merged model separately, or merge into the unquantised base",
+                stacklevel=3,
+            )

@@ -1,0 +1,128 @@
+"""Rows from files, folders or the hub, as a `datasets.Dataset`, with clear words when something is wrong."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import re
+from pathlib import Path
+from typing import Any
+
+from curvelora.errors import UserError, nearest
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets.utils.logging import disable_progress_bar
+
+from curvelora_eval.spec import DataSpec
+
+FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+_FIELD = re.compile(r"\{(\w+)\}")
+
+
+def load_rows(spec: DataSpec) -> Dataset:
+    """Load the rows that `spec` names.
+
+    Raises:
+        UserError: no such file, unknown format, damaged file, unknown split, or no rows.
+    """
+    disable_progress_bar()  # reading a file is quick, and its bar would hide the one that matters
+    path = Path(spec.path)
+    try:
+        if path.is_file():
+            rows = _load_file(path, spec)
+        elif path.is_dir():
+            rows = _load_folder(path, spec)
+        else:
+            rows = _load_hub(spec)
+    except UserError:
+        raise
+    except Exception as error:  # each reader has its own exceptions; all of them mean that the rows cannot be read
+        raise UserError(f"{spec.path} cannot be read as {path.suffix or 'a data set'}: {_root_cause(error)}") from error
+    if isinstance(rows, DatasetDict):
+        if spec.split not in rows:
+            known = ", ".join(rows)
+            raise UserError(f"{spec.path} has the splits {known}: name one of them as `split`{nearest(spec.split or '', rows)}")
+        rows = rows[spec.split]
+    if spec.limit is not None:
+        rows = rows.select(range(min(spec.limit, len(rows))))
+    if len(rows) == 0:
+        raise UserError(f"{spec.path} has no rows: nothing can be learnt or scored from it")
+    return rows
+
+
+def _load_file(path: Path, spec: DataSpec) -> Dataset:
+    suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+    if suffix not in FORMATS:
+        raise UserError(f"{path} has the ending {suffix!r}, which is none of {', '.join(FORMATS)} (each also as .gz)")
+    if path.stat().st_size == 0:
+        raise UserError(f"{path} is empty: nothing can be learnt or scored from it")
+    options: dict[str, Any] = {}
+    if FORMATS[suffix] == "csv":
+        # GLUE-style .tsv files hold bare quotation marks, which are text and not quoting
+        options = {"sep": "\t", "quoting": csv.QUOTE_NONE} if suffix == ".tsv" else {}
+        if spec.column_names:
+            options["names"] = spec.column_names
+        # the words "null" and "NA" are text too; without this they become missing values
+        options["keep_default_na"] = False
+    return load_dataset(FORMATS[suffix], data_files=str(path), split="train", **options)
+
+
+def _load_folder(path: Path, spec: DataSpec) -> Dataset | DatasetDict:
+    if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
+        return load_from_disk(str(path))
+    files = [p for p in path.rglob("*") if p.is_file() and not p.name.startswith(".")]
+    if not files:
+        raise UserError(f"{path} is an empty folder: it should hold a saved data set, or images in one sub-folder a class")
+    images = load_dataset("imagefolder", data_dir=str(path))
+    return images if spec.split else images["train"] if "train" in images else images
+
+
+def _load_hub(spec: DataSpec) -> Dataset | DatasetDict:
+    looks_local = spec.path.startswith((".", "/", "~")) or Path(spec.path).suffix in (*FORMATS, ".gz")
+    if looks_local or spec.path.count("/") > 1:
+        raise UserError(f"{spec.path} does not exist: check the path, which is taken from the folder you are in")
+    try:
+        return load_dataset(spec.path, split=spec.split)
+    except Exception as error:
+        reason = _root_cause(error)
+        raise UserError(f"{spec.path} is neither a file or folder here nor a data set that the hub gave: {reason}") from error
+
+
+def _root_cause(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def columns_of(pattern: str, available: list[str]) -> list[str]:
+    """The columns that a role's column name or template uses.
+
+    Raises:
+        UserError: one that does not exist, with the nearest and the list.
+    """
+    used = [pattern] if pattern in available else _FIELD.findall(pattern) or [pattern]
+    for column in used:
+        if column not in available:
+            raise UserError(f"there is no column {column!r}{nearest(column, available)} (columns: {', '.join(available)})")
+    return used
+
+
+def render(pattern: str, row: dict[str, Any]) -> Any:
+    """The value of a role in one row: the column's own value, or the template filled in (missing values become empty)."""
+    if pattern in row:
+        return row[pattern]
+    return _FIELD.sub(lambda match: "" if row[match[1]] is None else str(row[match[1]]), pattern)
+
+
+def fingerprint(path: str | Path) -> str | None:
+    """SHA-256 of a file, or of the names and contents below a folder; None for a hub name."""
+    path = Path(path)
+    if not path.exists():
+        return None
+    digest = hashlib.sha256()
+    for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
+        if path.is_dir():
+            digest.update(str(file.relative_to(path)).encode())
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,31 @@
+"""Matthews correlation coefficient, in [-1, 1], for two or more classes (Matthews 1975; Gorodkin 2004)."""
+
+from __future__ import annotations
+
+import datasets
+import evaluate
+from sklearn.metrics import matthews_corrcoef
+
+from curvelora_eval.metrics import require_rows
+
+
+class Matthews(evaluate.Metric):
+    """`compute(predictions, references)` with class ids (n,) gives `{"matthews": float}`.
+
+    Where predictions or references are all one class the coefficient is 0 / 0; scikit-learn, and GLUE with it, calls
+    that 0, and so does this. Raises ValueError on empty input.
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description=__doc__,
+            citation="",
+            inputs_description="predictions, references: class ids (n,)",
+            features=datasets.Features({k: datasets.Value("int64") for k in ("predictions", "references")}),
+        )
+
+    def _compute(self, predictions, references) -> dict:
+        require_rows("matthews", predictions)
+        if len({*predictions, *references}) == 1:
+            return {"matthews": 0.0}  # scikit-learn's value too, but it warns about it at every resample
+        return {"matthews": float(matthews_corrcoef(references, predictions))}

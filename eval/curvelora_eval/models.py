@@ -1,0 +1,153 @@
+"""Load the frozen base model, its preprocessor, or only its shapes."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from curvelora.errors import UserError
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers.utils import logging
+
+from curvelora_eval.spec import ModelSpec
+from curvelora_eval.tasks import Task
+
+# Names that transformers gives to the heads it initialises anew.
+HEADS = ("classifier", "score", "classification_head")
+# Output layers that quantisation leaves alone: they decide the logits, and new heads must train.
+UNQUANTISED = ("lm_head", "embed_out", "pooler", *HEADS)
+
+
+def default_device() -> torch.device:
+    """The GPU of this process where there is one, else the CPU."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def check_checkpoint(spec: ModelSpec) -> None:
+    """Raise `UserError` where a local checkpoint is missing, or holds only pickled weights."""
+    folder = Path(spec.path)
+    looks_local = spec.path.startswith((".", "/", "~")) or folder.exists() or spec.path.count("/") > 1
+    if not looks_local:
+        return
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{spec.path} holds no model: there is no config.json in it")
+    if any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors")):
+        raise UserError(f"{spec.path} holds pickled weights (.bin), which can run code when loaded: convert them to safetensors")
+
+
+def load_config(spec: ModelSpec, task: Task) -> Any:
+    """The checkpoint's config with the task's own settings.
+
+    Raises:
+        UserError: the checkpoint does not exist or its config cannot be read.
+    """
+    check_checkpoint(spec)
+    try:
+        return AutoConfig.from_pretrained(
+            spec.path, revision=spec.revision, trust_remote_code=spec.trust_remote_code, **task.model_options()
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(f"the model {spec.path} cannot be found or read: {' '.join(str(error).split())[:300]}") from error
+
+
+def shape_model(spec: ModelSpec, task: Task) -> PreTrainedModel:
+    """The model without its weights (meta device): every name and shape, in a moment and without memory."""
+    config = load_config(spec, task)
+    with torch.device("meta"):
+        return task.auto_class.from_config(config, trust_remote_code=spec.trust_remote_code)
+
+
+def load_processor(spec: ModelSpec, task: Task) -> Any:
+    """The tokenizer, or the image processor for image tasks.
+
+    Raises:
+        UserError: the checkpoint has none.
+    """
+    auto = AutoImageProcessor if task.spec.kind == "image_classification" else AutoTokenizer
+    try:
+        processor = auto.from_pretrained(spec.path, revision=spec.revision, trust_remote_code=spec.trust_remote_code)
+    except (OSError, ValueError, json.JSONDecodeError) as error:
+        kind = "an image processor" if auto is AutoImageProcessor else "a tokenizer"
+        raise UserError(f"{spec.path} has no {kind} that can be read: {' '.join(str(error).split())[:300]}") from error
+    if auto is AutoTokenizer and processor.pad_token is None:
+        processor.pad_token = processor.eos_token or processor.unk_token
+    return processor
+
+
+def load_base(spec: ModelSpec, task: Task, device: torch.device | None = None) -> PreTrainedModel:
+    """Load the base model frozen, in the storage that `spec` asks for.
+
+    Raises:
+        UserError: the checkpoint does not exist, or its weights cannot be read.
+    """
+    config = load_config(spec, task)
+    device = device or default_device()
+    options: dict[str, Any] = {"config": config, "dtype": getattr(torch, spec.dtype), "attn_implementation": attention(spec, device)}
+    if spec.quantization != "none":
+        options["quantization_config"] = quantisation_config(spec)
+        options["device_map"] = {"": device}
+    model = _load_weights(spec, task, options)
+    if spec.quantization == "none":
+        model.to(device)
+    if getattr(model.config, "pad_token_id", None) is None and task.spec.kind != "image_classification":
+        model.config.pad_token_id = model.config.eos_token_id
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    return model
+
+
+def _load_weights(spec: ModelSpec, task: Task, options: dict[str, Any]) -> PreTrainedModel:
+    """`from_pretrained`, with transformers' report of missing weights turned into an error where it is not the new head."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        model, info = task.auto_class.from_pretrained(
+            spec.path,
+            revision=spec.revision,
+            trust_remote_code=spec.trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+            **options,
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"the weights of {spec.path} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+    finally:
+        logging.set_verbosity(verbosity)
+    missing = sorted(name for name in info["missing_keys"] if not (task.new_head and name.split(".")[0] in (*HEADS, "pooler")))
+    if missing:
+        shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise UserError(f"{spec.path} has no weights for {shown}: it is no checkpoint of {type(model).__name__}")
+    return model
+
+
+def quantisation_config(spec: ModelSpec) -> BitsAndBytesConfig:
+    """bitsandbytes settings: NF4 (blocks of 64, optional double quantisation) or int8; heads stay as they are."""
+    if spec.quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(UNQUANTISED))
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=spec.double_quantization,
+        bnb_4bit_compute_dtype=getattr(torch, spec.dtype),
+        bnb_4bit_quant_storage=getattr(torch, spec.dtype),
+        llm_int8_skip_modules=list(UNQUANTISED),
+    )
+
+
+def attention(spec: ModelSpec, device: torch.device) -> str:
+    """The attention implementation to ask for; see `ModelSpec.attention`."""
+    if spec.attention != "auto":
+        return spec.attention
+    if device.type == "cuda" and spec.dtype != "float32" and importlib.util.find_spec("flash_attn"):
+        return "flash_attention_2"
+    return "sdpa" if device.type == "cuda" else "eager"
+
+
+def head_modules(model: nn.Module) -> list[str]:
+    """Names of the new heads that `model` has."""
+    return [name for name, _ in model.named_children() if name in HEADS]

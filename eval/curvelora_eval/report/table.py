@@ -1,0 +1,118 @@
+"""The table: one row a run. The same cells make the Markdown table and the page's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from curvelora_eval.report.load import Run
+from curvelora_eval.report.load import number
+
+DASH = "–"
+
+# Metrics in [0, 1] that read best as a percentage; all others are shown with three decimals.
+SHARES = ("accuracy", "f1", "exact_match", "rouge1", "rouge2", "rougeL", "precision", "recall")
+
+
+def is_share(metric: str | None) -> bool:
+    """Whether `metric` lies in [0, 1] and is shown as a percentage: a name in `SHARES`, or one that ends with it."""
+    return metric is not None and (metric in SHARES or metric.endswith(tuple(f"_{name}" for name in SHARES)))
+
+
+def headings(runs: list[Run]) -> list[str]:
+    """Return the column headings; the metric's names the metric where all runs share it."""
+    metrics = {run.primary_metric for run in runs} - {None}
+    metric = metrics.pop() if len(metrics) == 1 else "primary metric"
+    level = interval_level(runs)
+    return [
+        "arm",
+        "method",
+        "trainable parameters",
+        "step time, median (ms)",
+        "examples/s",
+        "peak memory (MB)",
+        f"{metric} on unseen rows" + (f" [{level} interval]" if level else ""),
+        "loss, first → last",
+        "resolvability, forward / derivative",
+    ]
+
+
+def cells(run: Run) -> list[str]:
+    """Return the text of a run's cells, in the order of `headings`; a dash stands for what was not measured."""
+    result = run.result
+    return [
+        run.label,
+        str(result.get("method") or DASH),
+        show(result.get("trainable_parameters"), lambda n: f"{n:,.0f}"),
+        show(_get(result, "step_seconds", "median"), lambda seconds: _significant(seconds * 1e3)),
+        show(result.get("examples_per_second"), _significant),
+        show(result.get("peak_memory_bytes"), lambda size: f"{size / 1e6:,.0f}"),
+        metric_cell(run),
+        _pair(result.get("first_loss"), result.get("last_loss"), " → ", lambda loss: f"{loss:.3f}"),
+        _pair(_get(result, "resolvability", "forward"), _get(result, "resolvability", "derivative"), " / ", percent),
+    ]
+
+
+def metric_cell(run: Run) -> str:
+    """Return `82.6 % [79.2, 85.9]` for a share, `12.345 [11.900, 12.800]` for a loss, or a dash."""
+    value, low, high = run.score.values()
+    if value is None:
+        return DASH
+    scale, decimals, unit = (100, 1, " %") if is_share(run.primary_metric) else (1, 3, "")
+    text = f"{value * scale:.{decimals}f}{unit}"
+    if low is None or high is None:
+        return text
+    return f"{text} [{low * scale:.{decimals}f}, {high * scale:.{decimals}f}]"
+
+
+def show(value: object, form: Callable[[float], str]) -> str:
+    """Return `form(value)` for a finite number and a dash for anything else."""
+    return DASH if number(value) is None else form(value)
+
+
+def percent(share: float) -> str:
+    """Return a share as a percentage; one above 0 never shows as `0.0 %`, nor one below 1 as `100.0 %`."""
+    if 0 < share < 0.0005:
+        return "< 0.1 %"
+    if 0.9995 <= share < 1:
+        return "> 99.9 %"
+    return f"{share * 100:.1f} %"
+
+
+def interval_level(runs: list[Run]) -> str | None:
+    """Return the confidence level of the runs' intervals, such as `95 %`; None where they state none or differ."""
+    levels = {number(_get(run.evaluation, "interval", "level")) for run in runs} - {None}
+    return f"{100 * levels.pop():g} %" if len(levels) == 1 else None
+
+
+def markdown_table(runs: list[Run]) -> str:
+    """Return the GitHub-flavoured Markdown table, without a final newline."""
+    heads = headings(runs)
+    rule = ["---"] * 2 + ["---:"] * (len(heads) - 2)
+    return "\n".join(_markdown_row(row) for row in [heads, rule, *(cells(run) for run in runs)])
+
+
+def _markdown_row(row: list[str]) -> str:
+    return "| " + " | ".join(_markdown_escape(cell) for cell in row) + " |"
+
+
+def _markdown_escape(text: str) -> str:
+    text = " ".join(text.split()).replace("&", "&amp;").replace("\\", "\\\\").replace("|", "\\|")
+    # "< 0.1 %" is harmless; a "<" before a letter or slash would open an HTML tag.
+    return "".join("&lt;" if c == "<" and text[i + 1 : i + 2] != " " else c for i, c in enumerate(text))
+
+
+def _pair(first: object, second: object, between: str, form: Callable[[float], str]) -> str:
+    if number(first) is None and number(second) is None:
+        return DASH
+    return show(first, form) + between + show(second, form)
+
+
+def _significant(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def _get(mapping: Any, *keys: str) -> Any:
+    for key in keys:
+        mapping = mapping.get(key) if isinstance(mapping, dict) else None
+    return mapping

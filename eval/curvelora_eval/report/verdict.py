@@ -1,0 +1,118 @@
+"""What the numbers say, in plain sentences: who beats the baseline, by how much, and what the numbers cannot settle."""
+
+from __future__ import annotations
+
+from curvelora_eval.report.load import Run
+from curvelora_eval.report.load import number
+from curvelora_eval.report.table import interval_level
+from curvelora_eval.report.table import is_share
+from curvelora_eval.report.table import percent
+
+# Below this share of inputs the nonlinearity rounds away almost everywhere, and the layer is a plain linear one.
+ABSENT = 0.01
+
+
+def verdict(runs: list[Run]) -> list[str]:
+    """Return the sentences on score and resolvability, in the order of the runs; never empty."""
+    return _scores(runs) + [sentence for run in runs for sentence in _resolvability(run)]
+
+
+def caveats(runs: list[Run]) -> list[str]:
+    """Return what a reader must know before comparing: failed or cut runs, unlike hardware measures, dropped lines."""
+    sentences = []
+    for run in runs:
+        if run.result.get("status") == "interrupted":
+            sentences.append(f"{run.label} was interrupted after {run.result.get('steps') or 0:,} steps.")
+        if run.result.get("error"):
+            sentences.append(f"{run.label} ended with an error: {run.result['error']}")
+        sentences += [f"{run.label}: {note}." for note in run.notes]
+    kinds = {run.label: run.result.get("peak_memory_kind") for run in runs if run.result.get("peak_memory_bytes")}
+    found = sorted({str(kind) for kind in kinds.values() if kind})
+    if len(found) == 1:
+        sentences.append(f"Peak memory is {found[0]}.")
+    elif found:
+        each = "; ".join(f"{label}: {kind or 'not stated'}" for label, kind in kinds.items())
+        sentences.append(f"Peak memory was measured in different ways and does not compare ({each}).")
+    return sentences
+
+
+def baseline(runs: list[Run]) -> Run:
+    """Return the scored run with the fewest trainable parameters above 0, or the first run where none has any."""
+    scored = [run for run in runs if run.score["value"] is not None] or runs
+    sized = [run for run in scored if (number(run.result.get("trainable_parameters")) or 0) > 0]
+    # An untrained arm has the parameters of its trained twin; the trained one is the fair opponent.
+    rank = lambda run: (run.result["trainable_parameters"], run.result.get("status") == "untrained")  # noqa: E731
+    return min(sized, key=rank) if sized else scored[0]
+
+
+def _scores(runs: list[Run]) -> list[str]:
+    base = baseline(runs)
+    if base.score["value"] is None:
+        return ["No run has been evaluated on unseen rows, so none can be called better."]
+    others = [run for run in runs if run is not base]
+    if not others:
+        return ["There is one run, so there is nothing to compare it with."]
+    return [_compare(run, base) for run in others]
+
+
+def _compare(run: Run, base: Run) -> str:
+    if run.score["value"] is None:
+        return f"{run.label} has no score on unseen rows, so it is not compared with {base.label}."
+    if run.primary_metric != base.primary_metric:
+        return (
+            f"{run.label} is scored by {run.primary_metric} and {base.label} by {base.primary_metric}, "
+            "so they are not compared."
+        )
+    if None not in (_rows(run), _rows(base)) and _rows(run) != _rows(base):
+        return f"{run.label} and {base.label} were evaluated on different rows, so they are not compared."
+
+    gain = run.score["value"] - base.score["value"]
+    if gain == 0:
+        return f"{run.label} and {base.label} have the same {base.primary_metric}."
+    better = gain < 0 if lower_is_better(base.primary_metric) else gain > 0
+    verb = "beats" if better else "falls short of"
+    return f"{run.label} {verb} {base.label} by {_amount(abs(gain), base.primary_metric)}; {_settled(run, base)}."
+
+
+def _settled(run: Run, base: Run) -> str:
+    """Say whether the intervals settle it. Apart, they do; where they touch, the rows do not tell."""
+    bounds = [side.score[key] for side in (run, base) for key in ("low", "high")]
+    if None in bounds:
+        return "without an interval for both, the difference may be chance"
+    low, high, base_low, base_high = bounds
+    level = interval_level([run, base])
+    level = f"{level} " if level else ""
+    if low > base_high or high < base_low:
+        return f"the difference is larger than the {level}intervals, which do not overlap"
+    return f"the {level}intervals overlap, so these rows do not settle which is better"
+
+
+def lower_is_better(metric: str | None) -> bool:
+    """Whether a smaller value is the better one: losses, perplexities and errors."""
+    return metric is not None and metric.endswith(("loss", "perplexity", "error", "mse", "mae"))
+
+
+def _amount(gain: float, metric: str | None) -> str:
+    if not is_share(metric):
+        return f"{gain:.3f} of {metric}" if gain >= 0.0005 else f"less than 0.001 of {metric}"
+    points = f"{gain * 100:.1f}"
+    if points == "0.0":
+        return f"less than 0.1 points of {metric}"
+    return f"{points} {'point' if points == '1.0' else 'points'} of {metric}"
+
+
+def _rows(run: Run) -> object:
+    dataset = run.evaluation.get("dataset") if run.evaluation else None
+    return dataset.get("sha256") if isinstance(dataset, dict) else None
+
+
+def _resolvability(run: Run) -> list[str]:
+    found = run.result.get("resolvability")
+    forward = number(found.get("forward")) if isinstance(found, dict) else None
+    if forward is None or forward >= ABSENT:
+        return []
+    dtype = found.get("dtype") or "the compute dtype"
+    return [
+        f"{run.label} has a forward resolvability of {percent(forward)}: "
+        f"the nonlinearity is numerically absent from the forward pass in {dtype}."
+    ]

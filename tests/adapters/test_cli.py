@@ -1,0 +1,125 @@
+"""The command `curvelora`: the list of methods, and errors that are one sentence with a remedy."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+import curvelora
+from curvelora import METHODS, cli
+
+
+def run(capsys, *argv: str) -> tuple[int, str, str]:
+    code = cli.main(list(argv))
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_methods_lists_every_method_on_one_line(capsys):
+    code, out, err = run(capsys, "methods")
+    assert (code, err) == (0, "")
+    assert [line.split()[0] for line in out.splitlines()] == ["method", *METHODS]
+
+
+def test_methods_as_json(capsys):
+    code, out, _ = run(capsys, "methods", "--json")
+    listed = json.loads(out)
+    assert code == 0 and [method["name"] for method in listed] == list(METHODS)
+    for method in listed:
+        assert {"name", "family", "merge", "identity_at_init", "paper", "provided_by"} <= set(method)
+        assert method["merge"] in ("exact", "approximate", "impossible", "when_annealed")
+        assert isinstance(method["identity_at_init"], bool)
+
+
+def test_one_method_as_json_is_one_object(capsys):
+    described = json.loads(run(capsys, "methods", "loran", "--json")[1])
+    assert described["name"] == "loran" and described["defaults"]["amplitude"] == 5e-5 and described["defaults"]["r"] == 64
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_is_explained(capsys, name):
+    code, out, _ = run(capsys, "methods", name)
+    assert code == 0
+    assert METHODS[name].formula in out and METHODS[name].paper in out and METHODS[name].title in out
+    assert "Traceback" not in out
+
+
+def test_loran_is_explained_with_its_defaults_and_caveats(capsys):
+    out = run(capsys, "methods", "loran")[1]
+    for expected in ("2509.21870", "amplitude: 5e-05", "frequency: 10000", "dropout: 0.2", "merge             exact", "caveats"):
+        assert expected in out
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["methods", "loarn"], "unknown method 'loarn'; did you mean 'loran'?"),
+        (["methodz"], "unknown command 'methodz'; did you mean 'methods'?"),
+        (["trian"], "unknown command 'trian'; did you mean 'train'?"),
+        (["zzzzzz"], "unknown command 'zzzzzz' (see `curvelora --help`)"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_code_2(capsys, argv, said):
+    code, out, err = run(capsys, *argv)
+    assert (code, out) == (2, "")
+    assert said in err and err.startswith("error: ") and len(err.splitlines()) == 1
+
+
+def test_debug_shows_the_traceback(capsys):
+    code, _, err = run(capsys, "methods", "loarn", "--debug")
+    assert code == 2 and "Traceback" in err and "get_method" in err and "did you mean 'loran'?" in err
+
+
+@pytest.mark.parametrize(("command", "package"), [("train", "curvelora-training"), ("eval", "curvelora-eval"), ("report", "curvelora-eval")])
+def test_a_command_of_a_missing_package_names_the_package(capsys, monkeypatch, command, package):
+    monkeypatch.setattr(cli, "installed_commands", dict)
+    code, _, err = run(capsys, command, "recipe.yaml")
+    assert code == 2 and f"pip install {package}" in err and len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("argv", [[], ["--help"], ["-h"]])
+def test_help_names_every_command_and_what_it_needs(capsys, monkeypatch, argv):
+    monkeypatch.setattr(cli, "installed_commands", dict)
+    code, out, _ = run(capsys, *argv)
+    assert code == 0
+    for name, (package, text) in cli.HOME.items():
+        assert f"{text}  (needs {package})" in out and name in out
+
+
+def test_version(capsys):
+    assert run(capsys, "--version") == (0, f"curvelora {curvelora.__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (FileNotFoundError(2, "No such file or directory", "a.yaml"), 2, "error: No such file or directory (a.yaml)\n"),
+        (OSError(28, "No space left on device"), 2, "error: No space left on device\n"),
+        (curvelora.UserError("write r <= 4"), 2, "error: write r <= 4\n"),
+        (KeyboardInterrupt(), 130, "interrupted\n"),
+    ],
+)
+def test_errors_that_the_user_can_mend(capsys, error, code, said):
+    def action():
+        raise error
+
+    assert cli.run_guarded(action) == code
+    assert capsys.readouterr().err == said
+
+
+def test_an_error_of_ours_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        cli.run_guarded(lambda: 1 // 0)
+
+
+def test_the_installed_command_and_a_closed_pipe():
+    """One real process: the entry point is found, and a reader who stops early (`| head -1`) is no error."""
+    command = [sys.executable, "-m", "curvelora.cli", "methods", "--json"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert "error:" not in err and "Traceback" not in err and "BrokenPipe" not in err

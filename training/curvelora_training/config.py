@@ -1,0 +1,253 @@
+"""The recipe: typed dataclasses, read from YAML with `key=value` overrides; every error is reported at once.
+
+A section has its own dataclass; the model and the task are shared with evaluation (`curvelora_eval.spec`). The `adapter` section
+takes `method` and that method's own options, checked against the method's config class.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import yaml
+from curvelora.errors import UserError, nearest
+from curvelora.method import Method
+from curvelora.registry import METHODS
+from curvelora_eval.spec import DataSpec, ModelSpec, TaskSpec
+from peft import PeftConfig
+from pydantic import Field, TypeAdapter, ValidationError
+
+_STRICT = {"extra": "forbid"}
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+@dataclass(kw_only=True)
+class RecipeData:
+    """The rows of a run."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
+
+    train: DataSpec
+    """Rows to learn from. A bare path stands for `{path: ...}`, here and below."""
+    validation: DataSpec | None = None
+    """Rows whose loss is followed during training."""
+    test: DataSpec | None = None
+    """Unseen rows that are scored once at the end (evaluation.json)."""
+
+
+@dataclass(kw_only=True)
+class TrainingSpec:
+    """How to train. Counts in steps are optimiser steps."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
+
+    learning_rate: Positive = 2e-4
+    """Peak learning rate of the adapter."""
+    head_learning_rate: Positive | None = None
+    """Peak learning rate of a new head (and of modules_to_save); the adapter's where absent."""
+    weight_decay: NonNegative = 0.0
+    """AdamW weight decay of the adapter."""
+    head_weight_decay: NonNegative | None = None
+    """AdamW weight decay of the head's matrices; the adapter's where absent."""
+    epochs: Positive = 3.0
+    """Passes over the training rows, unless max_steps is given."""
+    max_steps: Count | None = None
+    """Stop after this many steps."""
+    batch_size: Count = 16
+    """Rows a step and process, before accumulation."""
+    accumulation: Count = 1
+    """Batches whose gradients are added up before a step."""
+    eval_batch_size: Count = 32
+    """Rows a batch in evaluation."""
+    schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"
+    """Learning-rate schedule."""
+    warmup: NonNegative = 0.0
+    """Warm-up: below 1 a share of all steps, else a number of steps."""
+    max_grad_norm: NonNegative = 1.0
+    """Gradient clipping by global norm; 0 switches it off."""
+    optimizer: Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"] = "adamw_torch"
+    """transformers' name of the optimiser."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    group_by_length: bool = False
+    """Batches of rows of similar length: less padding, a less random order."""
+    log_every: Count = 10
+    """Steps between two lines of metrics.jsonl."""
+    evaluate_every: Count | None = None
+    """Steps between two evaluations of the validation loss; once an epoch where absent."""
+    save_every: Count | None = None
+    """Steps between two checkpoints; once an epoch where absent."""
+    keep_checkpoints: Count = 2
+    """Older checkpoints beyond this many are deleted."""
+    deepspeed: str | None = None
+    """A DeepSpeed JSON, for example ds_configs/zero2.json."""
+
+
+@dataclass(kw_only=True)
+class Recipe:
+    """One run."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
+
+    output: str
+    """Run folder: config, environment, metrics, checkpoints, adapter, model card and scores go there."""
+    model: ModelSpec
+    task: TaskSpec
+    data: RecipeData
+    adapter: dict[str, Any]
+    """`method`, one of `curvelora methods`, and that method's options."""
+    training: TrainingSpec = field(default_factory=TrainingSpec)
+    name: str | None = None
+    """Title of the run in reports; the run folder's name where absent."""
+    seed: int = 42
+    """Seeds initialisation, data order and dropout."""
+
+    @property
+    def method(self) -> Method:
+        """The registry entry of the adapter."""
+        return METHODS[self.adapter["method"]]
+
+    def adapter_options(self) -> dict[str, Any]:
+        """The adapter section without `method`."""
+        return {key: value for key, value in self.adapter.items() if key != "method"}
+
+    def peft_config(self, **more: Any) -> PeftConfig:
+        """The PEFT config of the adapter, with `more` options added."""
+        return self.method.build_config(**{**self.adapter_options(), **more})
+
+    def as_yaml(self) -> str:
+        """The resolved recipe: every default written out; reading it back gives the same recipe."""
+        return yaml.safe_dump(dataclasses.asdict(self), sort_keys=False, allow_unicode=True, width=120)
+
+
+class RecipeLoader(yaml.SafeLoader):
+    """YAML's safe loader, which also reads 1e-4 as a number; YAML 1.1 wants 1.0e-4 and makes a word of the other."""
+
+
+RecipeLoader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+RecipeLoader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
+
+
+class RecipeError(UserError):
+    """All errors of a recipe, a line each."""
+
+    def __init__(self, source: str, problems: list[str]) -> None:
+        self.problems = problems
+        count = "one error" if len(problems) == 1 else f"{len(problems)} errors"
+        super().__init__(f"{source} has {count}:\n" + "\n".join(f"  - {problem}" for problem in problems))
+
+
+def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Read a recipe, apply `section.key=value` overrides and check its form (names, types, the method's options).
+
+    Raises:
+        RecipeError: every error of form, in one message.
+        UserError: the file is missing or no YAML mapping, or an override has no `=`.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"the recipe {path} does not exist")
+    try:
+        raw = yaml.load(path.read_text(encoding="utf-8"), RecipeLoader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"the recipe {path} is no valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(raw, dict):
+        raise UserError(f"the recipe {path} must be a mapping with the keys {', '.join(_names(Recipe))}")
+    for override in overrides or []:
+        _apply_override(raw, override)
+    return parse_recipe(raw, str(path))
+
+
+def parse_recipe(raw: dict[str, Any], source: str) -> Recipe:
+    """Check the form of a recipe given as plain data; `source` names it in messages. Raises `RecipeError`."""
+    raw = dict(raw)
+    if isinstance(raw.get("data"), dict):
+        raw["data"] = {key: {"path": value} if isinstance(value, str) else value for key, value in raw["data"].items()}
+    problems: list[str] = []
+    if isinstance(raw.get("adapter"), dict):
+        raw["adapter"], problems = check_adapter(raw["adapter"])
+    try:
+        recipe = TypeAdapter(Recipe).validate_python(raw)
+    except ValidationError as error:
+        problems = [_describe(item) for item in error.errors()] + problems
+    if problems:
+        raise RecipeError(source, problems)
+    return recipe
+
+
+def check_adapter(section: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The adapter section with its values converted to the method's types, and what is wrong with it."""
+    name = section.get("method")
+    if name not in METHODS:
+        said = "is missing" if name is None else f"has an unknown name {name!r}{nearest(name, METHODS)}"
+        return section, [f"adapter.method {said} (known: {', '.join(METHODS)})"]
+    types = METHODS[name].option_types()
+    problems, options = [], {}
+    for key, value in section.items():
+        if key == "method":
+            continue
+        if key not in types:
+            problems.append(f"adapter.{key}: method {name!r} has no such option{nearest(key, types)} (`curvelora methods {name}`)")
+            continue
+        try:
+            options[key] = TypeAdapter(types[key]).validate_python(value)
+        except ValidationError as error:
+            problems.append(f"adapter.{key}: {_lower(error.errors()[0]['msg'])}, found {value!r}")
+    try:
+        METHODS[name].build_config(**options)
+    except UserError as error:
+        problems.append(f"adapter: {error}")
+    return {"method": name, **options}, problems
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, separator, value = override.partition("=")
+    if not separator or not key:
+        raise UserError(f"an override is written key=value, for example training.learning_rate=1e-4, not {override!r}")
+    node = raw
+    *parents, last = key.split(".")
+    for parent in parents:
+        child = node.get(parent)
+        if isinstance(child, str) and node is raw.get("data"):
+            child = {"path": child}  # data.train.limit=10 on top of a bare path
+        if child is not None and not isinstance(child, dict):
+            raise UserError(f"override {override!r}: {parent!r} is a single value ({child!r}) and has no key {last!r}")
+        node[parent] = node = child or {}
+    try:
+        node[last] = yaml.load(value, RecipeLoader)
+    except yaml.YAMLError as error:
+        raise UserError(f"override {override!r}: the value is no valid YAML ({' '.join(str(error).split())})") from error
+
+
+def _names(cls: type) -> list[str]:
+    return [f.name for f in dataclasses.fields(cls)]
+
+
+def _describe(item: dict[str, Any]) -> str:
+    """One pydantic error as a sentence with the full key."""
+    # A union (DataSpec | None) adds the branch's type name to the location; a recipe has no key with a capital letter.
+    location = [part for part in item["loc"] if not str(part)[:1].isupper()]
+    key = ".".join(map(str, location))
+    kind, found = item["type"], item.get("input")
+    if kind in ("unexpected_keyword_argument", "extra_forbidden"):
+        siblings = _section_keys(location[:-1])
+        return f"{key}: unknown key{nearest(location[-1], siblings)} (known here: {', '.join(siblings)})"
+    if kind in ("missing", "missing_argument", "missing_keyword_only_argument"):
+        return f"{key} is missing"
+    return f"{key}: {_lower(item['msg'])}, found {found!r}"
+
+
+def _lower(message: str) -> str:
+    return message[0].lower() + message[1:]
+
+
+def _section_keys(location: list[Any]) -> list[str]:
+    sections = {"model": ModelSpec, "task": TaskSpec, "data": RecipeData, "training": TrainingSpec}
+    if not location:
+        return _names(Recipe)
+    return _names(DataSpec if location[0] == "data" and len(location) > 1 else sections.get(location[0], Recipe))

@@ -1,0 +1,66 @@
+"""Fine-tune a model with an adapter, as a recipe says.
+
+    curvelora train --config recipe.yaml [section.key=value ...]
+    accelerate launch -m curvelora_training.finetune --config recipe.yaml
+    deepspeed --module curvelora_training.finetune --config recipe.yaml
+    torchrun --nproc-per-node 2 -m curvelora_training.finetune --config recipe.yaml
+
+Everything that can be checked without weights is checked first, and all errors are reported at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+from pathlib import Path
+from typing import Any
+
+from curvelora.cli import run_guarded, run_module
+
+HELP = "fine-tune a model from a recipe"
+INTERRUPTED = 130
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Define the arguments of `curvelora train` and of the module."""
+    parser.add_argument("--config", required=True, type=Path, metavar="RECIPE", help="the recipe (YAML)")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace the recipe's")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print the resolved recipe and what would train")
+    parser.add_argument("--resume", action="store_true", help="continue from the run folder's newest whole checkpoint")
+    parser.add_argument("--overwrite", action="store_true", help="replace what the run folder holds")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # deepspeed's launcher adds it
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check the recipe, then train (or, with --dry-run, say what would train)."""
+    from curvelora_training.config import load_recipe
+    from curvelora_training.distributed import leave
+    from curvelora_training.prepare import prepare, trainable_table
+    from curvelora_training.run import train
+
+    prepared = prepare(load_recipe(args.config, args.overrides), str(args.config))
+    if args.dry_run:
+        print(prepared.recipe.as_yaml())
+        print(trainable_table(prepared))
+        return 0
+    try:
+        train(prepared, resume=args.resume, overwrite=args.overwrite)
+    except KeyboardInterrupt:
+        print(f"interrupted; continue with --resume (checkpoints are in {prepared.recipe.output}/checkpoints)", file=sys.stderr)
+        return INTERRUPTED
+    finally:
+        with contextlib.suppress(Exception):
+            leave()
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of `python -m curvelora_training.finetune` and of the launchers."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    module: Any = sys.modules[__name__]
+    return run_guarded(lambda: run_module(module, "curvelora_training.finetune", argv), debug="--debug" in argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,51 @@
+"""The model card beside an adapter: what it is, how it was trained, how to load it, and what to know."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from curvelora_eval.eval_command import describe_interval
+
+from curvelora_training.config import Recipe
+
+
+def model_card(recipe: Recipe, result: dict[str, Any], evaluation: dict[str, Any] | None) -> str:
+    """Markdown with the metadata block that the hub reads."""
+    method, settings = recipe.method, recipe.adapter_options()
+    lines = [
+        "---",
+        f"base_model: {recipe.model.path}",
+        "library_name: peft",
+        f"tags: [{method.name}, curvelora]",
+        "---",
+        "",
+        f"# {result['name']}",
+        "",
+        f"{method.title} ({method.paper}), trained on `{recipe.data.train.path}` for {recipe.task.kind}.",
+        "",
+        f"    {method.formula}",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| base | {recipe.model.path}, {recipe.model.dtype}, quantisation {recipe.model.quantization} |",
+        *(f"| {key} | {_plain(value)} |" for key, value in settings.items()),
+        f"| trainable parameters | {result['trainable_parameters']:,} |",
+        f"| steps, seed | {result['steps']}, {recipe.seed} |",
+    ]
+    if evaluation is not None:
+        rows = evaluation["counts"]["rows"]
+        lines += [f"| {name} | {describe_interval(value)} on {rows} rows |" for name, value in evaluation["metrics"].items()]
+    if result["resolvability"] is not None:
+        share = result["resolvability"]
+        lines.append(
+            f"| resolvability | forward {share['forward']:.2%} in {share['dtype']}, "
+            f"derivative {share['derivative']:.2%} in {share['derivative_dtype']}, std(BA) {share['std_u']:.2e} |"
+        )
+    lines += ["", "## Load it", "", "```python", "import curvelora", "from curvelora.loading import load_adapter", ""]
+    lines += ["model = load_adapter(base_model, this_folder)", "```", "", "## Caveats", ""]
+    lines += [f"- {caveat}" for caveat in method.caveats] or ["- none known"]
+    return "\n".join(lines) + "\n"
+
+
+def _plain(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple | set) else str(value)

@@ -1,0 +1,220 @@
+"""Everything that can go wrong before a weight is loaded, found in one pass: files, columns, labels, targets, ranks, folders."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from curvelora.errors import UserError, nearest
+from curvelora_eval.data import load_rows
+from curvelora_eval.evaluator import known_metrics
+from curvelora_eval.models import head_modules, shape_model
+from curvelora_eval.tasks import LabelledTask, Task, make_task
+from datasets import Dataset
+from peft import PeftConfig, PeftModel, TaskType, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from curvelora_training.config import Recipe, RecipeError
+
+T = TypeVar("T")
+PEFT_TASK = {
+    "causal_lm": TaskType.CAUSAL_LM,
+    "seq2seq": TaskType.SEQ_2_SEQ_LM,
+    "sequence_classification": TaskType.SEQ_CLS,
+    "regression": TaskType.SEQ_CLS,
+    "image_classification": None,
+}
+
+
+@dataclass
+class Prepared:
+    """A checked recipe with its rows, and the model's shapes with the adapter on them (meta device, no weights)."""
+
+    recipe: Recipe
+    task: Task
+    rows: dict[str, Dataset]
+    peft_config: PeftConfig
+    shapes: PeftModel
+
+
+class _Collector:
+    """Run checks that are independent of each other and keep what each of them says."""
+
+    def __init__(self) -> None:
+        self.problems: list[str] = []
+
+    def __call__(self, check: Callable[..., T], *args: Any) -> T | None:
+        try:
+            return check(*args)
+        except UserError as error:
+            self.problems.append(str(error))
+            return None
+
+
+def prepare(recipe: Recipe, source: str = "the recipe") -> Prepared:
+    """Check the recipe against its files, rows and the model's shapes.
+
+    Raises:
+        RecipeError: every problem that was found, in one message.
+    """
+    collect = _Collector()
+    task = make_task(recipe.task)
+    collect(_check_combinations, recipe, task)
+    collect(_check_output, Path(recipe.output))
+    collect(_check_deepspeed, recipe.training.deepspeed)
+    rows = {}
+    for name in ("train", "validation", "test"):
+        spec = getattr(recipe.data, name)
+        if spec is not None:
+            rows[name] = collect(load_rows, spec)
+    if isinstance(task, LabelledTask) and rows["train"] is not None:
+        collect(task.learn_labels, rows["train"])
+    if not isinstance(task, LabelledTask) or recipe.task.labels is not None:
+        for name, found in rows.items():
+            if found is not None:
+                collect(task.check, found, f"data.{name}")
+    peft_config = shapes = None
+    can_shape = not isinstance(task, LabelledTask) or recipe.task.labels is not None
+    base = collect(shape_model, recipe.model, task) if can_shape else None
+    if base is not None:
+        peft_config = collect(adapter_config, recipe, task, base)
+        if peft_config is not None:
+            shapes = collect(attach, base, peft_config)
+    if collect.problems:
+        raise RecipeError(source, collect.problems)
+    return Prepared(recipe, task, rows, peft_config, shapes)
+
+
+def adapter_config(recipe: Recipe, task: Task, model: PreTrainedModel) -> PeftConfig:
+    """The PEFT config of the run: the method's options, plus the head where the task adds one.
+
+    Raises:
+        UserError: a value that the method refuses, or no default targets for this architecture.
+    """
+    options = recipe.adapter_options()
+    heads = head_modules(model) if task.new_head else []
+    if heads:
+        options["modules_to_save"] = list(dict.fromkeys([*(options.get("modules_to_save") or []), *heads]))
+    config = recipe.method.build_config(**options)
+    config.task_type = PEFT_TASK[recipe.task.kind]
+    known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    if config.target_modules is None and model.config.model_type not in known:
+        raise UserError(
+            f"adapter.target_modules: there is no default for the architecture {model.config.model_type!r}; "
+            f"name some of its linear modules: {', '.join(linear_module_names(model))}"
+        )
+    return config
+
+
+def attach(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
+    """Put the adapter on `model`.
+
+    Raises:
+        UserError: the targets match nothing (the message lists what exists), or the rank is above what a layer allows.
+    """
+    names = linear_module_names(model)
+    modules = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    try:
+        wrapped = get_peft_model(model, config)
+    except UserError:
+        raise
+    except ValueError as error:
+        wanted = config.target_modules
+        wanted = [wanted] if isinstance(wanted, str) else sorted(wanted or [])
+        if "not found" in str(error):
+            hint = nearest(wanted[0], modules) if wanted else ""
+            raise UserError(
+                f"adapter.target_modules {', '.join(wanted)} match no module of this model{hint} (its linear modules: {', '.join(names)})"
+            ) from error
+        raise UserError(f"the adapter does not fit this model: {' '.join(str(error).split())}") from error
+    rank = getattr(config, "r", None)
+    for name, layer in wrapped.named_modules():
+        if isinstance(layer, BaseTunerLayer) and rank is not None and hasattr(layer, "in_features"):
+            limit = min(layer.in_features, layer.out_features)
+            if rank > limit:
+                raise UserError(
+                    f"adapter.r: rank {rank} is above min(d_in, d_out)={limit} of {name.removeprefix('base_model.model.')} "
+                    f"({layer.out_features} x {layer.in_features}): write r <= {limit} or leave this module out"
+                )
+    return wrapped
+
+
+def linear_module_names(model: nn.Module) -> list[str]:
+    """The last name parts of the model's linear modules, in order of appearance."""
+    found = (name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D))
+    return list(dict.fromkeys(found))
+
+
+def trainable_table(prepared: Prepared) -> str:
+    """What would train: a line each kind of module, and the total beside the whole model's."""
+    counts: dict[str, tuple[int, int]] = {}
+    total = trainable = 0
+    for name, parameter in prepared.shapes.named_parameters():
+        total += parameter.numel()
+        if parameter.requires_grad:
+            trainable += parameter.numel()
+            tensors, entries = counts.get(key := _group(name), (0, 0))
+            counts[key] = (tensors + 1, entries + parameter.numel())
+    width = max(map(len, [*counts, "module"]))
+    lines = [f"{'module':<{width}}  {'tensors':>8}  {'parameters':>14}"]
+    lines += [f"{name:<{width}}  {tensors:>8}  {entries:>14,}" for name, (tensors, entries) in counts.items()]
+    lines.append(f"trains {trainable:,} of {total:,} parameters ({100 * trainable / total:.3f} %)")
+    return "\n".join(lines)
+
+
+def _group(name: str) -> str:
+    """`base_model.model.bert.encoder.layer.3.attention.self.query.loran_A.default` -> `query.loran_A`."""
+    parts = [p for p in name.split(".") if p not in ("default", "weight", "bias", "modules_to_save")]
+    return ".".join(parts[-2:]) if parts[-1].rpartition("_")[0] else parts[-1]
+
+
+def _check_combinations(recipe: Recipe, task: Task) -> None:
+    problems = []
+    method, model = recipe.method, recipe.model
+    if method.required_quantization and model.quantization != method.required_quantization:
+        problems.append(
+            f"adapter.method {method.name} means an adapter on a base in {method.required_quantization}: "
+            f"set model.quantization={method.required_quantization}, or take adapter.method=lora"
+        )
+    if method.name == "linear_probing" and not task.new_head:
+        problems.append(f"adapter.method linear_probing trains a new head, and task {recipe.task.kind} has none: take another method")
+    for name in recipe.task.metrics or []:
+        if name not in known_metrics():
+            problems.append(f"task.metrics: unknown metric {name!r}{nearest(name, known_metrics())} (known: {', '.join(known_metrics())})")
+    for name in ("max_length", "max_target_length", "max_new_tokens"):
+        if getattr(recipe.task, name) < 1:
+            problems.append(f"task.{name} must be at least 1, not {getattr(recipe.task, name)}")
+    if recipe.training.group_by_length and recipe.task.kind == "image_classification":
+        problems.append("training.group_by_length has no meaning for images, which are all of one size: leave it out")
+    if problems:
+        raise UserError("; ".join(problems))
+
+
+def _check_output(folder: Path) -> None:
+    """The nearest existing parent must be a folder that can be written; nothing is created yet."""
+    from curvelora_eval.files import make_folder
+
+    existing = next(p for p in (folder, *folder.parents) if p.exists())
+    if not existing.is_dir():
+        raise UserError(f"output: {folder} cannot be a run folder because {existing} is a file: name another folder")
+    make_folder(existing)
+
+
+def _check_deepspeed(path: str | None) -> None:
+    if path is None:
+        return
+    try:
+        settings = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"training.deepspeed: {path} cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise UserError(f"training.deepspeed: {path} is no valid JSON ({error})") from error
+    if "zero_optimization" not in settings:
+        raise UserError(f"training.deepspeed: {path} has no zero_optimization section, so it would shard nothing")

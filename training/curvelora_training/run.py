@@ -1,0 +1,211 @@
+"""One run, from a checked recipe to a run folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from curvelora_eval.data import fingerprint
+from curvelora_eval.environment import describe_environment
+from curvelora_eval.eval_command import prediction_lines
+from curvelora_eval.evaluator import evaluate_rows
+from curvelora_eval.models import load_base, load_processor
+from curvelora_eval.spec import write_task
+from peft import PeftModel
+from transformers import TrainingArguments, set_seed
+
+from curvelora_training.config import Recipe
+from curvelora_training.distributed import check_engine, engine_in_use, rank, trainer_arguments, world_size
+from curvelora_training.model_card import model_card
+from curvelora_training.prepare import Prepared, attach
+from curvelora_training.run_folder import RunFolder
+from curvelora_training.trainer import AdapterTrainer, RunLog, StepTimer, peak_memory
+
+
+def train(prepared: Prepared, resume: bool = False, overwrite: bool = False) -> RunFolder:
+    """Train the adapter and write the run folder.
+
+    Args:
+        resume: continue from the newest whole checkpoint; from the start where there is none.
+        overwrite: replace a run that the folder holds.
+
+    Raises:
+        UserError: the folder holds a run already or cannot be written, or another engine ran than was asked for.
+    """
+    recipe, task = prepared.recipe, prepared.task
+    folder = RunFolder(recipe.output)
+    engine = trainer_arguments(recipe.training.deepspeed)  # first: it brings the process group up
+    arguments = TrainingArguments(**training_arguments(recipe, folder, bool(prepared.rows.get("validation"))), **engine)
+    with arguments.main_process_first(desc="opening the run folder"):
+        if rank() == 0:
+            folder.open(resume, overwrite)
+    checkpoint = folder.newest_checkpoint() if resume else None
+    if rank() == 0:
+        _announce(prepared, checkpoint, resume)
+        folder.write_text("config.yaml", recipe.as_yaml())
+        folder.write_json("environment.json", describe_environment())
+        folder.forget_after(int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0)
+
+    set_seed(recipe.seed)
+    processor = load_processor(recipe.model, task)
+    model = adapted_model(prepared, arguments.device)
+    rows = {name: task.encode(found, processor) for name, found in prepared.rows.items() if name != "test"}
+    timer, log = StepTimer(), RunLog(folder, getattr(torch, recipe.model.dtype))
+    trainer = AdapterTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=rows["train"],
+        eval_dataset=rows.get("validation"),
+        data_collator=task.collator(processor),
+        callbacks=[timer, log],
+        head=head_settings(recipe),
+    )
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    in_use = engine_in_use(trainer)
+    check_engine(in_use, recipe.training.deepspeed)
+
+    result = summary(prepared, trainer, timer, log) | {"engine": in_use}
+    save_adapter(trainer, prepared, folder)
+    # ZeRO-3 would need every rank for a forward pass: score such a run with `curvelora eval`.
+    evaluation = score_unseen(prepared, model, processor, folder) if rank() == 0 and in_use["zero_stage"] != 3 else None
+    if rank() == 0:
+        folder.write_text("adapter/README.md", model_card(recipe, result, evaluation))
+        folder.write_json("result.json", result)
+        print(f"written: {folder.path}")
+    return folder
+
+
+def training_arguments(recipe: Recipe, folder: RunFolder, has_validation: bool) -> dict[str, Any]:
+    """The recipe's training section in transformers' terms."""
+    spec = recipe.training
+    fields = {f.name for f in dataclasses.fields(TrainingArguments)}
+    # renamed in transformers 5.23
+    checkpointing = "activation_checkpointing" if "activation_checkpointing" in fields else "gradient_checkpointing"
+    return {
+        "output_dir": str(folder.checkpoints),
+        "seed": recipe.seed,
+        "data_seed": recipe.seed,
+        "learning_rate": spec.learning_rate,
+        "weight_decay": spec.weight_decay,
+        "num_train_epochs": spec.epochs,
+        "max_steps": spec.max_steps or -1,
+        "per_device_train_batch_size": spec.batch_size,
+        "per_device_eval_batch_size": spec.eval_batch_size,
+        "gradient_accumulation_steps": spec.accumulation,
+        "lr_scheduler_type": spec.schedule,
+        "warmup_steps": spec.warmup,
+        "max_grad_norm": spec.max_grad_norm,
+        "optim": spec.optimizer,
+        checkpointing: spec.gradient_checkpointing,
+        f"{checkpointing}_kwargs": {"use_reentrant": False} if spec.gradient_checkpointing else None,
+        "train_sampling_strategy": "group_by_length" if spec.group_by_length else "random",
+        "bf16": recipe.model.dtype == "bfloat16",
+        "fp16": recipe.model.dtype == "float16",
+        "logging_strategy": "steps",
+        "logging_steps": spec.log_every,
+        "logging_first_step": True,
+        "logging_nan_inf_filter": False,
+        "eval_strategy": ("steps" if spec.evaluate_every else "epoch") if has_validation else "no",
+        "eval_steps": spec.evaluate_every,
+        "save_strategy": "steps" if spec.save_every else "epoch",
+        "save_steps": spec.save_every or 500,
+        "save_total_limit": spec.keep_checkpoints,
+        "remove_unused_columns": False,
+        "label_names": ["labels"],
+        "report_to": [],
+        "disable_tqdm": not (rank() == 0),
+    }
+
+
+def head_settings(recipe: Recipe) -> dict[str, float]:
+    """Learning rate and weight decay of the head: its own, or the adapter's."""
+    spec = recipe.training
+    return {
+        "lr": spec.learning_rate if spec.head_learning_rate is None else spec.head_learning_rate,
+        "weight_decay": spec.weight_decay if spec.head_weight_decay is None else spec.head_weight_decay,
+    }
+
+
+def adapted_model(prepared: Prepared, device: torch.device) -> PeftModel:
+    """The base with the adapter on it; what trains is fp32, whatever the base is stored in."""
+    base = load_base(prepared.recipe.model, prepared.task, device)
+    base.config.use_cache = False  # no generation while training; warnings otherwise
+    model = attach(base, prepared.peft_config)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            # A head that was created in bf16 would lose its small updates to rounding.
+            parameter.data = parameter.data.float()
+    return model
+
+
+def summary(prepared: Prepared, trainer: AdapterTrainer, timer: StepTimer, log: RunLog) -> dict[str, Any]:
+    """result.json: how the run went."""
+    recipe, state = prepared.recipe, trainer.state
+    losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+    trainable = {n: p.numel() for n, p in prepared.shapes.named_parameters() if p.requires_grad}
+    examples = recipe.training.batch_size * recipe.training.accumulation * world_size() * len(timer.seconds)
+    return {
+        "schema": 1,
+        "kind": "training",
+        "status": "completed",
+        "name": recipe.name or Path(recipe.output).name,
+        "method": recipe.method.name,
+        "settings": recipe.adapter_options(),
+        "task": recipe.task.kind,
+        "trainable_parameters": sum(trainable.values()),
+        "adapter_parameters": sum(count for name, count in trainable.items() if ".modules_to_save." not in name),
+        "total_parameters": sum(p.numel() for p in prepared.shapes.parameters()),
+        "steps": state.global_step,
+        "examples": examples,
+        "train_seconds": sum(timer.seconds),
+        "step_seconds": timer.summary(),
+        "examples_per_second": examples / sum(timer.seconds) if timer.seconds else None,
+        **peak_memory(),
+        "first_loss": losses[0] if losses else None,
+        "last_loss": losses[-1] if losses else None,
+        "resolvability": log.measure(trainer.accelerator.unwrap_model(trainer.model)),
+        "seed": recipe.seed,
+        "compute_dtype": recipe.model.dtype,
+        "quantization": recipe.model.quantization,
+        "error": None,
+    }
+
+
+def save_adapter(trainer: AdapterTrainer, prepared: Prepared, folder: RunFolder) -> None:
+    """Write adapter/ under a temporary name and rename it: there is a whole adapter or none."""
+    temporary = folder.path / ".adapter.tmp"
+    trainer.save_model(str(temporary))
+    if rank() == 0:
+        (temporary / "training_args.bin").unlink(missing_ok=True)  # a pickle, and nothing that config.yaml does not say
+        write_task(temporary, prepared.recipe.model, prepared.recipe.task)
+        shutil.rmtree(folder.adapter, ignore_errors=True)
+        os.replace(temporary, folder.adapter)
+
+
+def score_unseen(prepared: Prepared, model: PeftModel, processor: Any, folder: RunFolder) -> dict[str, Any] | None:
+    """Score the test rows once, on this process, and write evaluation.json and predictions.jsonl; None without test rows."""
+    rows, spec = prepared.rows.get("test"), prepared.recipe.data.test
+    if rows is None:
+        return None
+    result, predicted = evaluate_rows(model, prepared.task, rows, processor, prepared.recipe.training.eval_batch_size)
+    result |= {
+        "model": dataclasses.asdict(prepared.recipe.model),
+        "adapter": {"path": str(folder.adapter), "sha256": fingerprint(folder.adapter)},
+        "dataset": {"path": spec.path, "split": spec.split, "sha256": fingerprint(spec.path), "rows": len(rows)},
+        **describe_environment(),
+    }
+    folder.write_text("predictions.jsonl", prediction_lines(predicted.predictions, predicted.references))
+    folder.write_json("evaluation.json", result)
+    return result
+
+
+def _announce(prepared: Prepared, checkpoint: Path | None, resume: bool) -> None:
+    recipe = prepared.recipe
+    rows = ", ".join(f"{len(found)} {name}" for name, found in prepared.rows.items())
+    print(f"{recipe.name or recipe.output}: {recipe.method.title}; {rows} rows")
+    if resume:
+        print(f"resuming from {checkpoint}" if checkpoint else "no whole checkpoint to resume from: starting from the beginning", flush=True)

@@ -1,0 +1,98 @@
+"""The run folder: what a run leaves behind, under fixed names.
+
+    config.yaml        the resolved recipe          environment.json   versions, hardware, commit
+    metrics.jsonl      a line each log              result.json        how the run went (training)
+    checkpoints/       for --resume                 evaluation.json    scores on unseen rows
+    adapter/           adapter, model card, task    predictions.jsonl  what was predicted on them
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+from curvelora.errors import UserError
+from curvelora.loading import WEIGHTS_FILE, stored_shapes
+from curvelora_eval.files import make_folder, write_json, write_text
+
+CONTENTS = "config.yaml environment.json metrics.jsonl result.json evaluation.json predictions.jsonl checkpoints adapter".split()
+
+
+class RunFolder:
+    """Paths and writers of one run."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.metrics = self.path / "metrics.jsonl"
+        self.adapter = self.path / "adapter"
+        self.checkpoints = self.path / "checkpoints"
+
+    def open(self, resume: bool, overwrite: bool) -> None:
+        """Create the folder, or take over an existing one.
+
+        Raises:
+            UserError: it holds a run already and neither resume nor overwrite was asked for, or it cannot be written.
+        """
+        held = [name for name in CONTENTS if (self.path / name).exists()]
+        if held and not (resume or overwrite):
+            raise UserError(
+                f"{self.path} holds a run already ({', '.join(held)}): add --resume to continue it, --overwrite to replace it, "
+                "or name another output"
+            )
+        make_folder(self.path)
+        if overwrite and not resume:
+            for name in held:
+                target = self.path / name
+                shutil.rmtree(target) if target.is_dir() else target.unlink()
+
+    def newest_checkpoint(self) -> Path | None:
+        """The newest checkpoint that is whole, or None."""
+        found = [p for p in self.checkpoints.glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit()]
+        for checkpoint in sorted(found, key=lambda p: int(p.name.rpartition("-")[2]), reverse=True):
+            if is_whole(checkpoint):
+                return checkpoint
+            print(f"{checkpoint} is not whole and is passed over", flush=True)
+        return None
+
+    def forget_after(self, step: int) -> None:
+        """Drop the metrics after `step`, which a resumed run will write again."""
+        if not self.metrics.is_file():
+            return
+        kept = []
+        for line in self.metrics.read_text(encoding="utf-8").splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except (ValueError, KeyError):
+                continue  # the line that was being written when the run was stopped
+        write_text(self.metrics, "".join(line + "\n" for line in kept))
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Append one line to metrics.jsonl; values that JSON cannot hold (NaN, infinity) become null."""
+        plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        with self.metrics.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(plain, allow_nan=False) + "\n")
+
+    def write_json(self, name: str, record: dict[str, Any]) -> None:
+        """Write one of the JSON files, whole or not at all."""
+        write_json(self.path / name, record)
+
+    def write_text(self, name: str, text: str) -> None:
+        """Write one of the text files, whole or not at all."""
+        write_text(self.path / name, text)
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether training can resume from this folder: readable weights, optimiser, scheduler and trainer state.
+
+    The trainer state is written last, so its presence says that the rest was written as well.
+    """
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        stored_shapes(checkpoint)
+    except (OSError, ValueError):
+        return False
+    return (checkpoint / WEIGHTS_FILE).stat().st_size > 0

@@ -1,0 +1,118 @@
+"""transformers' Trainer with what adapters need: parameter groups, and records of loss, time, memory and resolvability."""
+
+from __future__ import annotations
+
+import resource
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from curvelora.resolvability import model_resolvability, summarise
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from curvelora_training.run_folder import RunFolder
+
+WARM_UP_STEPS = 3  # left out of the step time: first calls allocate, compile and fill caches
+
+
+class AdapterTrainer(Trainer):
+    """Trainer with a learning rate and weight decay of their own for the head.
+
+    Args:
+        head: {"lr": ..., "weight_decay": ...} for parameters under `modules_to_save`.
+        **kwargs: as for `transformers.Trainer`.
+    """
+
+    def __init__(self, *args: Any, head: dict[str, float], **kwargs: Any) -> None:
+        self.head = head
+        super().__init__(*args, **kwargs)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW (or what the recipe says) over adapter and head, with and without weight decay."""
+        if self.optimizer is None:
+            groups = parameter_groups(model or self.model, self.args, self.head, self.get_decay_parameter_names)
+            cls, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.optimizer = cls(groups, **options)
+        return self.optimizer
+
+
+def parameter_groups(model: nn.Module, args: TrainingArguments, head: dict[str, float], decaying: Any) -> list[dict[str, Any]]:
+    """The optimiser's groups: adapter and head, each split into parameters that decay and those that do not (biases, norms)."""
+    decay_names = set(decaying(model))
+    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            part = "head" if ".modules_to_save." in name else "adapter"
+            groups.setdefault((part, name in decay_names), []).append(parameter)
+    settings = {"adapter": {"lr": args.learning_rate, "weight_decay": args.weight_decay}, "head": head}
+    return [
+        {"params": parameters, "lr": settings[part]["lr"], "weight_decay": settings[part]["weight_decay"] if decays else 0.0}
+        for (part, decays), parameters in groups.items()
+    ]
+
+
+class StepTimer(TrainerCallback):
+    """Wall time of every optimiser step, from the first forward to the update, with the device synchronised."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._started = 0.0
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self._started = time.perf_counter()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds.append(time.perf_counter() - self._started)
+
+    def summary(self) -> dict[str, float] | None:
+        """Median and 10th and 90th percentile in seconds, without the first steps; None where no step was made."""
+        measured = self.seconds[WARM_UP_STEPS:] or self.seconds
+        if not measured:
+            return None
+        low, median, high = np.percentile(measured, [10, 50, 90])
+        return {"median": float(median), "p10": float(low), "p90": float(high), "steps": len(measured)}
+
+
+class RunLog(TrainerCallback):
+    """Writes metrics.jsonl: the trainer's logs with the time, and the resolvability of weight-space adapters.
+
+    Args:
+        folder: the run folder.
+        dtype: dtype of the model's matrix products.
+    """
+
+    def __init__(self, folder: RunFolder, dtype: torch.dtype) -> None:
+        self.folder = folder
+        self.dtype = dtype
+        self.resolvability: dict[str, Any] | None = None
+        self._started = time.perf_counter()
+
+    def measure(self, model: nn.Module) -> dict[str, Any] | None:
+        """Resolvability over all weight-space layers, or None where there is none."""
+        measured = model_resolvability(model, self.dtype)
+        return summarise(measured) if measured else None
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], model: nn.Module, **_: Any
+    ) -> None:
+        if not state.is_world_process_zero or "train_runtime" in logs:  # the last call sums the run up; result.json does that
+            return
+        record = {"step": state.global_step, "seconds": round(time.perf_counter() - self._started, 3), **logs}
+        if "loss" in logs:
+            self.resolvability = self.measure(model)
+            for name in ("forward", "derivative", "std_u"):
+                if self.resolvability is not None:
+                    record[f"resolvability_{name}"] = self.resolvability[name]
+        self.folder.log(record)
+
+
+def peak_memory() -> dict[str, Any]:
+    """The process's highest memory use so far, in bytes, and of what kind it is."""
+    if torch.cuda.is_available():
+        return {"peak_memory_bytes": torch.cuda.max_memory_allocated(), "peak_memory_kind": "device allocated"}
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"peak_memory_bytes": kilobytes * 1024, "peak_memory_kind": "host resident set"}
