@@ -5,13 +5,15 @@ from __future__ import annotations
 import logging
 
 # On CPUs with bf16 instructions bitsandbytes looks for an optional package at import and warns at every start without it.
-logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gemm_4bit_forward" not in record.getMessage())
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
+    lambda record: "gemm_4bit_forward" not in record.getMessage()
+)
 
 from curvelora.activations import Activation
 from curvelora.errors import UserError
 from curvelora.methods.loran import LoranConfig, LoranModel
 from curvelora.registry import METHODS, get_method
-from curvelora.resolvability import Resolvability, model_resolvability, resolvability
+from curvelora.resolvability import Resolvability, measure_resolvability, model_resolvability
 
 __version__ = "0.1.0"
 __all__ = [
@@ -22,6 +24,6 @@ __all__ = [
     "Resolvability",
     "UserError",
     "get_method",
+    "measure_resolvability",
     "model_resolvability",
-    "resolvability",
 ]

@@ -52,7 +52,9 @@ def _dispatch(name: str, rest: list[str], commands: dict[str, EntryPoint]) -> in
     if name not in commands:
         if name in HOME:
             package = HOME[name][0]
-            raise UserError(f"`curvelora {name}` is part of the package {package}: install it with `pip install {package}`")
+            raise UserError(
+                f"`curvelora {name}` is part of the package {package}: install it with `pip install {package}`"
+            )
         raise UserError(f"unknown command {name!r}{nearest(name, HOME | commands)} (see `curvelora --help`)")
     return run_module(commands[name].load(), f"curvelora {name}", rest)
 
@@ -60,7 +62,9 @@ def _dispatch(name: str, rest: list[str], commands: dict[str, EntryPoint]) -> in
 def run_module(command: ModuleType, program: str, argv: list[str]) -> int:
     """Parse `argv` for one command module and run it."""
     quiet_libraries()
-    parser = argparse.ArgumentParser(prog=program, description=command.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog=program, description=command.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     command.add_arguments(parser)
     return command.run(parser.parse_args(argv))

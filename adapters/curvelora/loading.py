@@ -41,7 +41,9 @@ def read_adapter_config(folder: str | Path) -> PeftConfig:
         raise
     except (KeyError, TypeError, ValueError) as error:
         hint = nearest(str(peft_type).lower(), METHODS)
-        raise UserError(f"{path} names the method {peft_type!r}, which cannot be loaded here{hint} ({error})") from error
+        raise UserError(
+            f"{path} names the method {peft_type!r}, which cannot be loaded here{hint} ({error})"
+        ) from error
 
 
 def stored_shapes(folder: str | Path) -> dict[str, tuple[int, ...]]:
@@ -54,16 +56,22 @@ def stored_shapes(folder: str | Path) -> dict[str, tuple[int, ...]]:
     if not path.is_file():
         pickled = sorted(p.name for p in Path(folder).glob("adapter_model.*") if p.suffix in (".bin", ".pt", ".pth"))
         if pickled:
-            raise UserError(f"{folder} holds pickled weights ({pickled[0]}), which can run code when loaded: save it as safetensors")
+            raise UserError(
+                f"{folder} holds pickled weights ({pickled[0]}), which can run code when loaded: save it as safetensors"
+            )
         raise UserError(f"{folder} holds no adapter weights: there is no {WEIGHTS_FILE} in it")
     try:
         with safe_open(str(path), framework="pt") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 (no mapping)
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path} is truncated, damaged or no safetensors file ({error}): copy or save it again") from error
+        raise UserError(
+            f"{path} is truncated, damaged or no safetensors file ({error}): copy or save it again"
+        ) from error
 
 
-def load_adapter(model: nn.Module, folder: str | Path, adapter_name: str = "default", trainable: bool = False) -> PeftModel:
+def load_adapter(
+    model: nn.Module, folder: str | Path, adapter_name: str = "default", trainable: bool = False
+) -> PeftModel:
     """Put the adapter in `folder` on `model`.
 
     Args:
@@ -81,7 +89,10 @@ def load_adapter(model: nn.Module, folder: str | Path, adapter_name: str = "defa
         wrapped = PeftModel(model, config, adapter_name)
     except ValueError as error:
         raise UserError(f"the adapter in {folder} does not fit this model: {error}") from error
-    needed = {name: tuple(value.shape) for name, value in get_peft_model_state_dict(wrapped, adapter_name=adapter_name).items()}
+    needed = {
+        name: tuple(value.shape)
+        for name, value in get_peft_model_state_dict(wrapped, adapter_name=adapter_name).items()
+    }
     _compare(folder, stored, needed)
     from safetensors.torch import load_file
 

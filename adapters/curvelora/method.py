@@ -17,11 +17,11 @@ from curvelora.errors import UserError, nearest
 
 # Fields of a PEFT config that say how it is stored, not how the method behaves.
 BOOKKEEPING = frozenset(
-    "task_type peft_type auto_mapping peft_version base_model_name_or_path revision inference_mode".split()
+    ["task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"]
 )
 
 
-class Merge(str, enum.Enum):
+class Merge(enum.StrEnum):
     """Whether the update can be added to the base weight: `exact`, `approximate`, `impossible` or `when_annealed`."""
 
     EXACT = "exact"

@@ -37,7 +37,9 @@ def table(methods: list[dict[str, Any]]) -> str:
     titles = ("method", "family", "merge", "identity at init", "from", "paper")
     rows = [titles, *(tuple(_cell(method[c]) for c in columns) for method in methods)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(columns))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
 
 
 def explanation(method: dict[str, Any]) -> str:

@@ -43,7 +43,7 @@ class Resolvability:
 
 
 @torch.no_grad()
-def resolvability(
+def measure_resolvability(
     A: Tensor,
     B: Tensor,
     delta_map: DeltaMap,
@@ -114,7 +114,7 @@ def model_resolvability(
     for name, layer in weight_space_layers(model, adapter):
         max_rows = None if max_entries_per_layer is None else max(1, max_entries_per_layer // layer.in_features)
         delta_map = layer.configs[adapter].delta_map()
-        measured[name] = resolvability(*layer.factors(adapter), delta_map, dtype, max_rows=max_rows)
+        measured[name] = measure_resolvability(*layer.factors(adapter), delta_map, dtype, max_rows=max_rows)
     return measured
 
 

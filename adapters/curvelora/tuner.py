@@ -68,7 +68,9 @@ class LowRankConfig(PeftConfig):
         if self.layers_pattern and self.layers_to_transform is None:
             raise UserError("layers_pattern says what layers_to_transform counts: give layers_to_transform as well")
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
-            raise UserError("layers_to_transform needs target_modules as a list of names; write the layers into the pattern")
+            raise UserError(
+                "layers_to_transform needs target_modules as a list of names; write the layers into the pattern"
+            )
 
     @property
     def scale(self) -> float:
@@ -122,7 +124,11 @@ class AdapterModel(BaseTuner):
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
-        quantised = {m.quantization_backend.backend_name for m in self.model.modules() if getattr(m, "quantization_backend", None)}
+        quantised = {
+            m.quantization_backend.backend_name
+            for m in self.model.modules()
+            if getattr(m, "quantization_backend", None)
+        }
         if quantised:
             warnings.warn(
                 f"merging into a {' and '.join(sorted(quantised))} base quantises the sum again, which changes the model: "

@@ -8,10 +8,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from curvelora.errors import UserError, nearest
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.utils.logging import disable_progress_bar
 
+from curvelora.errors import UserError, nearest
 from curvelora_eval.spec import DataSpec
 
 FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
@@ -40,7 +40,9 @@ def load_rows(spec: DataSpec) -> Dataset:
     if isinstance(rows, DatasetDict):
         if spec.split not in rows:
             known = ", ".join(rows)
-            raise UserError(f"{spec.path} has the splits {known}: name one of them as `split`{nearest(spec.split or '', rows)}")
+            raise UserError(
+                f"{spec.path} has the splits {known}: name one of them as `split`{nearest(spec.split or '', rows)}"
+            )
         rows = rows[spec.split]
     if spec.limit is not None:
         rows = rows.select(range(min(spec.limit, len(rows))))
@@ -71,7 +73,9 @@ def _load_folder(path: Path, spec: DataSpec) -> Dataset | DatasetDict:
         return load_from_disk(str(path))
     files = [p for p in path.rglob("*") if p.is_file() and not p.name.startswith(".")]
     if not files:
-        raise UserError(f"{path} is an empty folder: it should hold a saved data set, or images in one sub-folder a class")
+        raise UserError(
+            f"{path} is an empty folder: it should hold a saved data set, or images in one sub-folder a class"
+        )
     images = load_dataset("imagefolder", data_dir=str(path))
     return images if spec.split else images["train"] if "train" in images else images
 
@@ -84,7 +88,9 @@ def _load_hub(spec: DataSpec) -> Dataset | DatasetDict:
         return load_dataset(spec.path, split=spec.split)
     except Exception as error:
         reason = _root_cause(error)
-        raise UserError(f"{spec.path} is neither a file or folder here nor a data set that the hub gave: {reason}") from error
+        raise UserError(
+            f"{spec.path} is neither a file or folder here nor a data set that the hub gave: {reason}"
+        ) from error
 
 
 def _root_cause(error: BaseException) -> str:
@@ -102,7 +108,9 @@ def columns_of(pattern: str, available: list[str]) -> list[str]:
     used = [pattern] if pattern in available else _FIELD.findall(pattern) or [pattern]
     for column in used:
         if column not in available:
-            raise UserError(f"there is no column {column!r}{nearest(column, available)} (columns: {', '.join(available)})")
+            raise UserError(
+                f"there is no column {column!r}{nearest(column, available)} (columns: {', '.join(available)})"
+            )
     return used
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 from curvelora.errors import UserError, nearest
-
 from curvelora_eval.spec import DataSpec, ModelSpec, TaskKind, TaskSpec, read_task
 
 HELP = "score an adapter on labelled rows, offline"
@@ -29,10 +28,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=int, default=32, help="rows a batch (default 32)")
     base = parser.add_argument_group("model and task (default: what the adapter was trained with)")
     base.add_argument("--model", help="folder or hub name of the base model")
-    base.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="storage and compute dtype of the base")
+    base.add_argument(
+        "--dtype", choices=("bfloat16", "float16", "float32"), help="storage and compute dtype of the base"
+    )
     base.add_argument("--quantization", choices=("none", "nf4", "int8"), help="storage of the base's linear layers")
     base.add_argument("--task", choices=get_args(TaskKind), help="task kind")
-    base.add_argument("--column", action="append", default=[], metavar="ROLE=COLUMN", help="column or template of a role; repeatable")
+    base.add_argument(
+        "--column", action="append", default=[], metavar="ROLE=COLUMN", help="column or template of a role; repeatable"
+    )
     base.add_argument("--labels", help="class names, comma-separated, in order of their index")
     base.add_argument("--metrics", help="metric names, comma-separated")
     base.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the checkpoint")
@@ -41,7 +44,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Check everything, then load, predict, score and write."""
     from curvelora.loading import load_adapter, read_adapter_config, stored_shapes
-
     from curvelora_eval.data import fingerprint, load_rows
     from curvelora_eval.environment import describe_environment
     from curvelora_eval.evaluator import evaluate_rows, known_metrics
@@ -52,7 +54,9 @@ def run(args: argparse.Namespace) -> int:
     model_spec, task_spec = resolve(args)
     for name in task_spec.metrics or []:
         if name not in known_metrics():
-            raise UserError(f"unknown metric {name!r}{nearest(name, known_metrics())} (known: {', '.join(known_metrics())})")
+            raise UserError(
+                f"unknown metric {name!r}{nearest(name, known_metrics())} (known: {', '.join(known_metrics())})"
+            )
     if args.adapter:
         read_adapter_config(args.adapter)
         stored_shapes(args.adapter)
@@ -61,7 +65,9 @@ def run(args: argparse.Namespace) -> int:
     rows = load_rows(data)
     task = make_task(task_spec)
     if task.new_head and task_spec.kind != "regression" and task_spec.labels is None:
-        raise UserError("the class names are not known: give them in order of their index, for example --labels negative,positive")
+        raise UserError(
+            "the class names are not known: give them in order of their index, for example --labels negative,positive"
+        )
     task.check(rows, args.data)
     processor = load_processor(model_spec, task)
     model = load_base(model_spec, task)

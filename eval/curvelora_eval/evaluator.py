@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from curvelora.errors import UserError
 from datasets import Dataset
 from torch import nn
 
+from curvelora.errors import UserError
 from curvelora_eval.intervals import bootstrap_interval, score
 from curvelora_eval.metrics import KEYS
 from curvelora_eval.tasks import Predictions, Task
@@ -19,7 +19,9 @@ from curvelora_eval.tasks.generation import perplexity
 LEVEL, RESAMPLES, INTERVAL_SEED = 0.95, 1000, 0
 
 
-def evaluate_rows(model: nn.Module, task: Task, rows: Dataset, processor: Any, batch_size: int = 32) -> tuple[dict, Predictions]:
+def evaluate_rows(
+    model: nn.Module, task: Task, rows: Dataset, processor: Any, batch_size: int = 32
+) -> tuple[dict, Predictions]:
     """Predict and score `rows`; returns (result, predictions), the result as in `docs/results_format.md`.
 
     Raises:
@@ -36,7 +38,12 @@ def evaluate_rows(model: nn.Module, task: Task, rows: Dataset, processor: Any, b
         "task": task.spec.kind,
         "metrics": metrics,
         "primary_metric": next(iter(metrics)),
-        "interval": {"method": "percentile bootstrap over rows", "level": LEVEL, "resamples": RESAMPLES, "seed": INTERVAL_SEED},
+        "interval": {
+            "method": "percentile bootstrap over rows",
+            "level": LEVEL,
+            "resamples": RESAMPLES,
+            "seed": INTERVAL_SEED,
+        },
         "counts": predicted.counts,
         "decoding": "greedy, do_sample=False" if task.spec.kind in ("causal_lm", "seq2seq") else None,
         "seconds": seconds,
@@ -66,7 +73,9 @@ def score_predictions(task: Task, predicted: Predictions) -> dict[str, Mapping[s
             continue
         options = {"f1": {"labels": list(range(len(task.spec.labels)))}} if name == "f1" and task.spec.labels else None
         try:
-            scored |= score([name], predicted.predictions, predicted.references, options, LEVEL, RESAMPLES, INTERVAL_SEED)
+            scored |= score(
+                [name], predicted.predictions, predicted.references, options, LEVEL, RESAMPLES, INTERVAL_SEED
+            )
         except ValueError as error:
             raise UserError(str(error)) from error
     return scored

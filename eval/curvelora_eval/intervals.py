@@ -8,15 +8,12 @@ section 13.3). It covers the choice of rows, not the choice of training seed.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from collections.abc import Mapping
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from curvelora_eval.metrics import KEYS
-from curvelora_eval.metrics import load_metric
+from curvelora_eval.metrics import KEYS, load_metric
 
 Interval = dict[str, Any]
 

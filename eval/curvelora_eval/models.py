@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from curvelora.errors import UserError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers.utils import logging
 
+from curvelora.errors import UserError
+from curvelora.layers.base_weight import keep_4bit_layout
 from curvelora_eval.spec import ModelSpec
 from curvelora_eval.tasks import Task
 
@@ -37,7 +38,9 @@ def check_checkpoint(spec: ModelSpec) -> None:
     if not (folder / "config.json").is_file():
         raise UserError(f"{spec.path} holds no model: there is no config.json in it")
     if any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors")):
-        raise UserError(f"{spec.path} holds pickled weights (.bin), which can run code when loaded: convert them to safetensors")
+        raise UserError(
+            f"{spec.path} holds pickled weights (.bin), which can run code when loaded: convert them to safetensors"
+        )
 
 
 def load_config(spec: ModelSpec, task: Task) -> Any:
@@ -52,7 +55,9 @@ def load_config(spec: ModelSpec, task: Task) -> Any:
             spec.path, revision=spec.revision, trust_remote_code=spec.trust_remote_code, **task.model_options()
         )
     except (OSError, ValueError) as error:
-        raise UserError(f"the model {spec.path} cannot be found or read: {' '.join(str(error).split())[:300]}") from error
+        raise UserError(
+            f"the model {spec.path} cannot be found or read: {' '.join(str(error).split())[:300]}"
+        ) from error
 
 
 def shape_model(spec: ModelSpec, task: Task) -> PreTrainedModel:
@@ -87,11 +92,16 @@ def load_base(spec: ModelSpec, task: Task, device: torch.device | None = None) -
     """
     config = load_config(spec, task)
     device = device or default_device()
-    options: dict[str, Any] = {"config": config, "dtype": getattr(torch, spec.dtype), "attn_implementation": attention(spec, device)}
+    options: dict[str, Any] = {
+        "config": config,
+        "dtype": getattr(torch, spec.dtype),
+        "attn_implementation": attention(spec, device),
+    }
     if spec.quantization != "none":
         options["quantization_config"] = quantisation_config(spec)
         options["device_map"] = {"": device}
     model = _load_weights(spec, task, options)
+    keep_4bit_layout(model)
     if spec.quantization == "none":
         model.to(device)
     if getattr(model.config, "pad_token_id", None) is None and task.spec.kind != "image_classification":
@@ -118,7 +128,9 @@ def _load_weights(spec: ModelSpec, task: Task, options: dict[str, Any]) -> PreTr
         raise UserError(f"the weights of {spec.path} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
     finally:
         logging.set_verbosity(verbosity)
-    missing = sorted(name for name in info["missing_keys"] if not (task.new_head and name.split(".")[0] in (*HEADS, "pooler")))
+    missing = sorted(
+        name for name in info["missing_keys"] if not (task.new_head and name.split(".")[0] in (*HEADS, "pooler"))
+    )
     if missing:
         shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         raise UserError(f"{spec.path} has no weights for {shown}: it is no checkpoint of {type(model).__name__}")

@@ -100,4 +100,6 @@ def read_task(folder: Path) -> tuple[ModelSpec, TaskSpec] | None:
         record = json.loads(path.read_text(encoding="utf-8"))
         return ModelSpec(**record["model"]), TaskSpec(**record["task"])
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} cannot be read ({error}): write it again, or delete it and name the task yourself") from error
+        raise UserError(
+            f"{path} cannot be read ({error}): write it again, or delete it and name the task yourself"
+        ) from error

@@ -5,24 +5,22 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: threads only get in each other's way
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from torch import nn  # noqa: E402
+import pytest
+import torch
+from torch import nn
 
-from curvelora import LoranConfig  # noqa: E402
-from curvelora.layers.dense_delta import DenseDeltaLayer  # noqa: E402
-from curvelora.methods.loran import LoranLayer  # noqa: E402
+from curvelora import LoranConfig
+from curvelora.layers.dense_delta import DenseDeltaLayer
+from curvelora.methods.loran import LoranLayer
 
-
-def pytest_configure(config):
-    """The marker is declared here as well, so that this folder runs on its own."""
-    config.addinivalue_line("markers", "slow: takes several seconds")
+torch.set_num_threads(1)
 
 
 @pytest.fixture
 def llama():
-    """-> build(seed): a Llama with grouped-query attention (k and v are narrower than q), 128 wide so that NF4 packs it."""
+    """-> build(seed): a Llama with grouped-query attention (k, v narrower than q), 128 wide so that NF4 packs it."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     def build(seed: int = 0, **overrides):
@@ -50,7 +48,12 @@ def bert():
     def build(seed: int = 0):
         torch.manual_seed(seed)
         config = BertConfig(
-            vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_labels=3
+            vocab_size=96,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_labels=3,
         )
         return BertForSequenceClassification(config).eval()
 

@@ -1,4 +1,4 @@
-"""Every activation f and its derivative against formulas written a second time, and the precision facts of methods.md 3.4."""
+"""Every f and f' against formulas written a second time, and what half precision leaves of Sinter (methods.md 3.4)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ FORMULAS = {
     "sigmoid": (logistic, lambda x: logistic(x) * (1 - logistic(x))),
     "relu": (lambda x: max(0.0, x), lambda x: float(x > 0)),
     "silu": (lambda x: x * logistic(x), lambda x: logistic(x) + x * logistic(x) * (1 - logistic(x))),
-    "swish": (lambda x: x * logistic(25 * x), lambda x: logistic(25 * x) + 25 * x * logistic(25 * x) * (1 - logistic(25 * x))),
+    "swish": (
+        lambda x: x * logistic(25 * x),
+        lambda x: logistic(25 * x) + 25 * x * logistic(25 * x) * (1 - logistic(25 * x)),
+    ),
     "cos": (lambda x: x * math.cos(W * x) + x, lambda x: math.cos(W * x) - W * x * math.sin(W * x) + 1),
     "gaussian": (lambda x: 0.5 * x * math.exp(-x * x), lambda x: 0.5 * math.exp(-x * x) * (1 - 2 * x * x)),
 }
@@ -89,7 +92,14 @@ def test_amplitude_and_frequency_belong_to_sinter_and_cos_only():
 
 @pytest.mark.parametrize(
     ("written", "meant"),
-    [("sin", "sinter"), ("Sin", "sinter"), ("Sinter", "sinter"), ("swish-25", "swish"), ("Swish-25", "swish"), ("swish-1", "silu")],
+    [
+        ("sin", "sinter"),
+        ("Sin", "sinter"),
+        ("Sinter", "sinter"),
+        ("swish-25", "swish"),
+        ("Swish-25", "swish"),
+        ("swish-1", "silu"),
+    ],
 )
 def test_aliases_are_the_same_function(written, meant):
     assert canonical_name(written) == meant
@@ -101,7 +111,9 @@ def test_every_alias_leads_somewhere():
     assert set(ALIASES.values()) <= set(NAMES)
 
 
-@pytest.mark.parametrize(("written", "near"), [("sintre", "sinter"), ("gausian", "gaussian"), ("swsh", "swish"), ("tanhh", "tanh")])
+@pytest.mark.parametrize(
+    ("written", "near"), [("sintre", "sinter"), ("gausian", "gaussian"), ("swsh", "swish"), ("tanhh", "tanh")]
+)
 def test_unknown_name_names_the_nearest(written, near):
     with pytest.raises(UserError, match=f"unknown activation '{written}'; did you mean '{near}'") as caught:
         Activation(written)

@@ -36,7 +36,9 @@ def test_methods_as_json(capsys):
 
 def test_one_method_as_json_is_one_object(capsys):
     described = json.loads(run(capsys, "methods", "loran", "--json")[1])
-    assert described["name"] == "loran" and described["defaults"]["amplitude"] == 5e-5 and described["defaults"]["r"] == 64
+    assert (
+        described["name"] == "loran" and described["defaults"]["amplitude"] == 5e-5 and described["defaults"]["r"] == 64
+    )
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -49,7 +51,14 @@ def test_every_method_is_explained(capsys, name):
 
 def test_loran_is_explained_with_its_defaults_and_caveats(capsys):
     out = run(capsys, "methods", "loran")[1]
-    for expected in ("2509.21870", "amplitude: 5e-05", "frequency: 10000", "dropout: 0.2", "merge             exact", "caveats"):
+    for expected in (
+        "2509.21870",
+        "amplitude: 5e-05",
+        "frequency: 10000",
+        "dropout: 0.2",
+        "merge             exact",
+        "caveats",
+    ):
         assert expected in out
 
 
@@ -73,7 +82,9 @@ def test_debug_shows_the_traceback(capsys):
     assert code == 2 and "Traceback" in err and "get_method" in err and "did you mean 'loran'?" in err
 
 
-@pytest.mark.parametrize(("command", "package"), [("train", "curvelora-training"), ("eval", "curvelora-eval"), ("report", "curvelora-eval")])
+@pytest.mark.parametrize(
+    ("command", "package"), [("train", "curvelora-training"), ("eval", "curvelora-eval"), ("report", "curvelora-eval")]
+)
 def test_a_command_of_a_missing_package_names_the_package(capsys, monkeypatch, command, package):
     monkeypatch.setattr(cli, "installed_commands", dict)
     code, _, err = run(capsys, command, "recipe.yaml")

@@ -29,14 +29,16 @@ def random_batch(d_in: int, d_out: int, dtype: torch.dtype):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_fp64_matches_plain_autograd(loran_layer, run_adapter, plain_adapter, shape, activation, position):
     d_in, d_out, r = shape
-    layer = loran_layer(d_in, d_out, r=r, alpha=7.0, activation=activation, scale_position=position, dtype=torch.float64)
+    layer = loran_layer(
+        d_in, d_out, r=r, alpha=7.0, activation=activation, scale_position=position, dtype=torch.float64
+    )
     x, grad = random_batch(d_in, d_out, torch.float64)
     ours, reference = run_adapter(layer, x, grad), plain_adapter(layer, x, grad)
     for name, expected in reference.items():
         assert relative(ours[name] - expected, expected) < 1e-10, name
 
 
-# Sinter and cos turn rounding of u into phase (w u up to about 1e3 rad here, times 6e-8); cos multiplies f' by that phase.
+# Sinter and cos turn rounding of u into phase (w u: up to 1e3 rad here, times 6e-8); cos multiplies f' by that phase.
 @pytest.mark.parametrize(("activation", "bound"), [(n, 2e-3 if n == "cos" else 1e-5) for n in NAMES])
 @pytest.mark.parametrize("position", ["outside", "inside"])
 def test_fp32_is_near_the_fp64_reference(loran_layer, run_adapter, plain_adapter, activation, position, bound):
@@ -148,3 +150,16 @@ def test_delta_weight_is_what_the_layer_adds(loran_layer, plain_delta_weight, po
     assert relative(delta - expected, expected) < 1e-5
     eye = torch.eye(37)
     torch.testing.assert_close(layer(eye) - layer.base_layer(eye), delta.T, rtol=0, atol=1e-6)
+
+
+def test_torch_compile_computes_the_same(loran_layer, run_adapter):
+    """Bit for bit: the evaluation of f is never traced, so no compiler reorders it (the price is a graph break)."""
+    layer = loran_layer(37, 53, r=3, amplitude=2e-2)
+    x, grad = random_batch(37, 53, torch.float32)
+    expected = run_adapter(layer, x, grad)
+    compiled = torch.compile(layer.forward, backend="aot_eager")
+    found = x.detach().clone().requires_grad_()
+    y = compiled(found)
+    gradients = torch.autograd.grad(y, (found, *layer.factors("default")), grad)
+    assert torch.equal(y, expected["output"])
+    assert all(torch.equal(g, expected[name]) for g, name in zip(gradients, ("x", "A", "B"), strict=True))

@@ -1,4 +1,4 @@
-"""Weight-space layer: what it keeps. Naive autograd holds four to five d_out x d_in tensors a layer, 20 GB for a 7B model."""
+"""Weight-space layer: what it keeps. Naive autograd holds four or five d_out x d_in tensors a layer, 20 GB at 7B."""
 
 from __future__ import annotations
 

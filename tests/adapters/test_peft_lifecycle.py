@@ -68,7 +68,9 @@ def test_a_fresh_process_loads_it_and_computes_the_same_bits(llama, token_ids, r
     expected = logits(model, token_ids)
     torch.save(token_ids, tmp_path / "ids.pt")
     arguments = [str(tmp_path / "base"), str(tmp_path / "adapter"), str(tmp_path)]
-    done = subprocess.run([sys.executable, "-c", LOAD_ELSEWHERE, *arguments], capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD_ELSEWHERE, *arguments], capture_output=True, text=True, timeout=240
+    )
     assert done.returncode == 0, done.stderr
     assert torch.equal(torch.load(tmp_path / "logits.pt", weights_only=True), expected)
 
@@ -123,6 +125,7 @@ def test_an_added_adapter_waits_until_it_is_set(two_adapters, llama, token_ids):
     """Also on k_proj, which only the second one adapts."""
     first = logits(two_adapters, token_ids)
     assert two_adapters.active_adapters == ["one"]
+    assert {name.rsplit(".", 1)[-1] for name, p in two_adapters.named_parameters() if p.requires_grad} == {"one"}
     two_adapters.delete_adapter("two")
     assert torch.equal(logits(two_adapters, token_ids), first)
 

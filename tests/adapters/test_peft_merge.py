@@ -18,7 +18,9 @@ BOUND = 1e-5  # relative, fp32
 
 
 def config(**options) -> LoranConfig:
-    return LoranConfig(**(dict(r=4, alpha=8, dropout=0.1, target_modules=["q_proj", "v_proj"], amplitude=2e-2) | options))
+    return LoranConfig(
+        **(dict(r=4, alpha=8, dropout=0.1, target_modules=["q_proj", "v_proj"], amplitude=2e-2) | options)
+    )
 
 
 @torch.no_grad()
@@ -111,7 +113,9 @@ def test_safe_merge_refuses_what_is_not_finite(loran_layer):
     layer = loran_layer(37, 53, r=3)
     weight = layer.base_layer.weight.clone()
     layer.factors("default")[1].data[0, 0] = float("nan")
-    with pytest.raises(ValueError, match=r"\['default'\] into module 'layer' gives NaN or infinite weights; nothing was merged"):
+    with pytest.raises(
+        ValueError, match=r"\['default'\] into module 'layer' gives NaN or infinite weights; nothing was merged"
+    ):
         layer.merge(safe_merge=True)
     assert torch.equal(layer.base_layer.weight, weight) and not layer.merged
 
@@ -126,7 +130,9 @@ def test_a_family_without_a_delta_weight_says_that_it_cannot_merge(llama):
         layer.merge()
 
 
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))], ids=["copy", "pickle"])
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))], ids=["copy", "pickle"]
+)
 def test_a_copy_of_a_merged_layer_unmerges_itself(loran_layer, duplicate):
     layer = loran_layer(7, 9, r=3)
     weight = layer.base_layer.weight.clone()

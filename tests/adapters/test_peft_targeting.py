@@ -1,4 +1,4 @@
-"""Which modules get an adapter, and with which rank: every way in which PEFT lets a user say so; and what is refused."""
+"""Which modules get an adapter, and of which rank: every way in which PEFT lets a user say so; what is refused."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from curvelora.methods.loran import LoranLayer
 def adapted(model) -> dict[str, LoranLayer]:
     """Module name, as in the base model -> adapter layer."""
     return {
-        name.removeprefix("base_model.model.model."): m for name, m in model.named_modules() if isinstance(m, LoranLayer)
+        name.removeprefix("base_model.model.model."): m
+        for name, m in model.named_modules()
+        if isinstance(m, LoranLayer)
     }
 
 
@@ -49,7 +51,11 @@ def test_chosen_modules(llama, options, expected):
 def test_rank_and_alpha_patterns(llama):
     model = get_peft_model(
         llama(),
-        config(target_modules=["q_proj", "v_proj"], rank_pattern={"layers.0.self_attn.q_proj": 2}, alpha_pattern={"v_proj": 32}),
+        config(
+            target_modules=["q_proj", "v_proj"],
+            rank_pattern={"layers.0.self_attn.q_proj": 2},
+            alpha_pattern={"v_proj": 32},
+        ),
     )
     ranks = {name: layer.factors("default")[0].shape[0] for name, layer in adapted(model).items()}
     scales = {name: layer.configs["default"].delta_map().scale for name, layer in adapted(model).items()}
@@ -104,7 +110,10 @@ def test_a_new_head_is_trained_and_saved_with_the_adapter(bert, token_ids, rando
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"r": 65, "target_modules": ["v_proj"]}, r"r=65 is above min\(d_in, d_out\)=64 of module .*v_proj.*write r <= 64"),
+        (
+            {"r": 65, "target_modules": ["v_proj"]},
+            r"r=65 is above min\(d_in, d_out\)=64 of module .*v_proj.*write r <= 64",
+        ),
         ({"target_modules": ["embed_tokens"]}, r"embed_tokens' is a Embedding.*leave it out of target_modules"),
         ({"target_modules": ["input_layernorm"]}, r"input_layernorm' is a LlamaRMSNorm.*linear layers only"),
     ],

@@ -7,10 +7,13 @@ import torch
 from peft import get_peft_model
 
 from curvelora import LoranConfig
+from curvelora.methods.loran import LoranLayer
 
 
 def config(**options) -> LoranConfig:
-    return LoranConfig(**(dict(r=4, alpha=8, dropout=0.1, target_modules=["q_proj", "v_proj"], init_B_std=0.02) | options))
+    return LoranConfig(
+        **(dict(r=4, alpha=8, dropout=0.1, target_modules=["q_proj", "v_proj"], init_B_std=0.02) | options)
+    )
 
 
 def gradients(model, token_ids) -> dict[str, torch.Tensor]:
@@ -33,6 +36,15 @@ def test_a_half_precision_base_keeps_an_fp32_adapter(llama, token_ids, dtype):
     exact = gradients(get_peft_model(llama(), config(dropout=0.0)), token_ids)
     for name, gradient in exact.items():
         assert (found[name] - gradient).norm() / gradient.norm() < 0.05, name
+
+
+def test_a_layer_never_rounds_its_factors_to_the_base_s_dtype():
+    """PEFT would cast bf16 factors up again (by default), but what rounding lost does not come back."""
+    layer = LoranLayer(torch.nn.Linear(16, 8, dtype=torch.bfloat16), "layer")
+    layer.add_adapter("default", LoranConfig(r=2))
+    A, B = layer.factors("default")
+    assert A.dtype == B.dtype == torch.float32
+    assert not torch.equal(A, A.bfloat16().float())
 
 
 def test_autocast_over_an_fp32_base(llama, token_ids):
@@ -73,14 +85,18 @@ def assert_only_factors_moved(model, before_factors, before_base):
     assert all(torch.equal(p, before_base[name]) for name, p in base(model).items())
 
 
-@pytest.mark.slow
 def test_transformers_trainer_takes_a_step_and_saves_an_adapter(llama, token_ids, tmp_path):
     from transformers import Trainer, TrainingArguments
 
     model = get_peft_model(llama(), config())
     before = factors(model), base(model)
     arguments = TrainingArguments(
-        output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=2, learning_rate=1e-2, use_cpu=True, report_to=[]
+        output_dir=str(tmp_path),
+        max_steps=1,
+        per_device_train_batch_size=2,
+        learning_rate=1e-2,
+        use_cpu=True,
+        report_to=[],
     )
     rows = [{"input_ids": row, "labels": row} for row in token_ids]
     trainer = Trainer(model=model, args=arguments, train_dataset=rows)
@@ -102,7 +118,13 @@ def test_trl_sft_trainer_takes_a_config_of_ours(llama, token_ids, tmp_path):
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(96)}, unk_token="w0"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w1", pad_token="w0")
     arguments = trl.SFTConfig(
-        output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=2, learning_rate=1e-2, use_cpu=True, report_to=[], bf16=False
+        output_dir=str(tmp_path),
+        max_steps=1,
+        per_device_train_batch_size=2,
+        learning_rate=1e-2,
+        use_cpu=True,
+        report_to=[],
+        bf16=False,
     )
     rows = datasets.Dataset.from_dict({"input_ids": token_ids.tolist()})
     trainer = trl.SFTTrainer(

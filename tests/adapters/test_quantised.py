@@ -1,8 +1,6 @@
-"""LoRAN over bitsandbytes NF4 (with double quantisation) and int8, on the CPU: the adapter never touches the packed weight."""
+"""LoRAN over bitsandbytes NF4 (double quantisation) and int8, on the CPU: the packed weight is never touched."""
 
 from __future__ import annotations
-
-import warnings
 
 import pytest
 import torch
@@ -15,9 +13,9 @@ from curvelora.methods.loran import LoranLayer
 
 bnb = pytest.importorskip("bitsandbytes")
 
-# relative error of a layer against the dense layer with the dequantised weight: forward and backward, training and evaluation.
-# NF4 dequantises and multiplies in fp32; int8 multiplies a dequantised weight in training and int8 codes in evaluation.
-BOUNDS = {"nf4": {"train": 1e-5, "eval": 1e-5}, "int8": {"train": 1e-2, "eval": 3e-2}}
+# Relative error of a layer against the dense layer with the dequantised weight, forward and backward. NF4 dequantises
+# and multiplies in fp32 (measured: 0); int8 does so in training (7e-8) and multiplies codes in evaluation (6e-3).
+BOUNDS = {"nf4": {"train": 1e-6, "eval": 1e-6}, "int8": {"train": 1e-6, "eval": 2e-2}}
 KINDS = list(BOUNDS)
 
 
@@ -39,7 +37,9 @@ def quantised(llama, tmp_path):
 
     def load(kind: str):
         config = BitsAndBytesConfig(**settings[kind])
-        return AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=config, dtype=torch.float32).eval()
+        return AutoModelForCausalLM.from_pretrained(
+            tmp_path / "base", quantization_config=config, dtype=torch.float32
+        ).eval()
 
     return load
 
@@ -47,7 +47,9 @@ def quantised(llama, tmp_path):
 @pytest.fixture
 def adapted(quantised, randomise):
     def build(kind: str):
-        config = LoranConfig(r=4, alpha=8, dropout=0.0, amplitude=2e-2, target_modules=["q_proj", "v_proj", "down_proj"])
+        config = LoranConfig(
+            r=4, alpha=8, dropout=0.0, amplitude=2e-2, target_modules=["q_proj", "v_proj", "down_proj"]
+        )
         model = get_peft_model(quantised(kind), config)
         randomise(model)
         return model.eval()
@@ -60,7 +62,7 @@ def packed_weights(model) -> dict[str, torch.Tensor]:
 
 
 def dequantised(weight) -> torch.Tensor:
-    """Written from bitsandbytes' documents, not through PEFT: 4-bit codes and state, or int8 codes times row maximum / 127."""
+    """Not through PEFT: bitsandbytes' own function for 4 bits; for int8 codes times the row's maximum / 127."""
     if isinstance(weight, bnb.nn.Params4bit):
         return bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
     return weight.CB.float() * weight.SCB.view(-1, 1).float() / 127
@@ -118,6 +120,7 @@ def test_merging_warns_and_unmerging_restores_the_packed_bits(adapted, token_ids
     model.unmerge_adapter()
     assert packed_weights(model).keys() == packed.keys()
     assert all(torch.equal(p, packed[name]) for name, p in packed_weights(model).items())
+    model.to("cpu")  # moving quantises a weight that is not marked as quantised, so the marks must be back as well
     after = logits(model, token_ids)
     if evaluated_before:
         assert torch.equal(after, before)
@@ -134,16 +137,16 @@ def test_the_merged_weight_is_the_sum_within_the_quantiser_s_error(adapted, kind
 
 
 def test_a_base_that_was_reordered_before_is_refused(quantised, token_ids):
-    """bitsandbytes reorders 4-bit codes at the first evaluation on some CPUs; what is read from them then is garbage."""
+    """bitsandbytes reorders 4-bit codes at the first evaluation on some CPUs; what is read from them is garbage."""
     base = quantised("nf4")
     logits(base, token_ids)
     layer = base.model.layers[0].self_attn.q_proj
     if not getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
         pytest.skip("this CPU has no AVX512-BF16, so bitsandbytes does not reorder")
     model = get_peft_model(base, LoranConfig(r=4, init_B_std=0.1))
-    with pytest.raises(UserError, match="load the base model again"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model.merge_adapter()
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    with pytest.raises(UserError, match="load the base model again"):
+        layer.merge()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -172,7 +175,7 @@ def test_save_and_load(adapted, quantised, token_ids, tmp_path, kind):
 
 
 def test_training_takes_peft_s_preparation(quantised, token_ids):
-    """prepare_model_for_kbit_training casts norms to fp32 and makes inputs require gradients; the adapter trains after it."""
+    """prepare_model_for_kbit_training casts norms to fp32; the adapter trains after it and the packed base stays."""
     from peft import prepare_model_for_kbit_training
 
     base = prepare_model_for_kbit_training(quantised("nf4"), use_gradient_checkpointing=False)

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from curvelora_eval import intervals
-from curvelora_eval.intervals import bootstrap_interval
-from curvelora_eval.intervals import score
+from curvelora_eval.intervals import bootstrap_interval, score
 
 
 def mean_of(values):

@@ -10,9 +10,7 @@ import sys
 import numpy as np
 import pytest
 
-from curvelora_eval.metrics import KEYS
-from curvelora_eval.metrics import METRICS
-from curvelora_eval.metrics import load_metric
+from curvelora_eval.metrics import KEYS, METRICS, load_metric
 
 RNG = np.random.default_rng(3)
 CLASSES = {"predictions": RNG.integers(0, 4, 200).tolist(), "references": RNG.integers(0, 4, 200).tolist()}
@@ -110,8 +108,7 @@ def test_pearson_and_spearman():
     # ranks 1 2 3 4 and 2 1 3 4: rho = 1 - 6 * 2 / 60
     result = compute("pearson_spearman", [1, 2, 3, 4], [2, 1, 4, 5])
     assert result == {"pearson": pytest.approx(6 / 50**0.5), "spearman": pytest.approx(0.8)}
-    from scipy.stats import pearsonr
-    from scipy.stats import spearmanr
+    from scipy.stats import pearsonr, spearmanr
 
     result = compute("pearson_spearman", **NUMBERS)
     assert result["pearson"] == pearsonr(NUMBERS["predictions"], NUMBERS["references"]).statistic

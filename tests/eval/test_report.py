@@ -14,15 +14,10 @@ import pytest
 from curvelora.errors import UserError
 from curvelora_eval import report_command
 from curvelora_eval.report import write_report
-from curvelora_eval.report.load import load_run
-from curvelora_eval.report.load import load_runs
-from curvelora_eval.report.svg import smooth
-from curvelora_eval.report.svg import ticks
-from curvelora_eval.report.table import cells
-from curvelora_eval.report.table import metric_cell
-from curvelora_eval.report.table import percent
-from curvelora_eval.report.verdict import baseline
-from curvelora_eval.report.verdict import verdict
+from curvelora_eval.report.load import load_run, load_runs
+from curvelora_eval.report.svg import smooth, ticks
+from curvelora_eval.report.table import cells, metric_cell, percent
+from curvelora_eval.report.verdict import baseline, verdict
 
 LOSSES = [{"step": 10 * i, "seconds": float(i), "loss": 0.7 * 0.97**i} for i in range(1, 31)]
 

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
+from peft import PeftConfig
+from pydantic import Field, TypeAdapter, ValidationError
+
 from curvelora.errors import UserError, nearest
 from curvelora.method import Method
 from curvelora.registry import METHODS
 from curvelora_eval.spec import DataSpec, ModelSpec, TaskSpec
-from peft import PeftConfig
-from pydantic import Field, TypeAdapter, ValidationError
 
 _STRICT = {"extra": "forbid"}
 Positive = Annotated[float, Field(gt=0)]
@@ -56,8 +57,8 @@ class TrainingSpec:
     """AdamW weight decay of the head's matrices; the adapter's where absent."""
     epochs: Positive = 3.0
     """Passes over the training rows, unless max_steps is given."""
-    max_steps: Count | None = None
-    """Stop after this many steps."""
+    max_steps: Annotated[int, Field(ge=0)] | None = None
+    """Stop after this many steps; 0 trains nothing and scores the untrained model."""
     batch_size: Count = 16
     """Rows a step and process, before accumulation."""
     accumulation: Count = 1
@@ -70,7 +71,9 @@ class TrainingSpec:
     """Warm-up: below 1 a share of all steps, else a number of steps."""
     max_grad_norm: NonNegative = 1.0
     """Gradient clipping by global norm; 0 switches it off."""
-    optimizer: Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"] = "adamw_torch"
+    optimizer: Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"] = (
+        "adamw_torch"
+    )
     """transformers' name of the optimiser."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
@@ -130,7 +133,9 @@ class RecipeLoader(yaml.SafeLoader):
 
 
 RecipeLoader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-RecipeLoader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
+RecipeLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
 
 
 class RecipeError(UserError):
@@ -192,7 +197,9 @@ def check_adapter(section: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         if key == "method":
             continue
         if key not in types:
-            problems.append(f"adapter.{key}: method {name!r} has no such option{nearest(key, types)} (`curvelora methods {name}`)")
+            problems.append(
+                f"adapter.{key}: method {name!r} has no such option{nearest(key, types)} (`curvelora methods {name}`)"
+            )
             continue
         try:
             options[key] = TypeAdapter(types[key]).validate_python(value)
@@ -221,7 +228,9 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     try:
         node[last] = yaml.load(value, RecipeLoader)
     except yaml.YAMLError as error:
-        raise UserError(f"override {override!r}: the value is no valid YAML ({' '.join(str(error).split())})") from error
+        raise UserError(
+            f"override {override!r}: the value is no valid YAML ({' '.join(str(error).split())})"
+        ) from error
 
 
 def _names(cls: type) -> list[str]:

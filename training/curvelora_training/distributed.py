@@ -11,8 +11,9 @@ import os
 from typing import Any
 
 import torch
-from curvelora.errors import UserError
 from transformers import Trainer
+
+from curvelora.errors import UserError
 
 # What the `deepspeed` launcher means when nothing else is said; "auto" takes the trainer's values.
 ZERO_2: dict[str, Any] = {
@@ -48,7 +49,9 @@ def deepspeed_settings(recipe_file: str | None) -> str | dict[str, Any] | None:
 
 def wants_deepspeed(recipe_file: str | None) -> bool:
     """Whether the launcher or the recipe asked for DeepSpeed."""
-    return deepspeed_settings(recipe_file) is not None or os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
+    return (
+        deepspeed_settings(recipe_file) is not None or os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
+    )
 
 
 def trainer_arguments(recipe_file: str | None) -> dict[str, Any]:
@@ -109,7 +112,9 @@ def check_engine(engine: dict[str, Any], recipe_file: str | None) -> None:
             "use ds_configs/accelerate_zero2.yaml"
         )
     if engine["processes"] != world_size():
-        raise UserError(f"the launcher started {world_size()} processes but the trainer sees {engine['processes']}: see docs/launching.md")
+        raise UserError(
+            f"the launcher started {world_size()} processes but the trainer sees {engine['processes']}: see docs/launching.md"
+        )
 
 
 def leave() -> None:

@@ -26,10 +26,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Define the arguments of `curvelora train` and of the module."""
     parser.add_argument("--config", required=True, type=Path, metavar="RECIPE", help="the recipe (YAML)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace the recipe's")
-    parser.add_argument("--dry-run", action="store_true", help="check everything, print the resolved recipe and what would train")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check everything, print the resolved recipe and what would train"
+    )
     parser.add_argument("--resume", action="store_true", help="continue from the run folder's newest whole checkpoint")
     parser.add_argument("--overwrite", action="store_true", help="replace what the run folder holds")
-    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # deepspeed's launcher adds it
+    parser.add_argument(
+        "--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS
+    )  # deepspeed's launcher adds it
 
 
 def run(args: argparse.Namespace) -> int:
@@ -47,7 +51,10 @@ def run(args: argparse.Namespace) -> int:
     try:
         train(prepared, resume=args.resume, overwrite=args.overwrite)
     except KeyboardInterrupt:
-        print(f"interrupted; continue with --resume (checkpoints are in {prepared.recipe.output}/checkpoints)", file=sys.stderr)
+        print(
+            f"interrupted; continue with --resume (checkpoints are in {prepared.recipe.output}/checkpoints)",
+            file=sys.stderr,
+        )
         return INTERRUPTED
     finally:
         with contextlib.suppress(Exception):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from curvelora_eval.eval_command import describe_interval
-
 from curvelora_training.config import Recipe
 
 
@@ -34,7 +33,9 @@ def model_card(recipe: Recipe, result: dict[str, Any], evaluation: dict[str, Any
     ]
     if evaluation is not None:
         rows = evaluation["counts"]["rows"]
-        lines += [f"| {name} | {describe_interval(value)} on {rows} rows |" for name, value in evaluation["metrics"].items()]
+        lines += [
+            f"| {name} | {describe_interval(value)} on {rows} rows |" for name, value in evaluation["metrics"].items()
+        ]
     if result["resolvability"] is not None:
         share = result["resolvability"]
         lines.append(

@@ -8,11 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from curvelora.errors import UserError, nearest
-from curvelora_eval.data import load_rows
-from curvelora_eval.evaluator import known_metrics
-from curvelora_eval.models import head_modules, shape_model
-from curvelora_eval.tasks import LabelledTask, Task, make_task
 from datasets import Dataset
 from peft import PeftConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -21,6 +16,11 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from curvelora.errors import UserError, nearest
+from curvelora_eval.data import load_rows
+from curvelora_eval.evaluator import known_metrics
+from curvelora_eval.models import head_modules, shape_model
+from curvelora_eval.tasks import LabelledTask, Task, make_task
 from curvelora_training.config import Recipe, RecipeError
 
 T = TypeVar("T")
@@ -148,7 +148,9 @@ def attach(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
 
 def linear_module_names(model: nn.Module) -> list[str]:
     """The last name parts of the model's linear modules, in order of appearance."""
-    found = (name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D))
+    found = (
+        name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)
+    )
     return list(dict.fromkeys(found))
 
 
@@ -184,10 +186,14 @@ def _check_combinations(recipe: Recipe, task: Task) -> None:
             f"set model.quantization={method.required_quantization}, or take adapter.method=lora"
         )
     if method.name == "linear_probing" and not task.new_head:
-        problems.append(f"adapter.method linear_probing trains a new head, and task {recipe.task.kind} has none: take another method")
+        problems.append(
+            f"adapter.method linear_probing trains a new head, and task {recipe.task.kind} has none: take another method"
+        )
     for name in recipe.task.metrics or []:
         if name not in known_metrics():
-            problems.append(f"task.metrics: unknown metric {name!r}{nearest(name, known_metrics())} (known: {', '.join(known_metrics())})")
+            problems.append(
+                f"task.metrics: unknown metric {name!r}{nearest(name, known_metrics())} (known: {', '.join(known_metrics())})"
+            )
     for name in ("max_length", "max_target_length", "max_new_tokens"):
         if getattr(recipe.task, name) < 1:
             problems.append(f"task.{name} must be at least 1, not {getattr(recipe.task, name)}")

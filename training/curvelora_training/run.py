@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
+from transformers import TrainingArguments, set_seed
+
 from curvelora_eval.data import fingerprint
 from curvelora_eval.environment import describe_environment
 from curvelora_eval.eval_command import prediction_lines
 from curvelora_eval.evaluator import evaluate_rows
 from curvelora_eval.models import load_base, load_processor
 from curvelora_eval.spec import write_task
-from peft import PeftModel
-from transformers import TrainingArguments, set_seed
-
 from curvelora_training.config import Recipe
 from curvelora_training.distributed import check_engine, engine_in_use, rank, trainer_arguments, world_size
 from curvelora_training.model_card import model_card
@@ -64,7 +64,8 @@ def train(prepared: Prepared, resume: bool = False, overwrite: bool = False) -> 
         callbacks=[timer, log],
         head=head_settings(recipe),
     )
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if recipe.training.max_steps != 0:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     in_use = engine_in_use(trainer)
     check_engine(in_use, recipe.training.deepspeed)
 
@@ -146,12 +147,16 @@ def summary(prepared: Prepared, trainer: AdapterTrainer, timer: StepTimer, log: 
     """result.json: how the run went."""
     recipe, state = prepared.recipe, trainer.state
     losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
-    trainable = {n: p.numel() for n, p in prepared.shapes.named_parameters() if p.requires_grad}
+    trainable = {
+        n: p.numel()
+        for n, p in prepared.shapes.named_parameters()
+        if p.requires_grad and recipe.training.max_steps != 0
+    }
     examples = recipe.training.batch_size * recipe.training.accumulation * world_size() * len(timer.seconds)
     return {
         "schema": 1,
         "kind": "training",
-        "status": "completed",
+        "status": "untrained" if recipe.training.max_steps == 0 else "completed",
         "name": recipe.name or Path(recipe.output).name,
         "method": recipe.method.name,
         "settings": recipe.adapter_options(),
@@ -208,4 +213,9 @@ def _announce(prepared: Prepared, checkpoint: Path | None, resume: bool) -> None
     rows = ", ".join(f"{len(found)} {name}" for name, found in prepared.rows.items())
     print(f"{recipe.name or recipe.output}: {recipe.method.title}; {rows} rows")
     if resume:
-        print(f"resuming from {checkpoint}" if checkpoint else "no whole checkpoint to resume from: starting from the beginning", flush=True)
+        print(
+            f"resuming from {checkpoint}"
+            if checkpoint
+            else "no whole checkpoint to resume from: starting from the beginning",
+            flush=True,
+        )

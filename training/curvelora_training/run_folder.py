@@ -1,9 +1,9 @@
 """The run folder: what a run leaves behind, under fixed names.
 
-    config.yaml        the resolved recipe          environment.json   versions, hardware, commit
-    metrics.jsonl      a line each log              result.json        how the run went (training)
-    checkpoints/       for --resume                 evaluation.json    scores on unseen rows
-    adapter/           adapter, model card, task    predictions.jsonl  what was predicted on them
+config.yaml        the resolved recipe          environment.json   versions, hardware, commit
+metrics.jsonl      a line each log              result.json        how the run went (training)
+checkpoints/       for --resume                 evaluation.json    scores on unseen rows
+adapter/           adapter, model card, task    predictions.jsonl  what was predicted on them
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from curvelora.errors import UserError
 from curvelora.loading import WEIGHTS_FILE, stored_shapes
 from curvelora_eval.files import make_folder, write_json, write_text
 
-CONTENTS = "config.yaml environment.json metrics.jsonl result.json evaluation.json predictions.jsonl checkpoints adapter".split()
+CONTENTS = ["config.yaml", "environment.json", "metrics.jsonl", "result.json", "evaluation.json", "predictions.jsonl", "checkpoints", "adapter"]
 
 
 class RunFolder:

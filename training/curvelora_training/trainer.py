@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from curvelora.resolvability import model_resolvability, summarise
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from curvelora.resolvability import model_resolvability, summarise
 from curvelora_training.run_folder import RunFolder
 
 WARM_UP_STEPS = 3  # left out of the step time: first calls allocate, compile and fill caches
@@ -38,7 +38,9 @@ class AdapterTrainer(Trainer):
         return self.optimizer
 
 
-def parameter_groups(model: nn.Module, args: TrainingArguments, head: dict[str, float], decaying: Any) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: nn.Module, args: TrainingArguments, head: dict[str, float], decaying: Any
+) -> list[dict[str, Any]]:
     """The optimiser's groups: adapter and head, each split into parameters that decay and those that do not (biases, norms)."""
     decay_names = set(decaying(model))
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
@@ -48,7 +50,11 @@ def parameter_groups(model: nn.Module, args: TrainingArguments, head: dict[str, 
             groups.setdefault((part, name in decay_names), []).append(parameter)
     settings = {"adapter": {"lr": args.learning_rate, "weight_decay": args.weight_decay}, "head": head}
     return [
-        {"params": parameters, "lr": settings[part]["lr"], "weight_decay": settings[part]["weight_decay"] if decays else 0.0}
+        {
+            "params": parameters,
+            "lr": settings[part]["lr"],
+            "weight_decay": settings[part]["weight_decay"] if decays else 0.0,
+        }
         for (part, decays), parameters in groups.items()
     ]
 
@@ -97,9 +103,17 @@ class RunLog(TrainerCallback):
         return summarise(measured) if measured else None
 
     def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], model: nn.Module, **_: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any],
+        model: nn.Module,
+        **_: Any,
     ) -> None:
-        if not state.is_world_process_zero or "train_runtime" in logs:  # the last call sums the run up; result.json does that
+        if (
+            not state.is_world_process_zero or "train_runtime" in logs
+        ):  # the last call sums the run up; result.json does that
             return
         record = {"step": state.global_step, "seconds": round(time.perf_counter() - self._started, 3), **logs}
         if "loss" in logs:

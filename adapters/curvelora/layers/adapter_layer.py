@@ -112,7 +112,9 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             return
         backend = self.quantization_backend
         if backend is not None and not backend.supports_merge:
-            raise UserError(f"module {self.name!r} is quantised with {backend.backend_name}, which cannot take an update")
+            raise UserError(
+                f"module {self.name!r} is quantised with {backend.backend_name}, which cannot take an update"
+            )
         base_layer = self.get_base_layer()
         if is_reordered_4bit(base_layer):
             raise UserError(
@@ -126,7 +128,9 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             delta = self.delta_weight(adapter)
             total = total + (delta.T if is_transposed(base_layer) else delta)
         if safe_merge and not torch.isfinite(total).all():
-            raise ValueError(f"merging {names} into module {self.name!r} gives NaN or infinite weights; nothing was merged")
+            raise ValueError(
+                f"merging {names} into module {self.name!r} gives NaN or infinite weights; nothing was merged"
+            )
         self.set_base_weight(total.to(weight.dtype))
         self.merged_adapters.extend(names)
         self._restore_base = self._restore_base or restore

@@ -66,7 +66,11 @@ def snapshot(base_layer: nn.Module) -> Callable[[], None]:
 
 
 def _restore(
-    base_layer: nn.Module, weight: nn.Parameter, data: Tensor, attributes: dict[str, Any], state_attributes: dict[str, Any]
+    base_layer: nn.Module,
+    weight: nn.Parameter,
+    data: Tensor,
+    attributes: dict[str, Any],
+    state_attributes: dict[str, Any],
 ) -> None:
     device = base_layer.weight.device
     vars(weight).update(attributes)

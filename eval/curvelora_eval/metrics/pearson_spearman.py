@@ -5,8 +5,7 @@ from __future__ import annotations
 import datasets
 import evaluate
 import numpy as np
-from scipy.stats import pearsonr
-from scipy.stats import spearmanr
+from scipy.stats import pearsonr, spearmanr
 
 from curvelora_eval.metrics import require_rows
 

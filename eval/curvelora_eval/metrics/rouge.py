@@ -10,8 +10,7 @@ import evaluate
 import numpy as np
 from rouge_score.rouge_scorer import RougeScorer
 
-from curvelora_eval.metrics import KEYS
-from curvelora_eval.metrics import require_rows
+from curvelora_eval.metrics import KEYS, require_rows
 
 
 class Rouge(evaluate.Metric):

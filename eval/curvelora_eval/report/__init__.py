@@ -10,20 +10,10 @@ import os
 from pathlib import Path
 from urllib.parse import quote
 
-from curvelora_eval.report.load import Run
-from curvelora_eval.report.load import load_runs
-from curvelora_eval.report.svg import Dot
-from curvelora_eval.report.svg import Series
-from curvelora_eval.report.svg import dot_chart
-from curvelora_eval.report.svg import line_chart
-from curvelora_eval.report.table import cells
-from curvelora_eval.report.table import headings
-from curvelora_eval.report.table import is_share
-from curvelora_eval.report.table import markdown_table
-from curvelora_eval.report.table import metric_cell
-from curvelora_eval.report.verdict import baseline
-from curvelora_eval.report.verdict import caveats
-from curvelora_eval.report.verdict import verdict
+from curvelora_eval.report.load import Run, load_runs
+from curvelora_eval.report.svg import Dot, Series, dot_chart, line_chart
+from curvelora_eval.report.table import cells, headings, is_share, markdown_table, metric_cell
+from curvelora_eval.report.verdict import baseline, caveats, verdict
 
 TITLE = "Fine-tuning runs compared"
 

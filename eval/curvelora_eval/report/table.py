@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from curvelora_eval.report.load import Run
-from curvelora_eval.report.load import number
+from curvelora_eval.report.load import Run, number
 
 DASH = "–"
 

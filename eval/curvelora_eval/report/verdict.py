@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from curvelora_eval.report.load import Run
-from curvelora_eval.report.load import number
-from curvelora_eval.report.table import interval_level
-from curvelora_eval.report.table import is_share
-from curvelora_eval.report.table import percent
+from curvelora_eval.report.load import Run, number
+from curvelora_eval.report.table import interval_level, is_share, percent
 
 # Below this share of inputs the nonlinearity rounds away almost everywhere, and the layer is a plain linear one.
 ABSENT = 0.01

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from curvelora.errors import UserError, nearest
 from datasets import Dataset
 from torch import nn
 from tqdm.auto import tqdm
 
+from curvelora.errors import UserError, nearest
 from curvelora_eval.data import columns_of, render
 from curvelora_eval.spec import TaskSpec
 
@@ -56,7 +56,9 @@ class Task:
         known = (*self.required, *self.optional)
         for role in self.spec.columns:
             if role not in known:
-                raise UserError(f"task {self.spec.kind} has no role {role!r}{nearest(role, known)} (roles: {', '.join(known)})")
+                raise UserError(
+                    f"task {self.spec.kind} has no role {role!r}{nearest(role, known)} (roles: {', '.join(known)})"
+                )
         mapped = dict(self.spec.columns)
         for role in known:
             if role in rows.column_names:

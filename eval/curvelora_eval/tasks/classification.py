@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from curvelora.errors import UserError, nearest
 from datasets import Dataset
 from torch import nn
 from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
 
+from curvelora.errors import UserError, nearest
 from curvelora_eval.tasks.base import Predictions, Task, batches_by_length, compute_context, device_of
 
 
@@ -50,9 +50,13 @@ class LabelledTask(Task):
             elif _is_whole(value) and 0 <= int(value) < len(labels):
                 indices.append(int(value))
             elif _is_whole(value):
-                raise UserError(f"{name}: row {i} has the label {value}, outside 0..{len(labels) - 1} (labels: {', '.join(labels)})")
+                raise UserError(
+                    f"{name}: row {i} has the label {value}, outside 0..{len(labels) - 1} (labels: {', '.join(labels)})"
+                )
             else:
-                raise UserError(f"{name}: row {i} has the label {value!r}{nearest(value, labels)} (labels: {', '.join(labels)})")
+                raise UserError(
+                    f"{name}: row {i} has the label {value!r}{nearest(value, labels)} (labels: {', '.join(labels)})"
+                )
         return indices
 
     def check(self, rows: Dataset, name: str) -> None:

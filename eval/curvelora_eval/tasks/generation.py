@@ -10,12 +10,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from curvelora.errors import UserError
 from datasets import Dataset
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, DataCollatorForSeq2Seq
 
+from curvelora.errors import UserError
 from curvelora_eval.tasks.base import Predictions, Task, batches_by_length, compute_context, device_of
 
 IGNORED = -100  # the label that PyTorch's cross-entropy leaves out
@@ -45,7 +45,9 @@ class CausalLM(Task):
         if "completion" not in self.roles(rows):
             return [([], ids + end) for ids in tokenizer([str(t) for t in self.values(rows, "text")])["input_ids"]]
         prompts = tokenizer([str(t) for t in self.values(rows, "prompt")])["input_ids"]
-        completions = tokenizer([str(t) for t in self.values(rows, "completion")], add_special_tokens=False)["input_ids"]
+        completions = tokenizer([str(t) for t in self.values(rows, "completion")], add_special_tokens=False)[
+            "input_ids"
+        ]
         return [(p, c + end) for p, c in zip(prompts, completions, strict=True)]
 
     def _fit(self, prompt: list[int], completion: list[int]) -> tuple[list[int], list[int]]:
@@ -87,7 +89,9 @@ class CausalLM(Task):
             with compute_context(model):
                 logits = model(**batch).logits[:, :-1].float()
             per_token = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
-            for i, loss, count in zip(chosen, per_token.sum(1).tolist(), (labels != IGNORED).sum(1).tolist(), strict=True):
+            for i, loss, count in zip(
+                chosen, per_token.sum(1).tolist(), (labels != IGNORED).sum(1).tolist(), strict=True
+            ):
                 losses[i], tokens[i] = loss, count
         cut = sum(length >= self.spec.max_length for length in lengths)
         return Predictions(losses, tokens, {"rows": len(lengths), "tokens": sum(tokens), "at_max_length": cut})
@@ -130,7 +134,9 @@ def generate(
         width = max(len(prompts[i]) for i in chosen)
         pad = tokenizer.pad_token_id
         padded = [
-            [pad] * (width - len(prompts[i])) + prompts[i] if left_padding else prompts[i] + [pad] * (width - len(prompts[i]))
+            [pad] * (width - len(prompts[i])) + prompts[i]
+            if left_padding
+            else prompts[i] + [pad] * (width - len(prompts[i]))
             for i in chosen
         ]
         lengths = [len(prompts[i]) for i in chosen]

@@ -1,0 +1,36 @@
+# Everything needs only Python 3.11 or 3.12 (PYTHON=...); the first target makes .venv, later ones find it made.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+export HF_HUB_OFFLINE = 1
+
+.PHONY: help demo test test-slow lint clean
+
+help:
+	@echo "make demo       LoRAN against QLoRA on real sentences (runs/demo/report.html)"
+	@echo "make test       the test suite (under 18 minutes on 2 cores)"
+	@echo "make test-slow  the tests that take minutes each"
+	@echo "make lint       style"
+
+$(STAMP): requirements.txt requirements-dev.txt requirements-demo.txt adapters/pyproject.toml eval/pyproject.toml training/pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v < (3, 13) else f"Python {v[0]}.{v[1]} does not serve: set PYTHON to Python 3.11 or 3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-demo.txt
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/python -m curvelora_training.demo --out runs/demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -m "not gpu and not slurm and not slow"
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m "slow and not gpu and not slurm"
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+
+clean:
+	rm -rf $(VENV) runs .models

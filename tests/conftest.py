@@ -1,0 +1,46 @@
+"""Shared by all tests: no network, tiny models with real text, and the demo's real model."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before any library reads it; inherited by subprocesses
+
+import csv
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA = ROOT / "tests" / "data"
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The repository."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def sentences() -> list[str]:
+    """Real sentences, to train tiny tokenizers on."""
+    with (DATA / "sst2_sentences_train.tsv").open(encoding="utf-8") as stream:
+        return [row["sentence"] for row in csv.DictReader(stream, delimiter="\t", quoting=csv.QUOTE_NONE)]
+
+
+@pytest.fixture(scope="session")
+def minilm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """all-MiniLM-L6-v2, the real pretrained model of the demo."""
+    from curvelora_training.demo import export_minilm
+
+    folder = tmp_path_factory.mktemp("models") / "minilm"
+    export_minilm(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory: pytest.TempPathFactory, sentences: list[str]) -> dict[str, Path]:
+    """Checkpoints of every architecture that the task kinds need, with random weights and a tokenizer of real text."""
+    from tiny import build_tiny_models
+
+    return build_tiny_models(tmp_path_factory.mktemp("tiny"), sentences)
