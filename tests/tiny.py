@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     BertConfig,
-    BertForMaskedLM,
+    BertModel,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -39,7 +39,7 @@ def build_tiny_models(folder: Path, sentences: list[str]) -> dict[str, Path]:
     """Write bert, llama (grouped-query attention), t5 and vit below `folder`; sizes divide by 64 so that NF4 applies."""
     torch.manual_seed(0)
     built = {
-        "bert": BertForMaskedLM(
+        "bert": BertModel(
             BertConfig(
                 vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128
             )

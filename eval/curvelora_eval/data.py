@@ -77,7 +77,7 @@ def _load_folder(path: Path, spec: DataSpec) -> Dataset | DatasetDict:
             f"{path} is an empty folder: it should hold a saved data set, or images in one sub-folder a class"
         )
     images = load_dataset("imagefolder", data_dir=str(path))
-    return images if spec.split else images["train"] if "train" in images else images
+    return images if spec.split else images.get("train", images)
 
 
 def _load_hub(spec: DataSpec) -> Dataset | DatasetDict:

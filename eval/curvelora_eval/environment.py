@@ -11,7 +11,10 @@ from typing import Any
 
 import torch
 
-PACKAGES = ["curvelora", "curvelora-eval", "curvelora-training", "torch", "transformers", "peft", "accelerate", "deepspeed", "bitsandbytes", "datasets", "evaluate"]
+PACKAGES = (
+    *("curvelora", "curvelora-eval", "curvelora-training"),
+    *("torch", "transformers", "peft", "accelerate", "deepspeed", "bitsandbytes", "datasets", "evaluate"),
+)
 
 
 def describe_environment() -> dict[str, Any]:

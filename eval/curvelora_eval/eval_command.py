@@ -57,8 +57,9 @@ def run(args: argparse.Namespace) -> int:
             raise UserError(
                 f"unknown metric {name!r}{nearest(name, known_metrics())} (known: {', '.join(known_metrics())})"
             )
+    trained: list[str] = []
     if args.adapter:
-        read_adapter_config(args.adapter)
+        trained = getattr(read_adapter_config(args.adapter), "modules_to_save", None) or []
         stored_shapes(args.adapter)
     out = make_folder(args.out)
     data = DataSpec(path=args.data, split=args.split, limit=args.limit)
@@ -70,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
         )
     task.check(rows, args.data)
     processor = load_processor(model_spec, task)
-    model = load_base(model_spec, task)
+    model = load_base(model_spec, task, trained=trained)
     if args.adapter:
         model = load_adapter(model, args.adapter)
     result, predicted = evaluate_rows(model, task, rows, processor, args.batch_size)

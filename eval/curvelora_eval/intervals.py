@@ -97,11 +97,21 @@ def score(
 
 
 def _resampler(metric: Any, predictions: Sequence, references: Sequence, settings: dict) -> Callable:
-    """Return indices (n,) -> scores. It calls `_compute`, since `compute` would write an arrow table a resample."""
+    """Return indices (n,) -> scores, by the cheapest way that the metric has: row scores, class counts, or `_compute`
+    (the public `compute` would write an arrow table a resample)."""
     if hasattr(metric, "row_scores"):
         rows = metric.row_scores(predictions, references, **settings)
         return lambda index: {key: float(scores[index].mean()) for key, scores in rows.items()}
     given, wanted = np.asarray(predictions), np.asarray(references)
+    if hasattr(metric, "from_confusion"):
+        classes, codes = np.unique(np.concatenate([wanted, given]), return_inverse=True)
+        cells = codes[: len(wanted)] * len(classes) + codes[len(wanted) :]
+
+        def from_counts(index: np.ndarray) -> Mapping[str, float]:
+            counts = np.bincount(cells[index], minlength=len(classes) ** 2).reshape(len(classes), -1)
+            return metric.from_confusion(counts, classes.tolist(), **settings)
+
+        return from_counts
     return lambda index: metric._compute(given[index], wanted[index], **settings)
 
 

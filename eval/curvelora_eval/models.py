@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -84,11 +85,16 @@ def load_processor(spec: ModelSpec, task: Task) -> Any:
     return processor
 
 
-def load_base(spec: ModelSpec, task: Task, device: torch.device | None = None) -> PreTrainedModel:
+def load_base(
+    spec: ModelSpec, task: Task, device: torch.device | None = None, trained: Iterable[str] = ()
+) -> PreTrainedModel:
     """Load the base model frozen, in the storage that `spec` asks for.
 
+    Args:
+        trained: modules that train in full, which therefore may be missing in the checkpoint, as the task's head may.
+
     Raises:
-        UserError: the checkpoint does not exist, or its weights cannot be read.
+        UserError: the checkpoint does not exist, its weights cannot be read, or some of them are missing.
     """
     config = load_config(spec, task)
     device = device or default_device()
@@ -100,7 +106,7 @@ def load_base(spec: ModelSpec, task: Task, device: torch.device | None = None) -
     if spec.quantization != "none":
         options["quantization_config"] = quantisation_config(spec)
         options["device_map"] = {"": device}
-    model = _load_weights(spec, task, options)
+    model = _load_weights(spec, task, options, {*trained, *(HEADS if task.new_head else ())})
     keep_4bit_layout(model)
     if spec.quantization == "none":
         model.to(device)
@@ -111,8 +117,8 @@ def load_base(spec: ModelSpec, task: Task, device: torch.device | None = None) -
     return model
 
 
-def _load_weights(spec: ModelSpec, task: Task, options: dict[str, Any]) -> PreTrainedModel:
-    """`from_pretrained`, with transformers' report of missing weights turned into an error where it is not the new head."""
+def _load_weights(spec: ModelSpec, task: Task, options: dict[str, Any], trained: set[str]) -> PreTrainedModel:
+    """`from_pretrained`, with transformers' report of missing weights turned into an error where nothing trains them."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
@@ -122,18 +128,22 @@ def _load_weights(spec: ModelSpec, task: Task, options: dict[str, Any]) -> PreTr
             trust_remote_code=spec.trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
+            # a head for other classes is replaced; any other tensor of another size is an error below
+            ignore_mismatched_sizes=task.new_head,
             **options,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"the weights of {spec.path} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
     finally:
         logging.set_verbosity(verbosity)
-    missing = sorted(
-        name for name in info["missing_keys"] if not (task.new_head and name.split(".")[0] in (*HEADS, "pooler"))
-    )
+    unusable = [*info["missing_keys"], *(key if isinstance(key, str) else key[0] for key in info["mismatched_keys"])]
+    missing = sorted(name for name in unusable if not trained & set(name.split(".")))
     if missing:
         shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-        raise UserError(f"{spec.path} has no weights for {shown}: it is no checkpoint of {type(model).__name__}")
+        raise UserError(
+            f"{spec.path} has no weights that fit {shown}: take a checkpoint of {type(model).__name__} that has, or train them by "
+            "naming their module in adapter.modules_to_save"
+        )
     return model
 
 

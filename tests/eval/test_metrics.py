@@ -167,14 +167,14 @@ def test_empty_input_is_a_clear_error(name):
 @pytest.mark.parametrize("name", METRICS)
 def test_sides_of_unequal_length_are_an_error(name):
     rows = VALID[name]
-    with pytest.raises(ValueError, match="Mismatch in the number of predictions"):
+    with pytest.raises(ValueError, match=r"Mismatch in the number of predictions"):
         compute(name, rows["predictions"][:-1], rows["references"])
 
 
 def test_unknown_metric_names_the_nearest_and_the_list():
-    with pytest.raises(ValueError, match="unknown metric 'acuracy'; did you mean 'accuracy'.*: accuracy, exact"):
+    with pytest.raises(ValueError, match=r"unknown metric 'acuracy'; did you mean 'accuracy'.*: accuracy, exact"):
         load_metric("acuracy")
-    with pytest.raises(ValueError, match="unknown metric 'zzz'; known metrics"):
+    with pytest.raises(ValueError, match=r"unknown metric 'zzz'; known metrics"):
         load_metric("zzz")
 
 
@@ -186,3 +186,20 @@ def test_importing_the_package_loads_no_heavy_library():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "loaded: []\n", done.stderr
+
+
+@pytest.mark.parametrize("name", ["f1", "matthews"])
+@pytest.mark.parametrize("classes", [2, 3, 5])
+def test_counts_give_what_scikit_learn_gives(name: str, classes: int) -> None:
+    """The bootstrap works on class counts; each resample must equal the metric itself."""
+    from curvelora_eval.intervals import _resampler
+
+    rng = np.random.default_rng(classes)
+    predictions, references = rng.integers(0, classes, (2, 60)).tolist()
+    settings = {"labels": list(range(classes))} if name == "f1" else {}
+    metric = load_metric(name)
+    statistic = _resampler(metric, predictions, references, settings)
+    for rows in (np.arange(60), rng.integers(0, 60, 60), np.array([0, 0, 1]), np.array([3] * 4)):
+        wanted = metric._compute(np.array(predictions)[rows], np.array(references)[rows], **settings)[name]
+        found = statistic(rows)[name]
+        assert (wanted is None and np.isnan(found)) or found == pytest.approx(wanted, abs=1e-12)

@@ -240,11 +240,11 @@ def test_damaged_files_are_user_errors(tmp_path, file, content, said):
 
 
 def test_missing_folders_are_user_errors(tmp_path):
-    with pytest.raises(UserError, match="the run folder .*nowhere does not exist"):
+    with pytest.raises(UserError, match=r"the run folder .*nowhere does not exist"):
         load_runs([tmp_path / "nowhere"])
-    with pytest.raises(UserError, match="has no result.json"):
+    with pytest.raises(UserError, match=r"has no result.json"):
         load_runs([tmp_path])
-    with pytest.raises(UserError, match="at least one run folder"):
+    with pytest.raises(UserError, match=r"at least one run folder"):
         load_runs([])
 
 

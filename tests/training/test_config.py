@@ -109,4 +109,4 @@ def test_a_malformed_override(recipe: dict[str, Any], write: Callable[..., Path]
     with pytest.raises(UserError, match="key=value"):
         load_recipe(write(recipe), ["adapter.r"])
     with pytest.raises(UserError, match="single value"):
-        load_recipe(write(recipe), ["seed.r=1"])
+        load_recipe(write(recipe), ["output.r=1"])

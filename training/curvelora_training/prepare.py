@@ -131,7 +131,8 @@ def attach(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
         if "not found" in str(error):
             hint = nearest(wanted[0], modules) if wanted else ""
             raise UserError(
-                f"adapter.target_modules {', '.join(wanted)} match no module of this model{hint} (its linear modules: {', '.join(names)})"
+                f"adapter.target_modules {', '.join(wanted)} match no module of this model{hint} "
+                f"(its linear modules: {', '.join(names)})"
             ) from error
         raise UserError(f"the adapter does not fit this model: {' '.join(str(error).split())}") from error
     rank = getattr(config, "r", None)

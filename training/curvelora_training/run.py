@@ -63,6 +63,7 @@ def train(prepared: Prepared, resume: bool = False, overwrite: bool = False) -> 
         data_collator=task.collator(processor),
         callbacks=[timer, log],
         head=head_settings(recipe),
+        token_loss=task.token_loss,
     )
     if recipe.training.max_steps != 0:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -118,7 +119,7 @@ def training_arguments(recipe: Recipe, folder: RunFolder, has_validation: bool) 
         "remove_unused_columns": False,
         "label_names": ["labels"],
         "report_to": [],
-        "disable_tqdm": not (rank() == 0),
+        "disable_tqdm": rank() != 0,
     }
 
 
@@ -133,7 +134,8 @@ def head_settings(recipe: Recipe) -> dict[str, float]:
 
 def adapted_model(prepared: Prepared, device: torch.device) -> PeftModel:
     """The base with the adapter on it; what trains is fp32, whatever the base is stored in."""
-    base = load_base(prepared.recipe.model, prepared.task, device)
+    trained = prepared.peft_config.modules_to_save or ()
+    base = load_base(prepared.recipe.model, prepared.task, device, trained)
     base.config.use_cache = False  # no generation while training; warnings otherwise
     model = attach(base, prepared.peft_config)
     for parameter in model.parameters():

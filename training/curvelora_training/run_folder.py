@@ -18,7 +18,10 @@ from curvelora.errors import UserError
 from curvelora.loading import WEIGHTS_FILE, stored_shapes
 from curvelora_eval.files import make_folder, write_json, write_text
 
-CONTENTS = ["config.yaml", "environment.json", "metrics.jsonl", "result.json", "evaluation.json", "predictions.jsonl", "checkpoints", "adapter"]
+CONTENTS = (
+    *("config.yaml", "environment.json", "metrics.jsonl", "result.json", "evaluation.json", "predictions.jsonl"),
+    *("checkpoints", "adapter"),
+)
 
 
 class RunFolder:

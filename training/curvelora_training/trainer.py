@@ -22,12 +22,16 @@ class AdapterTrainer(Trainer):
 
     Args:
         head: {"lr": ..., "weight_decay": ...} for parameters under `modules_to_save`.
+        token_loss: whether the model's loss is a mean over tokens that takes the number of tokens of the whole step.
         **kwargs: as for `transformers.Trainer`.
     """
 
-    def __init__(self, *args: Any, head: dict[str, float], **kwargs: Any) -> None:
+    def __init__(self, *args: Any, head: dict[str, float], token_loss: bool, **kwargs: Any) -> None:
         self.head = head
         super().__init__(*args, **kwargs)
+        # Trainer guesses this from the signature of forward, and where it guesses wrong (BERT, T5, ViT: they accept the
+        # argument and ignore it) accumulated gradients are summed instead of averaged.
+        self.model_accepts_loss_kwargs = token_loss
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW (or what the recipe says) over adapter and head, with and without weight decay."""
@@ -101,6 +105,15 @@ class RunLog(TrainerCallback):
         """Resolvability over all weight-space layers, or None where there is none."""
         measured = model_resolvability(model, self.dtype)
         return summarise(measured) if measured else None
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> TrainerControl:
+        """Log whenever a checkpoint is written: a logged loss is a mean since the last line, and a resumed run starts anew."""
+        control.should_log = control.should_log or control.should_save
+        return control
+
+    on_epoch_end = on_step_end
 
     def on_log(
         self,

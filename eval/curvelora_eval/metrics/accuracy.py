@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datasets
 import evaluate
+import numpy as np
 from sklearn.metrics import accuracy_score
 
 from curvelora_eval.metrics import require_rows
@@ -26,3 +27,7 @@ class Accuracy(evaluate.Metric):
     def _compute(self, predictions, references) -> dict:
         require_rows("accuracy", predictions)
         return {"accuracy": float(accuracy_score(references, predictions))}
+
+    def row_scores(self, predictions, references) -> dict[str, np.ndarray]:
+        """Return 1.0 or 0.0 for every row, (n,); their mean is the metric, so a bootstrap may resample them."""
+        return {"accuracy": (np.asarray(predictions) == np.asarray(references)).astype(float)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datasets
 import evaluate
+import numpy as np
 from sklearn.metrics import matthews_corrcoef
 
 from curvelora_eval.metrics import require_rows
@@ -29,3 +30,10 @@ class Matthews(evaluate.Metric):
         if len({*predictions, *references}) == 1:
             return {"matthews": 0.0}  # scikit-learn's value too, but it warns about it at every resample
         return {"matthews": float(matthews_corrcoef(references, predictions))}
+
+    def from_confusion(self, matrix: np.ndarray, classes: list[int]) -> dict:
+        """The same from counts (references, predictions): (c s - p.t) / sqrt((s^2 - p.p) (s^2 - t.t)), Gorodkin eq. 8."""
+        wanted, given, rows = matrix.sum(1), matrix.sum(0), matrix.sum()
+        spread = (rows**2 - given @ given) * (rows**2 - wanted @ wanted)
+        covered = np.trace(matrix) * rows - wanted @ given
+        return {"matthews": float(covered / np.sqrt(float(spread))) if spread else 0.0}

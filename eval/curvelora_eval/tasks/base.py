@@ -38,6 +38,8 @@ class Task:
     default_metrics: ClassVar[tuple[str, ...]] = ()
     new_head: ClassVar[bool] = False
     """Whether the model gets a freshly initialised head, which then trains in full."""
+    token_loss: ClassVar[bool] = False
+    """Whether the models' loss is a mean over tokens that accepts `num_items_in_batch` and honours it."""
 
     def __init__(self, spec: TaskSpec) -> None:
         self.spec = spec

@@ -26,6 +26,7 @@ class CausalLM(Task):
 
     optional = ("text", "prompt", "completion")
     auto_class = AutoModelForCausalLM
+    token_loss = True
 
     def __init__(self, spec: Any) -> None:
         super().__init__(spec)
