@@ -36,12 +36,21 @@ def tokenizer(sentences: list[str]) -> PreTrainedTokenizerFast:
 
 
 def build_tiny_models(folder: Path, sentences: list[str]) -> dict[str, Path]:
-    """Write bert, llama (grouped-query attention), t5 and vit below `folder`; sizes divide by 64 so that NF4 applies."""
+    """Write bert, llama (grouped-query attention), t5 and vit below `folder`; sizes divide by 64 so that NF4 applies.
+
+    Without dropout of their own, so that runs of other batch shapes or launchers can be compared exactly.
+    """
     torch.manual_seed(0)
     built = {
         "bert": BertModel(
             BertConfig(
-                vocab_size=VOCABULARY, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128
+                hidden_dropout_prob=0.0,
+                attention_probs_dropout_prob=0.0,
+                vocab_size=VOCABULARY,
+                hidden_size=64,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                intermediate_size=128,
             )
         ),
         "llama": LlamaForCausalLM(
@@ -58,6 +67,7 @@ def build_tiny_models(folder: Path, sentences: list[str]) -> dict[str, Path]:
         ),
         "t5": T5ForConditionalGeneration(
             T5Config(
+                dropout_rate=0.0,
                 vocab_size=VOCABULARY,
                 d_model=64,
                 d_kv=16,

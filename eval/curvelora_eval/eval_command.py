@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check everything, then load, predict, score and write."""
-    from curvelora.loading import load_adapter, read_adapter_config, stored_shapes
+    from curvelora.loading import WEIGHTS_FILE, load_adapter, read_adapter_config, stored_shapes
     from curvelora_eval.data import fingerprint, load_rows
     from curvelora_eval.environment import describe_environment
     from curvelora_eval.evaluator import evaluate_rows, known_metrics
@@ -51,6 +51,9 @@ def run(args: argparse.Namespace) -> int:
     from curvelora_eval.models import load_base, load_processor
     from curvelora_eval.tasks import make_task
 
+    for name in ("limit", "batch_size"):
+        if (number := getattr(args, name)) is not None and number < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {number}")
     model_spec, task_spec = resolve(args)
     for name in task_spec.metrics or []:
         if name not in known_metrics():
@@ -77,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     result, predicted = evaluate_rows(model, task, rows, processor, args.batch_size)
     result |= {
         "model": dataclasses.asdict(model_spec),
-        "adapter": {"path": str(args.adapter), "sha256": fingerprint(args.adapter)} if args.adapter else None,
+        "adapter": {"path": str(args.adapter), "sha256": fingerprint(args.adapter / WEIGHTS_FILE)} if args.adapter else None,
         "dataset": {"path": args.data, "split": args.split, "sha256": fingerprint(args.data), "rows": len(rows)},
         **describe_environment(),
     }

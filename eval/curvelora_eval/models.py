@@ -91,7 +91,7 @@ def load_base(
     """Load the base model frozen, in the storage that `spec` asks for.
 
     Args:
-        trained: modules that train in full, which therefore may be missing in the checkpoint, as the task's head may.
+        trained: modules that train in full or come with the adapter, and may therefore be missing in the checkpoint.
 
     Raises:
         UserError: the checkpoint does not exist, its weights cannot be read, or some of them are missing.
@@ -106,7 +106,7 @@ def load_base(
     if spec.quantization != "none":
         options["quantization_config"] = quantisation_config(spec)
         options["device_map"] = {"": device}
-    model = _load_weights(spec, task, options, {*trained, *(HEADS if task.new_head else ())})
+    model = _load_weights(spec, task, options, set(trained))
     keep_4bit_layout(model)
     if spec.quantization == "none":
         model.to(device)

@@ -100,7 +100,7 @@ def engine_in_use(trainer: Trainer) -> dict[str, Any]:
         "engine": type(wrapped).__name__ if world_size() > 1 or stage is not None else "single process",
         "zero_stage": stage,
         "processes": trainer.args.world_size,
-        "device": str(trainer.args.device),
+        "device": trainer.args.device.type,
     }
 
 

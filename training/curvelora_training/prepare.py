@@ -81,8 +81,7 @@ def prepare(recipe: Recipe, source: str = "the recipe") -> Prepared:
             if found is not None:
                 collect(task.check, found, f"data.{name}")
     peft_config = shapes = None
-    can_shape = not isinstance(task, LabelledTask) or recipe.task.labels is not None
-    base = collect(shape_model, recipe.model, task) if can_shape else None
+    base = collect(shape_model, recipe.model, task)
     if base is not None:
         peft_config = collect(adapter_config, recipe, task, base)
         if peft_config is not None:
@@ -223,5 +222,5 @@ def _check_deepspeed(path: str | None) -> None:
         raise UserError(f"training.deepspeed: {path} cannot be read ({error.strerror})") from error
     except ValueError as error:
         raise UserError(f"training.deepspeed: {path} is no valid JSON ({error})") from error
-    if "zero_optimization" not in settings:
+    if not isinstance(settings, dict) or "zero_optimization" not in settings:
         raise UserError(f"training.deepspeed: {path} has no zero_optimization section, so it would shard nothing")

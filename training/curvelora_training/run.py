@@ -12,6 +12,7 @@ import torch
 from peft import PeftModel
 from transformers import TrainingArguments, set_seed
 
+from curvelora.loading import WEIGHTS_FILE
 from curvelora_eval.data import fingerprint
 from curvelora_eval.environment import describe_environment
 from curvelora_eval.eval_command import prediction_lines
@@ -22,7 +23,7 @@ from curvelora_training.config import Recipe
 from curvelora_training.distributed import check_engine, engine_in_use, rank, trainer_arguments, world_size
 from curvelora_training.model_card import model_card
 from curvelora_training.prepare import Prepared, attach
-from curvelora_training.run_folder import RunFolder
+from curvelora_training.run_folder import RunFolder, whole_or_none
 from curvelora_training.trainer import AdapterTrainer, RunLog, StepTimer, peak_memory
 
 
@@ -40,6 +41,14 @@ def train(prepared: Prepared, resume: bool = False, overwrite: bool = False) -> 
     folder = RunFolder(recipe.output)
     engine = trainer_arguments(recipe.training.deepspeed)  # first: it brings the process group up
     arguments = TrainingArguments(**training_arguments(recipe, folder, bool(prepared.rows.get("validation"))), **engine)
+    if rank() == 0:
+        folder.check_free(resume, overwrite)
+
+    # Before the folder is touched: weights that are missing or damaged leave it as it was.
+    set_seed(recipe.seed)
+    processor = load_processor(recipe.model, task)
+    model = adapted_model(prepared, arguments.device)
+    rows = {name: task.encode(found, processor) for name, found in prepared.rows.items() if name != "test"}
     with arguments.main_process_first(desc="opening the run folder"):
         if rank() == 0:
             folder.open(resume, overwrite)
@@ -50,10 +59,6 @@ def train(prepared: Prepared, resume: bool = False, overwrite: bool = False) -> 
         folder.write_json("environment.json", describe_environment())
         folder.forget_after(int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0)
 
-    set_seed(recipe.seed)
-    processor = load_processor(recipe.model, task)
-    model = adapted_model(prepared, arguments.device)
-    rows = {name: task.encode(found, processor) for name, found in prepared.rows.items() if name != "test"}
     timer, log = StepTimer(), RunLog(folder, getattr(torch, recipe.model.dtype))
     trainer = AdapterTrainer(
         model=model,
@@ -66,7 +71,13 @@ def train(prepared: Prepared, resume: bool = False, overwrite: bool = False) -> 
         token_loss=task.token_loss,
     )
     if recipe.training.max_steps != 0:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        finally:
+            # ends the line of a progress bar that was stopped midway, so that the error has one of its own
+            for callback in trainer.callback_handler.callbacks:
+                if (bar := getattr(callback, "training_bar", None)) is not None:
+                    bar.close()
     in_use = engine_in_use(trainer)
     check_engine(in_use, recipe.training.deepspeed)
 
@@ -185,10 +196,12 @@ def summary(prepared: Prepared, trainer: AdapterTrainer, timer: StepTimer, log: 
 def save_adapter(trainer: AdapterTrainer, prepared: Prepared, folder: RunFolder) -> None:
     """Write adapter/ under a temporary name and rename it: there is a whole adapter or none."""
     temporary = folder.path / ".adapter.tmp"
-    trainer.save_model(str(temporary))
+    with whole_or_none(temporary, folder.adapter):
+        trainer.save_model(str(temporary))
+        if rank() == 0:
+            (temporary / "training_args.bin").unlink(missing_ok=True)  # a pickle, and nothing that config.yaml does not say
+            write_task(temporary, prepared.recipe.model, prepared.recipe.task)
     if rank() == 0:
-        (temporary / "training_args.bin").unlink(missing_ok=True)  # a pickle, and nothing that config.yaml does not say
-        write_task(temporary, prepared.recipe.model, prepared.recipe.task)
         shutil.rmtree(folder.adapter, ignore_errors=True)
         os.replace(temporary, folder.adapter)
 
@@ -201,7 +214,7 @@ def score_unseen(prepared: Prepared, model: PeftModel, processor: Any, folder: R
     result, predicted = evaluate_rows(model, prepared.task, rows, processor, prepared.recipe.training.eval_batch_size)
     result |= {
         "model": dataclasses.asdict(prepared.recipe.model),
-        "adapter": {"path": str(folder.adapter), "sha256": fingerprint(folder.adapter)},
+        "adapter": {"path": str(folder.adapter), "sha256": fingerprint(folder.adapter / WEIGHTS_FILE)},
         "dataset": {"path": spec.path, "split": spec.split, "sha256": fingerprint(spec.path), "rows": len(rows)},
         **describe_environment(),
     }

@@ -8,9 +8,11 @@ adapter/           adapter, model card, task    predictions.jsonl  what was pred
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ CONTENTS = (
     *("config.yaml", "environment.json", "metrics.jsonl", "result.json", "evaluation.json", "predictions.jsonl"),
     *("checkpoints", "adapter"),
 )
+RESUMABLE = "mend that and continue with --resume; what was saved before is whole"
+FULL = 1 << 20  # bytes; a disk with less is called full
 
 
 class RunFolder:
@@ -33,21 +37,28 @@ class RunFolder:
         self.adapter = self.path / "adapter"
         self.checkpoints = self.path / "checkpoints"
 
-    def open(self, resume: bool, overwrite: bool) -> None:
-        """Create the folder, or take over an existing one.
+    def held(self) -> list[str]:
+        """What the folder holds of an earlier run."""
+        return [name for name in CONTENTS if (self.path / name).exists()]
 
-        Raises:
-            UserError: it holds a run already and neither resume nor overwrite was asked for, or it cannot be written.
-        """
-        held = [name for name in CONTENTS if (self.path / name).exists()]
-        if held and not (resume or overwrite):
+    def check_free(self, resume: bool, overwrite: bool) -> None:
+        """Raise `UserError` where the folder holds a run and neither resume nor overwrite was asked for; changes nothing."""
+        if (held := self.held()) and not (resume or overwrite):
             raise UserError(
                 f"{self.path} holds a run already ({', '.join(held)}): add --resume to continue it, --overwrite to replace it, "
                 "or name another output"
             )
+
+    def open(self, resume: bool, overwrite: bool) -> None:
+        """Create the folder, or take over an existing one.
+
+        Raises:
+            UserError: as `check_free` does, or the folder cannot be written.
+        """
+        self.check_free(resume, overwrite)
         make_folder(self.path)
         if overwrite and not resume:
-            for name in held:
+            for name in self.held():
                 target = self.path / name
                 shutil.rmtree(target) if target.is_dir() else target.unlink()
 
@@ -76,8 +87,11 @@ class RunFolder:
     def log(self, record: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl; values that JSON cannot hold (NaN, infinity) become null."""
         plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        with self.metrics.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(plain, allow_nan=False) + "\n")
+        try:
+            with self.metrics.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(plain, allow_nan=False) + "\n")
+        except OSError as error:
+            raise UserError(f"{self.metrics} cannot be written ({error.strerror}): {RESUMABLE}") from error
 
     def write_json(self, name: str, record: dict[str, Any]) -> None:
         """Write one of the JSON files, whole or not at all."""
@@ -99,3 +113,28 @@ def is_whole(checkpoint: Path) -> bool:
     except (OSError, ValueError):
         return False
     return (checkpoint / WEIGHTS_FILE).stat().st_size > 0
+
+
+@contextlib.contextmanager
+def whole_or_none(folder: Path, name: Path | None = None) -> Iterator[None]:
+    """Save into `folder`; what is only half there when saving fails, or is stopped, is removed.
+
+    Args:
+        folder: what is written inside the `with` block.
+        name: how messages call it, where `folder` is temporary.
+
+    Raises:
+        UserError: it could not be saved. A full disk is an OSError, a SafetensorError, a RuntimeError (torch) or a plain
+            Exception (tokenizers), so none is told apart here.
+    """
+    try:
+        yield
+    except BaseException as error:
+        free = shutil.disk_usage(next(p for p in folder.absolute().parents if p.exists())).free
+        if not is_whole(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+        if not isinstance(error, Exception):
+            raise
+        # torch's own words for a full disk are "unexpected pos 64 vs 0"
+        why = "No space left on device" if free < FULL else " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{name or folder} cannot be saved ({why}): {RESUMABLE}") from error

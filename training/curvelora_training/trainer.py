@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import resource
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from curvelora.resolvability import model_resolvability, summarise
-from curvelora_training.run_folder import RunFolder
+from curvelora_training.run_folder import RunFolder, whole_or_none
 
 WARM_UP_STEPS = 3  # left out of the step time: first calls allocate, compile and fill caches
 
@@ -40,6 +42,11 @@ class AdapterTrainer(Trainer):
             cls, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             self.optimizer = cls(groups, **options)
         return self.optimizer
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """As the base class does it, but a checkpoint that cannot be written in full leaves nothing behind."""
+        with whole_or_none(Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"):
+            super()._save_checkpoint(*args, **kwargs)
 
 
 def parameter_groups(

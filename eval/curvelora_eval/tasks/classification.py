@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,9 @@ from transformers import AutoModelForSequenceClassification, DataCollatorWithPad
 
 from curvelora.errors import UserError, nearest
 from curvelora_eval.tasks.base import Predictions, Task, batches_by_length, compute_context, device_of
+
+MOST_CLASSES = 10_000  # more are a sign that an identifier was taken for a label
+_WHOLE = re.compile(r"\s*-?[0-9]+\s*")
 
 
 class LabelledTask(Task):
@@ -28,13 +32,25 @@ class LabelledTask(Task):
         names = getattr(feature, "names", None)
         if names is None:
             found = set(self.values(rows, "label"))
-            if all(_is_whole(value) for value in found):
-                names = [str(i) for i in range(max(int(value) for value in found) + 1)]
+            if found & {None, ""}:
+                raise UserError("some training rows have no label: leave these rows out")
+            if len(found) > 1 and all(_is_whole(value) for value in found):
+                names = [str(i) for i in range(self._highest(found) + 1)]
             else:
                 names = sorted(str(value) for value in found)
         if len(names) < 2:
             raise UserError(f"the training rows hold one class only ({names[0]!r}): a classifier needs at least two")
         self.spec.labels = list(names)
+
+    @staticmethod
+    def _highest(found: set[Any]) -> int:
+        low, high = min(map(int, found)), max(map(int, found))
+        if low < 0 or high >= MOST_CLASSES:
+            raise UserError(
+                f"the training rows have labels from {low} to {high}: whole numbers are taken as class indices, which count "
+                f"from 0 and stay below {MOST_CLASSES:,}; name the classes in task.labels, or map another column to 'label'"
+            )
+        return high
 
     def label_indices(self, rows: Dataset, name: str) -> list[int]:
         """The class index of every row; whole numbers are indices, words are looked up among the labels.
@@ -65,6 +81,8 @@ class LabelledTask(Task):
 
     def model_options(self) -> dict[str, Any]:
         labels = self.spec.labels
+        if labels is None:  # not known yet: the number of classes has no influence on what is checked without them
+            return {}
         return {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
 
 
@@ -149,4 +167,4 @@ class Regression(TextTask):
 
 
 def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) or (isinstance(value, str) and value.strip().lstrip("-").isdigit())
+    return isinstance(value, int) or (isinstance(value, str) and _WHOLE.fullmatch(value) is not None)
