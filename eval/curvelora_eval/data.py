@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
-from datasets.utils.logging import disable_progress_bar
+from datasets.utils.logging import CRITICAL, disable_progress_bar, set_verbosity
 
 from curvelora.errors import UserError, nearest
 from curvelora_eval.spec import DataSpec
 
 FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+NO_ROWS = "{} has no rows: nothing can be learnt or scored from it"
 _FIELD = re.compile(r"\{(\w+)\}")
 
 
@@ -25,6 +26,7 @@ def load_rows(spec: DataSpec) -> Dataset:
         UserError: no such file, unknown format, damaged file, unknown split, or no rows.
     """
     disable_progress_bar()  # reading a file is quick, and its bar would hide the one that matters
+    set_verbosity(CRITICAL)  # what it logs about a damaged file is in the exception as well
     path = Path(spec.path)
     try:
         if path.is_file():
@@ -36,6 +38,8 @@ def load_rows(spec: DataSpec) -> Dataset:
     except UserError:
         raise
     except Exception as error:  # each reader has its own exceptions; all of them mean that the rows cannot be read
+        if "corresponds to no data" in str(error):  # a header alone
+            raise UserError(NO_ROWS.format(spec.path)) from error
         raise UserError(f"{spec.path} cannot be read as {path.suffix or 'a data set'}: {_root_cause(error)}") from error
     if isinstance(rows, DatasetDict):
         if spec.split not in rows:
@@ -47,7 +51,7 @@ def load_rows(spec: DataSpec) -> Dataset:
     if spec.limit is not None:
         rows = rows.select(range(min(spec.limit, len(rows))))
     if len(rows) == 0:
-        raise UserError(f"{spec.path} has no rows: nothing can be learnt or scored from it")
+        raise UserError(NO_ROWS.format(spec.path))
     return rows
 
 
@@ -129,7 +133,8 @@ def fingerprint(path: str | Path) -> str | None:
     digest = hashlib.sha256()
     for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
         if path.is_dir():
-            digest.update(str(file.relative_to(path)).encode())
+            # with its end and the size, or a name could run into the content
+            digest.update(f"{file.relative_to(path).as_posix()}\0{file.stat().st_size}\0".encode())
         with file.open("rb") as stream:
             while block := stream.read(1 << 20):
                 digest.update(block)

@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import Any, get_args
 
-from curvelora.errors import UserError, nearest
+from curvelora.errors import UserError
 from curvelora_eval.spec import DataSpec, ModelSpec, TaskKind, TaskSpec, read_task
 
 HELP = "score an adapter on labelled rows, offline"
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     from curvelora.loading import WEIGHTS_FILE, load_adapter, read_adapter_config, stored_shapes
     from curvelora_eval.data import fingerprint, load_rows
     from curvelora_eval.environment import describe_environment
-    from curvelora_eval.evaluator import evaluate_rows, known_metrics
+    from curvelora_eval.evaluator import evaluate_rows
     from curvelora_eval.files import make_folder, write_json, write_text
     from curvelora_eval.models import load_base, load_processor
     from curvelora_eval.tasks import make_task
@@ -55,11 +55,8 @@ def run(args: argparse.Namespace) -> int:
         if (number := getattr(args, name)) is not None and number < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {number}")
     model_spec, task_spec = resolve(args)
-    for name in task_spec.metrics or []:
-        if name not in known_metrics():
-            raise UserError(
-                f"unknown metric {name!r}{nearest(name, known_metrics())} (known: {', '.join(known_metrics())})"
-            )
+    task = make_task(task_spec)
+    task.check_metrics()
     trained: list[str] = []
     if args.adapter:
         trained = getattr(read_adapter_config(args.adapter), "modules_to_save", None) or []
@@ -67,7 +64,6 @@ def run(args: argparse.Namespace) -> int:
     out = make_folder(args.out)
     data = DataSpec(path=args.data, split=args.split, limit=args.limit)
     rows = load_rows(data)
-    task = make_task(task_spec)
     if task.new_head and task_spec.kind != "regression" and task_spec.labels is None:
         raise UserError(
             "the class names are not known: give them in order of their index, for example --labels negative,positive"
@@ -80,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     result, predicted = evaluate_rows(model, task, rows, processor, args.batch_size)
     result |= {
         "model": dataclasses.asdict(model_spec),
-        "adapter": {"path": str(args.adapter), "sha256": fingerprint(args.adapter / WEIGHTS_FILE)} if args.adapter else None,
+        "adapter": args.adapter and {"path": str(args.adapter), "sha256": fingerprint(args.adapter / WEIGHTS_FILE)},
         "dataset": {"path": args.data, "split": args.split, "sha256": fingerprint(args.data), "rows": len(rows)},
         **describe_environment(),
     }

@@ -12,7 +12,6 @@ from torch import nn
 
 from curvelora.errors import UserError
 from curvelora_eval.intervals import bootstrap_interval, score
-from curvelora_eval.metrics import KEYS
 from curvelora_eval.tasks import Predictions, Task
 from curvelora_eval.tasks.generation import perplexity
 
@@ -79,8 +78,3 @@ def score_predictions(task: Task, predicted: Predictions) -> dict[str, Mapping[s
         except ValueError as error:
             raise UserError(str(error)) from error
     return scored
-
-
-def known_metrics() -> list[str]:
-    """Names that a recipe may list."""
-    return [*KEYS, "perplexity"]

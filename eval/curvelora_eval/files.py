@@ -47,9 +47,8 @@ def make_folder(folder: Path) -> Path:
             probe.write(b"\0" * 4096)
             probe.flush()
     except (FileExistsError, NotADirectoryError) as error:
-        raise UserError(
-            f"{folder} cannot be an output folder: {error.filename or folder} is a file; name another folder"
-        ) from error
+        file = next((p for p in (folder, *folder.parents) if p.is_file()), folder)
+        raise UserError(f"{folder} cannot be an output folder: {file} is a file; name another folder") from error
     except OSError as error:
         raise UserError(f"{folder} cannot be written ({error.strerror}): name another output folder") from error
     return folder

@@ -80,6 +80,10 @@ def load_processor(spec: ModelSpec, task: Task) -> Any:
     except (OSError, ValueError, json.JSONDecodeError) as error:
         kind = "an image processor" if auto is AutoImageProcessor else "a tokenizer"
         raise UserError(f"{spec.path} has no {kind} that can be read: {' '.join(str(error).split())[:300]}") from error
+    # transformers makes up an empty tokenizer for some architectures where the checkpoint has none
+    files = getattr(processor, "vocab_files_names", {}).values()
+    if files and Path(spec.path).is_dir() and not any((Path(spec.path) / name).is_file() for name in files):
+        raise UserError(f"{spec.path} has no tokenizer: there is none of {', '.join(sorted(files))} in it")
     if auto is AutoTokenizer and processor.pad_token is None:
         processor.pad_token = processor.eos_token or processor.unk_token
     return processor
@@ -141,8 +145,8 @@ def _load_weights(spec: ModelSpec, task: Task, options: dict[str, Any], trained:
     if missing:
         shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         raise UserError(
-            f"{spec.path} has no weights that fit {shown}: take a checkpoint of {type(model).__name__} that has, or train them by "
-            "naming their module in adapter.modules_to_save"
+            f"{spec.path} has no weights that fit {shown}: take a checkpoint of {type(model).__name__} that has, or train them "
+            "by naming their module in adapter.modules_to_save"
         )
     return model
 

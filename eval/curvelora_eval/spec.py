@@ -10,7 +10,7 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from curvelora.errors import UserError
 
@@ -47,6 +47,7 @@ class TaskSpec:
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
     kind: TaskKind
+    """Decides the model class, the loss and the metrics."""
     columns: dict[str, str] = field(default_factory=dict)
     """Role -> column, or a template over columns such as "Question: {question}\\nAnswer:". Roles: text, text_pair, label
     (classification, regression); text, or prompt and completion (causal_lm); source, target (seq2seq); image, label."""
@@ -98,7 +99,10 @@ def read_task(folder: Path) -> tuple[ModelSpec, TaskSpec] | None:
         return None
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        return ModelSpec(**record["model"]), TaskSpec(**record["task"])
+        model, task = ModelSpec(**record["model"]), TaskSpec(**record["task"])
+        if task.kind not in get_args(TaskKind):
+            raise ValueError(f"unknown task {task.kind!r}")
+        return model, task
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path} cannot be read ({error}): write it again, or delete it and name the task yourself"

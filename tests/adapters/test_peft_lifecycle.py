@@ -92,7 +92,7 @@ def test_load_into_this_process(llama, token_ids, randomise, tmp_path, low_cpu_m
     model = get_peft_model(llama(), config(scale_position="inside", activation="tanh"))
     randomise(model)
     model.save_pretrained(tmp_path)
-    loaded = PeftModel.from_pretrained(llama(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+    loaded = PeftModel.from_pretrained(llama(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage, torch_device="cpu")
     assert torch.equal(logits(loaded, token_ids), logits(model, token_ids))
     assert not any(p.requires_grad for p in loaded.parameters())
     assert not any(p.is_meta for p in loaded.parameters())

@@ -38,7 +38,7 @@ def quantised(llama, tmp_path):
     def load(kind: str):
         config = BitsAndBytesConfig(**settings[kind])
         return AutoModelForCausalLM.from_pretrained(
-            tmp_path / "base", quantization_config=config, dtype=torch.float32
+            tmp_path / "base", quantization_config=config, dtype=torch.float32, device_map={"": "cpu"}
         ).eval()
 
     return load
@@ -170,7 +170,7 @@ def test_gradients_flow_after_an_evaluation(adapted, token_ids, kind):
 def test_save_and_load(adapted, quantised, token_ids, tmp_path, kind):
     model = adapted(kind)
     model.save_pretrained(tmp_path / "adapter")
-    loaded = PeftModel.from_pretrained(quantised(kind), tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(quantised(kind), tmp_path / "adapter", torch_device="cpu")
     assert torch.equal(logits(loaded, token_ids), logits(model, token_ids))
 
 

@@ -37,7 +37,7 @@ def test_the_run_folder_is_complete(
     assert all("resolvability_forward" in line and line["loss"] > 0 for line in lines)
     assert run["first_loss"] == lines[0]["loss"]
     environment = result(folder, "environment.json")
-    assert environment["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(environment["versions"]["torch"].partition("+")[0])
     card = (folder / "adapter/README.md").read_text(encoding="utf-8")
     assert "resolvability" in card and "arXiv 2509.21870" in card
     assert not list(folder.rglob("training_args.bin")) or (folder / "checkpoints").exists()

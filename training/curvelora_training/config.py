@@ -100,11 +100,15 @@ class Recipe:
     output: str
     """Run folder: config, environment, metrics, checkpoints, adapter, model card and scores go there."""
     model: ModelSpec
+    """The frozen base model."""
     task: TaskSpec
+    """What the model is asked to do with a row."""
     data: RecipeData
+    """The rows."""
     adapter: dict[str, Any]
     """`method`, one of `curvelora methods`, and that method's options."""
     training: TrainingSpec = field(default_factory=TrainingSpec)
+    """How to train."""
     name: str | None = None
     """Title of the run in reports; the run folder's name where absent."""
     seed: int = 42

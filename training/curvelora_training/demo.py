@@ -19,8 +19,14 @@ from pathlib import Path
 
 from curvelora.cli import run_guarded
 from curvelora.errors import UserError
+from curvelora_eval.files import write_text
 
 MODEL = Path(".models/minilm")
+MARKS = (
+    "<!-- demo: written by python -m curvelora_training.demo --record docs/results/demo -->",
+    "<!-- end of demo -->",
+)
+TITLE = "LoRAN against QLoRA on unseen sentences"
 # folder -> (title, what differs from recipes/demo.yaml)
 ARMS: dict[str, tuple[str, list[str]]] = {
     "untrained": ("Untrained", ["adapter={method: linear_probing}", "training.max_steps=0"]),
@@ -64,10 +70,23 @@ def run_demo(out: Path, overrides: list[str]) -> int:
         if code != 0:
             print(f"the arm {title!r} failed with exit code {code}", file=sys.stderr)
             return code
-    page, table = write_report([out / folder for folder in ARMS], out, "LoRAN against QLoRA on unseen sentences")
+    page, table = write_report([out / folder for folder in ARMS], out, TITLE)
     print(f"\n{table.read_text(encoding='utf-8')}")
     print(f"page:  {page}\ntable: {table}\ntime:  {time.perf_counter() - started:.0f} s")
     return 0
+
+
+def record(out: Path, kept: Path, readme: Path) -> None:
+    """Keep the small result files of the demo in `kept` and put its table into the README, between the `demo` marks."""
+    for folder in ARMS:
+        (kept / folder).mkdir(parents=True, exist_ok=True)
+        for name in ("config.yaml", "environment.json", "metrics.jsonl", "result.json", "evaluation.json"):
+            shutil.copyfile(out / folder / name, kept / folder / name)
+    report = (out / "report.md").read_text(encoding="utf-8")
+    write_text(kept / "report.md", report)
+    table = "\n".join(line for line in report.splitlines() if line.startswith("|"))
+    before, rest = readme.read_text(encoding="utf-8").split(MARKS[0])
+    write_text(readme, f"{before}{MARKS[0]}\n{table}\n{MARKS[1]}{rest.split(MARKS[1])[1]}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -79,10 +98,16 @@ def main(argv: list[str] | None = None) -> int:
         "--out", type=Path, default=Path("runs/demo"), help="folder for the runs and the report (default runs/demo)"
     )
     parser.add_argument(
+        "--record", type=Path, metavar="DIR", help="also keep the result files there and update README.md"
+    )
+    parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="recipe values for every arm, for example seed=43"
     )
     args = parser.parse_args(argv)
-    return run_guarded(lambda: run_demo(args.out, args.overrides))
+    code = run_guarded(lambda: run_demo(args.out, args.overrides))
+    if code == 0 and args.record:
+        record(args.out, args.record, Path("README.md"))
+    return code
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ from transformers.pytorch_utils import Conv1D
 
 from curvelora.errors import UserError, nearest
 from curvelora_eval.data import load_rows
-from curvelora_eval.evaluator import known_metrics
 from curvelora_eval.models import head_modules, shape_model
 from curvelora_eval.tasks import LabelledTask, Task, make_task
 from curvelora_training.config import Recipe, RecipeError
@@ -67,6 +66,7 @@ def prepare(recipe: Recipe, source: str = "the recipe") -> Prepared:
     collect = _Collector()
     task = make_task(recipe.task)
     collect(_check_combinations, recipe, task)
+    collect(task.check_metrics)
     collect(_check_output, Path(recipe.output))
     collect(_check_deepspeed, recipe.training.deepspeed)
     rows = {}
@@ -127,7 +127,7 @@ def attach(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
     except ValueError as error:
         wanted = config.target_modules
         wanted = [wanted] if isinstance(wanted, str) else sorted(wanted or [])
-        if "not found" in str(error):
+        if "not found" in str(error) or "No modules were targeted" in str(error):
             hint = nearest(wanted[0], modules) if wanted else ""
             raise UserError(
                 f"adapter.target_modules {', '.join(wanted)} match no module of this model{hint} "
@@ -189,11 +189,6 @@ def _check_combinations(recipe: Recipe, task: Task) -> None:
         problems.append(
             f"adapter.method linear_probing trains a new head, and task {recipe.task.kind} has none: take another method"
         )
-    for name in recipe.task.metrics or []:
-        if name not in known_metrics():
-            problems.append(
-                f"task.metrics: unknown metric {name!r}{nearest(name, known_metrics())} (known: {', '.join(known_metrics())})"
-            )
     for name in ("max_length", "max_target_length", "max_new_tokens"):
         if getattr(recipe.task, name) < 1:
             problems.append(f"task.{name} must be at least 1, not {getattr(recipe.task, name)}")

@@ -199,7 +199,8 @@ def save_adapter(trainer: AdapterTrainer, prepared: Prepared, folder: RunFolder)
     with whole_or_none(temporary, folder.adapter):
         trainer.save_model(str(temporary))
         if rank() == 0:
-            (temporary / "training_args.bin").unlink(missing_ok=True)  # a pickle, and nothing that config.yaml does not say
+            # a pickle, and nothing that config.yaml does not say
+            (temporary / "training_args.bin").unlink(missing_ok=True)
             write_task(temporary, prepared.recipe.model, prepared.recipe.task)
     if rank() == 0:
         shutil.rmtree(folder.adapter, ignore_errors=True)

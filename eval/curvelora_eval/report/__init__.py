@@ -22,14 +22,19 @@ def write_report(runs: list[Path], out: Path, title: str | None = None) -> tuple
     """Write report.html and report.md into `out`, which is made where missing, and return their paths in that order.
 
     Raises:
-        UserError: a run folder does not exist, has no result.json, or holds a file that cannot be read as JSON.
+        UserError: a run folder does not exist, has no result.json, or holds a file that cannot be read as JSON; or
+            `out` cannot be written.
     """
+    from curvelora_eval.files import (  # here, since importing curvelora loads torch and costs seconds
+        make_folder,
+        write_text,
+    )
+
     loaded = load_runs([Path(run) for run in runs])
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
+    out = make_folder(Path(out))
     html, markdown = out / "report.html", out / "report.md"
-    _write(html, render_page(loaded, out, title or TITLE))
-    _write(markdown, render_markdown(loaded, title or TITLE))
+    write_text(html, render_page(loaded, out, title or TITLE))
+    write_text(markdown, render_markdown(loaded, title or TITLE))
     return html, markdown
 
 
@@ -136,10 +141,3 @@ def _link(folder: Path, out: Path) -> str:
 
 def _plain(text: str) -> str:
     return " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;")
-
-
-def _write(path: Path, text: str) -> None:
-    """Write by a temporary file, so that a reader never meets half a page."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from curvelora_eval.report.load import Run, number
 from curvelora_eval.report.table import interval_level, is_share, percent
 
-# Below this share of inputs the nonlinearity rounds away almost everywhere, and the layer is a plain linear one.
+# Below this share of entries the nonlinearity rounds away almost everywhere, and the layer is a plain linear one.
 ABSENT = 0.01
+# The linear adapters that every other one is held against, beside the baseline.
+LINEAR = ("lora", "qlora")
 
 
 def verdict(runs: list[Run]) -> list[str]:
@@ -49,7 +51,13 @@ def _scores(runs: list[Run]) -> list[str]:
     others = [run for run in runs if run is not base]
     if not others:
         return ["There is one run, so there is nothing to compare it with."]
-    return [_compare(run, base) for run in others]
+    linear = next((run for run in others if run.result.get("method") in LINEAR and _is_trained(run)), None)
+    nonlinear = [run for run in others if run is not linear and _is_trained(run)] if linear else []
+    return [_compare(run, base) for run in others] + [_compare(run, linear) for run in nonlinear]
+
+
+def _is_trained(run: Run) -> bool:
+    return run.result.get("status") != "untrained" and run.score["value"] is not None
 
 
 def _compare(run: Run, base: Run) -> str:

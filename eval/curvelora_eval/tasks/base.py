@@ -36,6 +36,8 @@ class Task:
     optional: ClassVar[tuple[str, ...]] = ()
     auto_class: ClassVar[Any]
     default_metrics: ClassVar[tuple[str, ...]] = ()
+    possible_metrics: ClassVar[tuple[str, ...]] = ()
+    """Metrics that mean something for this kind's predictions."""
     new_head: ClassVar[bool] = False
     """Whether the model gets a freshly initialised head, which then trains in full."""
     token_loss: ClassVar[bool] = False
@@ -48,6 +50,15 @@ class Task:
     def metrics(self) -> list[str]:
         """Names of the metrics to report; the first is the primary one."""
         return list(self.spec.metrics or self.default_metrics)
+
+    def check_metrics(self) -> None:
+        """Raise `UserError` where a metric is unknown, or compares what this kind does not predict."""
+        for name in self.spec.metrics or []:
+            if name not in self.possible_metrics:
+                raise UserError(
+                    f"unknown metric {name!r} for task {self.spec.kind}{nearest(name, self.possible_metrics)} "
+                    f"(known here: {', '.join(self.possible_metrics)})"
+                )
 
     def roles(self, rows: Dataset) -> dict[str, str]:
         """Role -> column or template, for the roles that these rows can fill.
@@ -84,7 +95,10 @@ class Task:
 
     def check(self, rows: Dataset, name: str) -> None:
         """Check everything about these rows that can be checked without a model; `name` is for messages."""
-        self.roles(rows)
+        try:
+            self.roles(rows)
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from error
 
     def model_options(self) -> dict[str, Any]:
         """Keyword arguments for the model's config, for example num_labels."""

@@ -22,7 +22,7 @@ class LabelledTask(Task):
     """A task whose label is one of a fixed list of classes."""
 
     new_head = True
-    default_metrics = ("accuracy", "f1", "matthews")
+    default_metrics = possible_metrics = ("accuracy", "f1", "matthews")
 
     def learn_labels(self, rows: Dataset) -> None:
         """Take the class names from the training rows where the settings do not give them."""
@@ -144,7 +144,7 @@ class SequenceClassification(TextTask, LabelledTask):
 class Regression(TextTask):
     """Roles text, text_pair (optional), label: a number."""
 
-    default_metrics = ("pearson_spearman",)
+    default_metrics = possible_metrics = ("pearson_spearman",)
 
     def targets(self, rows: Dataset, name: str) -> list[float]:
         numbers = []

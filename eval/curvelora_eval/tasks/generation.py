@@ -26,6 +26,7 @@ class CausalLM(Task):
 
     optional = ("text", "prompt", "completion")
     auto_class = AutoModelForCausalLM
+    possible_metrics = ("perplexity", "exact_match", "rouge")
     token_loss = True
 
     def __init__(self, spec: Any) -> None:
@@ -33,11 +34,18 @@ class CausalLM(Task):
         self.default_metrics = ("exact_match", "rouge") if "completion" in spec.columns else ("perplexity",)
 
     def check(self, rows: Dataset, name: str) -> None:
+        super().check(rows, name)
         roles = self.roles(rows)
         if ("prompt" in roles) != ("completion" in roles) or not ({"text", "prompt"} & set(roles)):
             raise UserError(
                 f"{name}: task causal_lm needs a column for 'text', or one each for 'prompt' and 'completion' "
                 f"(columns: {', '.join(rows.column_names)})"
+            )
+        generated = [metric for metric in self.metrics if metric != "perplexity"]
+        if generated and (len(generated) < len(self.metrics) or "completion" not in roles):
+            raise UserError(
+                f"{name}: {' and '.join(generated)} compare generated text with a completion: map 'prompt' and 'completion', "
+                "and leave out perplexity, which generates nothing"
             )
 
     def _pairs(self, rows: Dataset, tokenizer: Any) -> list[tuple[list[int], list[int]]]:
@@ -103,7 +111,7 @@ class Seq2Seq(Task):
 
     required = ("source", "target")
     auto_class = AutoModelForSeq2SeqLM
-    default_metrics = ("rouge", "exact_match")
+    default_metrics = possible_metrics = ("rouge", "exact_match")
 
     def encode(self, rows: Dataset, processor: Any) -> Dataset:
         sources = [str(t) for t in self.values(rows, "source")]

@@ -1,0 +1,55 @@
+"""What the evaluation tests share: no network at all, and one small run that was really trained."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+torch.set_num_threads(1)  # tiny models gain nothing from threads, and one thread makes runs repeatable bit for bit
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any attempt to look up or reach another machine fails the test."""
+
+    def refuse(*arguments: Any, **_: Any) -> NoReturn:
+        pytest.fail(f"the network was asked: {arguments[-1]}")
+
+    for name in ("connect", "connect_ex", "sendto"):
+        monkeypatch.setattr(socket.socket, name, refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+@pytest.fixture(scope="session")
+def trained_run(tmp_path_factory: pytest.TempPathFactory, tiny_models: dict[str, Path], root: Path) -> Path:
+    """The folder of a run of the training command: a tiny, loud BERT with LoRAN on real sentences, scored on unseen ones."""
+    from curvelora_training.finetune import main
+
+    folder = tmp_path_factory.mktemp("trained")
+    base = Path(shutil.copytree(tiny_models["bert"], folder / "base"))
+    # random weights of std 0.02 give every sentence nearly the same features; a louder base has something to learn from
+    loud = {n: x * 5 if x.ndim > 1 else x for n, x in load_file(base / "model.safetensors").items()}
+    save_file(loud, base / "model.safetensors", metadata={"format": "pt"})
+    recipe = {
+        "output": str(folder / "run"),
+        "name": "LoRAN on sentences",
+        "model": {"path": str(base), "dtype": "float32"},
+        "task": {"kind": "sequence_classification", "columns": {"text": "sentence"}, "max_length": 32},
+        "data": {
+            "train": {"path": str(root / "tests/data/sst2_sentences_train.tsv"), "limit": 128},
+            "test": {"path": str(root / "tests/data/sst2_sentences_unseen.tsv"), "limit": 60},
+        },
+        "adapter": {"method": "loran", "r": 4, "alpha": 8, "dropout": 0.1, "target_modules": ["query", "value"]},
+        "training": {"learning_rate": 1e-2, "batch_size": 8, "epochs": 4, "log_every": 4},
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    assert main(["--config", str(path)]) == 0
+    return folder / "run"
