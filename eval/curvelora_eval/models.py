@@ -84,8 +84,9 @@ def load_processor(spec: ModelSpec, task: Task) -> Any:
     files = getattr(processor, "vocab_files_names", {}).values()
     if files and Path(spec.path).is_dir() and not any((Path(spec.path) / name).is_file() for name in files):
         raise UserError(f"{spec.path} has no tokenizer: there is none of {', '.join(sorted(files))} in it")
-    if auto is AutoTokenizer and processor.pad_token is None:
-        processor.pad_token = processor.eos_token or processor.unk_token
+    if auto is AutoTokenizer:
+        processor.pad_token = processor.pad_token or processor.eos_token or processor.unk_token
+        processor.padding_side = "right"  # learned positions count from the first token, which padding must not be
     return processor
 
 

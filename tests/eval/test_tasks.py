@@ -142,6 +142,21 @@ def test_perplexity_is_that_of_cross_entropy_by_hand(build: Any, rows: Dataset) 
         assert found == pytest.approx(math.exp(sum(losses) / sum(counts)), rel=1e-5)
 
 
+def test_perplexity_with_learned_positions_does_not_depend_on_the_batch(
+    rows: Dataset, tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    """A checkpoint may ask for padding on the left, for generation; positions that count from there would be others."""
+    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_models["llama"], padding_side="left")
+    tokenizer.save_pretrained(tmp_path)
+    sizes = {"n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 128, "initializer_range": 0.5}
+    GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), **sizes)).save_pretrained(tmp_path)
+    task, spec = make_task(TaskSpec(kind="causal_lm")), ModelSpec(path=str(tmp_path), dtype="float32")
+    built = (load_base(spec, task, torch.device("cpu")), task, load_processor(spec, task))
+    assert predict(built, rows, 8) == pytest.approx(predict(built, rows, 1), rel=1e-4)
+
+
 def test_perplexity_that_overflows_is_infinite() -> None:
     assert perplexity([1e6], [1]) == math.inf
 

@@ -161,7 +161,9 @@ def test_every_task_kind_trains_and_is_scored(
     assert any(name.endswith("loran_B") and tensor.abs().max() > 0 for name, tensor in weights.items())
 
 
-def test_head_and_adapter_have_their_own_rates(recipe: dict[str, Any], write: Callable[..., Path]) -> None:
+def test_head_and_adapter_have_their_own_rates(
+    recipe: dict[str, Any], write: Callable[..., Path], tmp_path: Path
+) -> None:
     from transformers import Trainer, TrainingArguments
 
     from curvelora_training.prepare import prepare
@@ -171,7 +173,7 @@ def test_head_and_adapter_have_their_own_rates(recipe: dict[str, Any], write: Ca
     changes = {"training.weight_decay": 0.1, "training.head_learning_rate": 5e-3, "training.head_weight_decay": 0.0}
     loaded = load_recipe(write(recipe, **changes))
     model = prepare(loaded).shapes
-    args = TrainingArguments(output_dir="unused", learning_rate=1e-3, weight_decay=0.1, use_cpu=True)
+    args = TrainingArguments(output_dir=str(tmp_path), learning_rate=1e-3, weight_decay=0.1, use_cpu=True)
     decaying = Trainer(model=torch.nn.Linear(1, 1), args=args).get_decay_parameter_names
     groups = parameter_groups(model, args, head_settings(loaded), decaying)
     names = {id(p): n for n, p in model.named_parameters()}

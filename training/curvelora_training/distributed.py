@@ -7,7 +7,9 @@ trainer (`engine_in_use`) and written to result.json; an engine that was asked f
 
 from __future__ import annotations
 
+import json
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,14 +17,13 @@ from transformers import Trainer
 
 from curvelora.errors import UserError
 
-# What the `deepspeed` launcher means when nothing else is said; "auto" takes the trainer's values.
-ZERO_2: dict[str, Any] = {
-    "zero_optimization": {"stage": 2},
-    "bf16": {"enabled": "auto"},
+# What DeepSpeed means where no file says more; "auto" takes the trainer's values.
+AUTO = {
     "train_micro_batch_size_per_gpu": "auto",
     "gradient_accumulation_steps": "auto",
     "gradient_clipping": "auto",
 }
+DEFAULT_STAGE = 2
 
 
 def rank() -> int:
@@ -35,37 +36,76 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def deepspeed_settings(recipe_file: str | None) -> str | dict[str, Any] | None:
-    """What to hand to `TrainingArguments.deepspeed`; None where another engine runs or Accelerate configures DeepSpeed."""
+def accelerate_asks_for_deepspeed() -> bool:
+    """Whether `accelerate launch` was configured for DeepSpeed."""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
+
+
+def deepspeed_settings(recipe_file: str | None, dtype: str) -> dict[str, Any] | None:
+    """The DeepSpeed configuration of this run, or None where another engine runs.
+
+    The half-precision sections of a file are left out: DeepSpeed's bf16 engine would store adapters in bf16, and BA needs
+    fp32 factors. Autocast takes its place, with gradients exchanged in fp32.
+
+    Args:
+        recipe_file: `training.deepspeed`.
+        dtype: the recipe's `model.dtype`.
+    """
+    stage = DEFAULT_STAGE
+    if recipe_file is None and accelerate_asks_for_deepspeed():
+        recipe_file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+        stage = int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") or DEFAULT_STAGE)
+    elif recipe_file is None and not ("CROSS_RANK" in os.environ and "LOCAL_SIZE" in os.environ):
+        return None  # those two are set by deepspeed's launcher for its children, and by no other
+    settings = dict(AUTO) | {"zero_optimization": {"stage": stage}}
     if recipe_file is not None:
-        return recipe_file
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
-        return None
-    # set by deepspeed's launcher for its children, and by no other
-    if "CROSS_RANK" in os.environ and "LOCAL_SIZE" in os.environ:
-        return dict(ZERO_2)
-    return None
+        settings |= read_deepspeed_file(recipe_file)
+    settings.pop("bf16", None)
+    if dtype != "float32":
+        settings["torch_autocast"] = {"enabled": True, "dtype": dtype, "lower_precision_safe_modules": []}
+    return settings
 
 
-def wants_deepspeed(recipe_file: str | None) -> bool:
-    """Whether the launcher or the recipe asked for DeepSpeed."""
-    return (
-        deepspeed_settings(recipe_file) is not None or os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true"
-    )
+def read_deepspeed_file(path: str) -> dict[str, Any]:
+    """Read a DeepSpeed JSON.
+
+    Raises:
+        UserError: it cannot be read, shards nothing, or asks for half-precision weights.
+    """
+    try:
+        settings = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"the DeepSpeed configuration {path} cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise UserError(f"the DeepSpeed configuration {path} is no valid JSON ({error})") from error
+    if not isinstance(settings, dict) or "zero_optimization" not in settings:
+        raise UserError(
+            f"the DeepSpeed configuration {path} has no zero_optimization section, so it would shard nothing"
+        )
+    for section in ("bf16", "fp16"):
+        if settings.get(section, {}).get("enabled", False) is True:
+            raise UserError(
+                f"the DeepSpeed configuration {path} enables {section}, which would store the adapter in it, and BA needs "
+                f"float32 factors: leave the section out, the recipe's model.dtype decides"
+            )
+    return settings
 
 
-def trainer_arguments(recipe_file: str | None) -> dict[str, Any]:
-    """Arguments for `TrainingArguments` that set the engine up, for this launcher on this machine."""
+def trainer_arguments(recipe_file: str | None, dtype: str) -> dict[str, Any]:
+    """Arguments for `TrainingArguments` that set the engine and the precision up, for this launcher on this machine."""
     on_cpu = not torch.cuda.is_available()
     arguments: dict[str, Any] = {"use_cpu": on_cpu, "ddp_find_unused_parameters": False}
-    if not wants_deepspeed(recipe_file):
-        return arguments
+    settings = deepspeed_settings(recipe_file, dtype)
+    if settings is None:
+        return arguments | {"bf16": dtype == "bfloat16", "fp16": dtype == "float16"}
     if "RANK" not in os.environ:
         raise UserError(
             "DeepSpeed needs a launcher, also for one process: start with `torchrun --nproc-per-node 1 -m "
             "curvelora_training.finetune ...`, `accelerate launch` or `deepspeed`"
         )
-    arguments["deepspeed"] = deepspeed_settings(recipe_file)
+    if dtype == "float16":
+        raise UserError("DeepSpeed runs with model.dtype bfloat16 or float32 here: float16 would need loss scaling")
+    arguments["deepspeed"] = settings
     if on_cpu:
         arguments["accelerator_config"] = {"use_configured_state": True}
         _deepspeed_on_cpu()
@@ -93,28 +133,37 @@ def _deepspeed_on_cpu() -> None:
 
 
 def engine_in_use(trainer: Trainer) -> dict[str, Any]:
-    """What wraps the model after `train()`: engine class, ZeRO stage, number of processes, device."""
+    """What wraps the model after `train()`: engine class, ZeRO stage, processes, device, dtype of what trains."""
     wrapped = trainer.model_wrapped
     stage = wrapped.zero_optimization_stage() if hasattr(wrapped, "zero_optimization_stage") else None
+    dtypes = {str(p.dtype).removeprefix("torch.") for p in trainer.model.parameters() if p.requires_grad}
     return {
         "engine": type(wrapped).__name__ if world_size() > 1 or stage is not None else "single process",
         "zero_stage": stage,
         "processes": trainer.args.world_size,
         "device": trainer.args.device.type,
+        "trainable_dtype": ", ".join(sorted(dtypes)),
     }
 
 
-def check_engine(engine: dict[str, Any], recipe_file: str | None) -> None:
-    """Raise `UserError` where DeepSpeed or several processes were asked for and are not in use."""
-    if wants_deepspeed(recipe_file) and engine["zero_stage"] is None:
+def check_engine(engine: dict[str, Any], asked: dict[str, Any]) -> None:
+    """Raise `UserError` where something else ran than was asked for.
+
+    Args:
+        engine: from `engine_in_use`.
+        asked: from `trainer_arguments`.
+    """
+    if "deepspeed" in asked and engine["zero_stage"] is None:
         raise UserError(
-            f"DeepSpeed was asked for but {engine['engine']} ran: with `accelerate launch`, do not combine --cpu with DeepSpeed; "
-            "use ds_configs/accelerate_zero2.yaml"
+            f"DeepSpeed was asked for but {engine['engine']} ran: with `accelerate launch`, do not combine --cpu with "
+            "DeepSpeed; use ds_configs/accelerate_zero2.yaml"
         )
     if engine["processes"] != world_size():
         raise UserError(
             f"the launcher started {world_size()} processes but the trainer sees {engine['processes']}: see docs/launching.md"
         )
+    if engine["trainable_dtype"] != "float32":
+        raise UserError(f"the engine stored what trains in {engine['trainable_dtype']}, and it must be float32")
 
 
 def leave() -> None:

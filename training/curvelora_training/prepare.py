@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from curvelora_eval.data import load_rows
 from curvelora_eval.models import head_modules, shape_model
 from curvelora_eval.tasks import LabelledTask, Task, make_task
 from curvelora_training.config import Recipe, RecipeError
+from curvelora_training.distributed import read_deepspeed_file
 
 T = TypeVar("T")
 PEFT_TASK = {
@@ -68,7 +68,8 @@ def prepare(recipe: Recipe, source: str = "the recipe") -> Prepared:
     collect(_check_combinations, recipe, task)
     collect(task.check_metrics)
     collect(_check_output, Path(recipe.output))
-    collect(_check_deepspeed, recipe.training.deepspeed)
+    if recipe.training.deepspeed is not None:
+        collect(read_deepspeed_file, recipe.training.deepspeed)
     rows = {}
     for name in ("train", "validation", "test"):
         spec = getattr(recipe.data, name)
@@ -206,16 +207,3 @@ def _check_output(folder: Path) -> None:
     if not existing.is_dir():
         raise UserError(f"output: {folder} cannot be a run folder because {existing} is a file: name another folder")
     make_folder(existing)
-
-
-def _check_deepspeed(path: str | None) -> None:
-    if path is None:
-        return
-    try:
-        settings = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"training.deepspeed: {path} cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise UserError(f"training.deepspeed: {path} is no valid JSON ({error})") from error
-    if not isinstance(settings, dict) or "zero_optimization" not in settings:
-        raise UserError(f"training.deepspeed: {path} has no zero_optimization section, so it would shard nothing")

@@ -39,7 +39,7 @@ def train(prepared: Prepared, resume: bool = False, overwrite: bool = False) -> 
     """
     recipe, task = prepared.recipe, prepared.task
     folder = RunFolder(recipe.output)
-    engine = trainer_arguments(recipe.training.deepspeed)  # first: it brings the process group up
+    engine = trainer_arguments(recipe.training.deepspeed, recipe.model.dtype)  # first: it brings the process group up
     arguments = TrainingArguments(**training_arguments(recipe, folder, bool(prepared.rows.get("validation"))), **engine)
     if rank() == 0:
         folder.check_free(resume, overwrite)
@@ -79,7 +79,7 @@ def train(prepared: Prepared, resume: bool = False, overwrite: bool = False) -> 
                 if (bar := getattr(callback, "training_bar", None)) is not None:
                     bar.close()
     in_use = engine_in_use(trainer)
-    check_engine(in_use, recipe.training.deepspeed)
+    check_engine(in_use, engine)
 
     result = summary(prepared, trainer, timer, log) | {"engine": in_use}
     save_adapter(trainer, prepared, folder)
@@ -116,8 +116,6 @@ def training_arguments(recipe: Recipe, folder: RunFolder, has_validation: bool) 
         checkpointing: spec.gradient_checkpointing,
         f"{checkpointing}_kwargs": {"use_reentrant": False} if spec.gradient_checkpointing else None,
         "train_sampling_strategy": "group_by_length" if spec.group_by_length else "random",
-        "bf16": recipe.model.dtype == "bfloat16",
-        "fp16": recipe.model.dtype == "float16",
         "logging_strategy": "steps",
         "logging_steps": spec.log_every,
         "logging_first_step": True,
