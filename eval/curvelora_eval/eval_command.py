@@ -38,6 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     base.add_argument("--labels", help="class names, comma-separated, in order of their index")
     base.add_argument("--metrics", help="metric names, comma-separated")
+    base.add_argument("--max-length", type=int, help="cut inputs to this many tokens")
+    base.add_argument("--max-new-tokens", type=int, help="generate at most this many tokens a row")
     base.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the checkpoint")
 
 
@@ -102,10 +104,12 @@ def resolve(args: argparse.Namespace) -> tuple[ModelSpec, TaskSpec]:
         raise UserError(f"the base model and the task are not known ({where}): give --model and --task")
     model = dataclasses.asdict(stored[0]) if stored else {"path": args.model}
     task = dataclasses.asdict(stored[1]) if stored else {"kind": args.task}
+    if args.task and args.task != task["kind"]:
+        task = {"kind": args.task}  # columns, labels and metrics of another task mean nothing here
     model |= {k: v for k, v in (("path", args.model), ("dtype", args.dtype), ("quantization", args.quantization)) if v}
-    if args.trust_remote_code:
-        model["trust_remote_code"] = True
-    task |= {"kind": args.task} if args.task else {}
+    # Never from the folder: an adapter from elsewhere must not switch this on.
+    model["trust_remote_code"] = args.trust_remote_code
+    task |= {k: v for k, v in (("max_length", args.max_length), ("max_new_tokens", args.max_new_tokens)) if v}
     columns = dict(task.get("columns") or {})
     for pair in args.column:
         role, separator, column = pair.partition("=")

@@ -10,7 +10,7 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 from curvelora.errors import UserError
 
@@ -99,11 +99,16 @@ def read_task(folder: Path) -> tuple[ModelSpec, TaskSpec] | None:
         return None
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        model, task = ModelSpec(**record["model"]), TaskSpec(**record["task"])
-        if task.kind not in get_args(TaskKind):
-            raise ValueError(f"unknown task {task.kind!r}")
-        return model, task
+        return _checked(ModelSpec(**record["model"])), _checked(TaskSpec(**record["task"]))
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path} cannot be read ({error}): write it again, or delete it and name the task yourself"
         ) from error
+
+
+def _checked(spec: Any) -> Any:
+    """`spec`, if every field that has a list of allowed values holds one of them; ValueError otherwise."""
+    for name, hint in get_type_hints(type(spec)).items():
+        if get_origin(hint) is Literal and getattr(spec, name) not in get_args(hint):
+            raise ValueError(f"{name} is {getattr(spec, name)!r}, none of {', '.join(get_args(hint))}")
+    return spec

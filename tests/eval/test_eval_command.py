@@ -186,3 +186,35 @@ def test_the_task_file_reads_back(trained_run: Path, tmp_path: Path) -> None:
     write_task(tmp_path, model, task)
     assert read_task(tmp_path) == (model, task)
     assert read_task(tmp_path / "none") is None
+
+
+def test_an_adapter_cannot_switch_remote_code_on(tmp_path: Path) -> None:
+    """task.json comes with the adapter, which may come from elsewhere; only the command line may trust code."""
+    import argparse
+
+    from curvelora_eval.eval_command import add_arguments, resolve
+    from curvelora_eval.spec import ModelSpec, TaskSpec, write_task
+
+    write_task(tmp_path, ModelSpec(path="somewhere", trust_remote_code=True), TaskSpec(kind="causal_lm"))
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    given = ["--adapter", str(tmp_path), "--data", "rows.csv", "--out", "out"]
+    assert resolve(parser.parse_args(given))[0].trust_remote_code is False
+    assert resolve(parser.parse_args([*given, "--trust-remote-code"]))[0].trust_remote_code is True
+
+
+def test_another_task_drops_the_stored_columns(tmp_path: Path) -> None:
+    import argparse
+
+    from curvelora_eval.eval_command import add_arguments, resolve
+    from curvelora_eval.spec import ModelSpec, TaskSpec, write_task
+
+    stored = TaskSpec(kind="sequence_classification", columns={"text": "a"}, labels=["x", "y"])
+    write_task(tmp_path, ModelSpec(path="somewhere"), stored)
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    given = ["--adapter", str(tmp_path), "--data", "rows.csv", "--out", "out", "--max-length", "9"]
+    same = resolve(parser.parse_args(given))[1]
+    assert (same.columns, same.labels, same.max_length) == ({"text": "a"}, ["x", "y"], 9)
+    other = resolve(parser.parse_args([*given, "--task", "causal_lm", "--column", "text=b"]))[1]
+    assert (other.kind, other.columns, other.labels) == ("causal_lm", {"text": "b"}, None)
