@@ -161,7 +161,6 @@ def quantisation_config(spec: ModelSpec) -> BitsAndBytesConfig:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=spec.double_quantization,
         bnb_4bit_compute_dtype=getattr(torch, spec.dtype),
-        bnb_4bit_quant_storage=getattr(torch, spec.dtype),
         llm_int8_skip_modules=list(UNQUANTISED),
     )
 

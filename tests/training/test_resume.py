@@ -129,3 +129,35 @@ def test_an_existing_run_is_not_overwritten_unasked(
     shutil.rmtree(folder / "checkpoints")
     finetune(path, "--overwrite")
     assert (folder / "mine.txt").read_text() == "kept"
+
+
+def test_resume_with_another_recipe_is_refused(
+    recipe: dict[str, Any],
+    write: Callable[..., Path],
+    stop_at: Callable[..., None],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Another batch size would repeat or skip rows; the message names what differs, and nothing is touched."""
+    from curvelora_training.finetune import main
+
+    path = stopped(write, recipe, stop_at, 8, tmp_path / "run")
+    before = (tmp_path / "run/metrics.jsonl").read_bytes()
+    assert main(["--config", str(path), "--resume", "training.batch_size=8", "adapter.r=2"]) == 2
+    message = capsys.readouterr().err
+    assert "training.batch_size was 4 and is 8" in message and "adapter.r was 4 and is 2" in message
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == before
+
+
+def test_a_complete_run_is_left_alone(
+    recipe: dict[str, Any],
+    write: Callable[..., Path],
+    finetune: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = write(recipe)
+    folder = finetune(path)
+    before = {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
+    finetune(path, "--resume")
+    assert "nothing to resume" in capsys.readouterr().out
+    assert {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()} == before

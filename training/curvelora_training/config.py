@@ -189,6 +189,22 @@ def parse_recipe(raw: dict[str, Any], source: str) -> Recipe:
     return recipe
 
 
+def differing_keys(stored: dict[str, Any], recipe: Recipe) -> list[str]:
+    """Dotted keys on which a stored resolved recipe and this one differ, with both values, for messages."""
+
+    def flat(node: Any, prefix: str = "") -> dict[str, Any]:
+        if not isinstance(node, dict) or not node:
+            return {prefix.rstrip("."): node}
+        return {k: v for key, value in node.items() for k, v in flat(value, f"{prefix}{key}.").items()}
+
+    old, new = flat(stored), flat(yaml.load(recipe.as_yaml(), RecipeLoader))
+    return [
+        f"{key} was {old.get(key)!r} and is {new.get(key)!r}"
+        for key in sorted(old | new)
+        if old.get(key) != new.get(key)
+    ]
+
+
 def check_adapter(section: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The adapter section with its values converted to the method's types, and what is wrong with it."""
     name = section.get("method")

@@ -35,7 +35,8 @@ def train(prepared: Prepared, resume: bool = False, overwrite: bool = False) -> 
         overwrite: replace a run that the folder holds.
 
     Raises:
-        UserError: the folder holds a run already or cannot be written, or another engine ran than was asked for.
+        UserError: the folder holds a run already, was started with another recipe, or cannot be written; or another engine
+            ran than was asked for.
     """
     recipe, task = prepared.recipe, prepared.task
     folder = RunFolder(recipe.output)
@@ -43,6 +44,12 @@ def train(prepared: Prepared, resume: bool = False, overwrite: bool = False) -> 
     arguments = TrainingArguments(**training_arguments(recipe, folder, bool(prepared.rows.get("validation"))), **engine)
     if rank() == 0:
         folder.check_free(resume, overwrite)
+    if resume:
+        folder.check_same_recipe(recipe)
+        if folder.is_complete():
+            if rank() == 0:
+                print(f"{folder.path} is complete: there is nothing to resume")
+            return folder
 
     # Before the folder is touched: weights that are missing or damaged leave it as it was.
     set_seed(recipe.seed)

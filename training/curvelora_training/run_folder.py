@@ -16,9 +16,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from curvelora.errors import UserError
 from curvelora.loading import WEIGHTS_FILE, stored_shapes
 from curvelora_eval.files import make_folder, write_json, write_text
+from curvelora_training.config import Recipe, RecipeLoader, differing_keys
 
 CONTENTS = (
     *("config.yaml", "environment.json", "metrics.jsonl", "result.json", "evaluation.json", "predictions.jsonl"),
@@ -48,6 +51,22 @@ class RunFolder:
                 f"{self.path} holds a run already ({', '.join(held)}): add --resume to continue it, --overwrite to replace it, "
                 "or name another output"
             )
+
+    def check_same_recipe(self, recipe: Recipe) -> None:
+        """Raise `UserError` where the run to resume was started with another recipe: it would not be continued exactly."""
+        path = self.path / "config.yaml"
+        if not path.is_file():
+            return
+        stored = yaml.load(path.read_text(encoding="utf-8"), RecipeLoader)
+        if differences := differing_keys(stored, recipe):
+            raise UserError(
+                f"{self.path} was started with another recipe ({'; '.join(differences)}), so it cannot be continued exactly: "
+                f"resume with {path}, or name another output"
+            )
+
+    def is_complete(self) -> bool:
+        """Whether the run that the folder holds came to its end."""
+        return self.adapter.is_dir() and (self.path / "result.json").is_file()
 
     def open(self, resume: bool, overwrite: bool) -> None:
         """Create the folder, or take over an existing one.
