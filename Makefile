@@ -1,5 +1,6 @@
 # Everything needs only Python 3.11 or 3.12 (PYTHON=...); the first target makes .venv, later ones find it made.
-PYTHON ?= python3
+SERVES := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 13))
+PYTHON ?= $(shell for p in python3 python3.12 python3.11; do $$p -c '$(SERVES)' 2>/dev/null && echo $$p && break; done)
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -14,7 +15,8 @@ help:
 	@echo "make lint       style"
 
 $(STAMP): requirements.txt requirements-dev.txt requirements-demo.txt adapters/pyproject.toml eval/pyproject.toml training/pyproject.toml
-	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if (3, 11) <= v < (3, 13) else f"Python {v[0]}.{v[1]} does not serve: set PYTHON to Python 3.11 or 3.12")'
+	@test -n "$(PYTHON)" || { echo "error: there is no Python 3.11 or 3.12 here: install one, or say PYTHON=..."; exit 1; }
+	@$(PYTHON) -c '$(SERVES)' || { echo "error: $(PYTHON) is not Python 3.11 or 3.12: say PYTHON=..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-demo.txt

@@ -1,4 +1,4 @@
-"""The command `curvelora`. Each sub-command is a module with `HELP`, `add_arguments(parser)` and `run(args) -> int`.
+"""The command `curvelora`. Each sub-command is a module with `add_arguments(parser)` and `run(args) -> int`.
 
 Packages add sub-commands through the entry-point group `curvelora.commands`, so this package knows nothing of the others but
 which one to name when it is missing.
@@ -67,7 +67,7 @@ def run_module(command: ModuleType, program: str, argv: list[str]) -> int:
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     command.add_arguments(parser)
-    return command.run(parser.parse_args(argv))
+    return command.run(parser.parse_intermixed_args(argv))
 
 
 def quiet_libraries() -> None:

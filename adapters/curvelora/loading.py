@@ -97,6 +97,9 @@ def load_adapter(
     from safetensors.torch import load_file
 
     set_peft_model_state_dict(wrapped, load_file(str(Path(folder) / WEIGHTS_FILE)), adapter_name=adapter_name)
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()  # a head on a half-precision base would lose small updates
     return wrapped
 
 

@@ -97,14 +97,17 @@ class Method:
         except (TypeError, ValueError) as error:
             raise error if isinstance(error, UserError) else UserError(f"method {self.name!r}: {error}") from error
 
+    def settings(self, config: PeftConfig) -> dict[str, Any]:
+        """The options that `config` has, under their recipe names: plain values, without what is unset or empty."""
+        renamed = {target: alias for alias, target in self.aliases.items()}
+        options = self.option_types()
+        values = {renamed.get(k, k): v for k, v in config.to_dict().items()}
+        plain = {k: sorted(v) if isinstance(v, set) else v for k, v in values.items() if k in options}
+        return {k: v for k, v in plain.items() if isinstance(v, int | float | str | list) and v != []}
+
     def describe(self, config: PeftConfig | None = None) -> dict[str, Any]:
         """The entry as plain data, with the properties of `config` (the method's defaults where it is None)."""
         config = config or self.build_config()
-        hidden = BOOKKEEPING | {"target_modules"}
-        renamed = {target: alias for alias, target in self.aliases.items()}
-        options = self.option_types()
-        stored = {renamed.get(k, k): v for k, v in config.to_dict().items() if k not in hidden}
-        settings = {k: v for k, v in stored.items() if k in options and v not in (None, {}, [])}
         return {
             "name": self.name,
             "title": self.title,
@@ -116,6 +119,6 @@ class Method:
             "identity_at_init": self.identity_at_init(config),
             "required_quantization": self.required_quantization,
             "cost": self.cost,
-            "defaults": settings,
+            "defaults": {k: v for k, v in self.settings(config).items() if k != "target_modules"},
             "caveats": list(self.caveats),
         }

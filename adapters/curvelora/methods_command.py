@@ -7,8 +7,6 @@ import json
 import textwrap
 from typing import Any
 
-HELP = "list the methods, or explain one"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Define the arguments of `curvelora methods`."""

@@ -31,15 +31,3 @@ def get_method(name: str) -> Method:
     if name not in METHODS:
         raise UserError(f"unknown method {name!r}{nearest(name, METHODS)} (known: {', '.join(METHODS)})")
     return METHODS[name]
-
-
-def method_of(config: object) -> Method:
-    """Return the method that a PEFT config belongs to (LoRA for QLoRA: the config does not know the base).
-
-    Raises:
-        UserError: the config is of no registered method.
-    """
-    for method in METHODS.values():
-        if type(config) is method.config_class:
-            return method
-    raise UserError(f"{type(config).__name__} belongs to no registered method (known: {', '.join(METHODS)})")

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, config, load_dataset, load_from_disk
 from datasets.utils.logging import CRITICAL, disable_progress_bar, set_verbosity
 
 from curvelora.errors import UserError, nearest
@@ -28,6 +28,9 @@ def load_rows(spec: DataSpec) -> Dataset:
     disable_progress_bar()  # reading a file is quick, and its bar would hide the one that matters
     set_verbosity(CRITICAL)  # what it logs about a damaged file is in the exception as well
     path = Path(spec.path)
+    if spec.limit is not None and spec.limit < 1:
+        raise UserError(f"limit must be at least 1, not {spec.limit}: leave it out for all rows")
+    _check_cache()
     try:
         if path.is_file():
             rows = _load_file(path, spec)
@@ -56,7 +59,7 @@ def load_rows(spec: DataSpec) -> Dataset:
 
 
 def _load_file(path: Path, spec: DataSpec) -> Dataset:
-    suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+    suffix = _suffix(path)
     if suffix not in FORMATS:
         raise UserError(f"{path} has the ending {suffix!r}, which is none of {', '.join(FORMATS)} (each also as .gz)")
     if path.stat().st_size == 0:
@@ -72,9 +75,27 @@ def _load_file(path: Path, spec: DataSpec) -> Dataset:
     return load_dataset(FORMATS[suffix], data_files=str(path), split="train", **options)
 
 
+def _suffix(path: Path) -> str:
+    return path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+
+
+def _check_cache() -> None:
+    """`datasets` writes what it reads into a cache below HF_HOME; without this its failure would blame the data file."""
+    cache = Path(config.HF_DATASETS_CACHE)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"the cache {cache} cannot be made ({error.strerror}): set HF_HOME to a folder that can be written"
+        ) from error
+
+
 def _load_folder(path: Path, spec: DataSpec) -> Dataset | DatasetDict:
     if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
         return load_from_disk(str(path))
+    tables = {p.name.split(".")[0]: p for p in sorted(path.iterdir()) if p.is_file() and _suffix(p) in FORMATS}
+    if tables:
+        return DatasetDict({split: _load_file(file, spec) for split, file in tables.items()})
     files = [p for p in path.rglob("*") if p.is_file() and not p.name.startswith(".")]
     if not files:
         raise UserError(

@@ -15,8 +15,6 @@ from typing import Any, get_args
 from curvelora.errors import UserError
 from curvelora_eval.spec import DataSpec, ModelSpec, TaskKind, TaskSpec, read_task
 
-HELP = "score an adapter on labelled rows, offline"
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Define the arguments of `curvelora eval`."""
@@ -49,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     from curvelora_eval.data import fingerprint, load_rows
     from curvelora_eval.environment import describe_environment
     from curvelora_eval.evaluator import evaluate_rows
-    from curvelora_eval.files import make_folder, write_json, write_text
+    from curvelora_eval.files import check_folder, make_folder, write_json, write_text
     from curvelora_eval.models import load_base, load_processor
     from curvelora_eval.tasks import make_task
 
@@ -63,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     if args.adapter:
         trained = getattr(read_adapter_config(args.adapter), "modules_to_save", None) or []
         stored_shapes(args.adapter)
-    out = make_folder(args.out)
+    check_folder(args.out)
     data = DataSpec(path=args.data, split=args.split, limit=args.limit)
     rows = load_rows(data)
     if task.new_head and task_spec.kind != "regression" and task_spec.labels is None:
@@ -82,6 +80,7 @@ def run(args: argparse.Namespace) -> int:
         "dataset": {"path": args.data, "split": args.split, "sha256": fingerprint(args.data), "rows": len(rows)},
         **describe_environment(),
     }
+    out = make_folder(args.out)
     write_text(out / "predictions.jsonl", prediction_lines(predicted.predictions, predicted.references))
     write_json(out / "evaluation.json", result)
     for name, value in result["metrics"].items():

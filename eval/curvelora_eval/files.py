@@ -35,6 +35,14 @@ def write_json(path: Path, record: Any) -> Path:
     return write_text(path, json.dumps(record, indent=2, allow_nan=False, default=str) + "\n")
 
 
+def check_folder(folder: Path) -> None:
+    """Raise `UserError` where `folder` cannot be made or written; nothing is created."""
+    existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not existing.is_dir():
+        raise UserError(f"{folder} cannot be an output folder: {existing} is a file; name another folder")
+    make_folder(existing)
+
+
 def make_folder(folder: Path) -> Path:
     """Create `folder` and prove that a file can be written into it.
 

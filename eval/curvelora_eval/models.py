@@ -20,9 +20,9 @@ from curvelora_eval.spec import ModelSpec
 from curvelora_eval.tasks import Task
 
 # Names that transformers gives to the heads it initialises anew.
-HEADS = ("classifier", "score", "classification_head")
+HEADS = ("classifier", "score", "classification_head", "pre_classifier", "pooler")
 # Output layers that quantisation leaves alone: they decide the logits, and new heads must train.
-UNQUANTISED = ("lm_head", "embed_out", "pooler", *HEADS)
+UNQUANTISED = ("lm_head", "embed_out", *HEADS)
 
 
 def default_device() -> torch.device:
@@ -106,7 +106,7 @@ def load_base(
     options: dict[str, Any] = {
         "config": config,
         "dtype": getattr(torch, spec.dtype),
-        "attn_implementation": attention(spec, device),
+        "attn_implementation": attention(spec, task, device),
     }
     if spec.quantization != "none":
         options["quantization_config"] = quantisation_config(spec)
@@ -137,7 +137,7 @@ def _load_weights(spec: ModelSpec, task: Task, options: dict[str, Any], trained:
             ignore_mismatched_sizes=task.new_head,
             **options,
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         raise UserError(f"the weights of {spec.path} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
     finally:
         logging.set_verbosity(verbosity)
@@ -165,13 +165,16 @@ def quantisation_config(spec: ModelSpec) -> BitsAndBytesConfig:
     )
 
 
-def attention(spec: ModelSpec, device: torch.device) -> str:
-    """The attention implementation to ask for; see `ModelSpec.attention`."""
+def attention(spec: ModelSpec, task: Task, device: torch.device) -> str | None:
+    """The attention implementation to ask for (None leaves it to transformers); see `ModelSpec.attention`."""
     if spec.attention != "auto":
         return spec.attention
-    if device.type == "cuda" and spec.dtype != "float32" and importlib.util.find_spec("flash_attn"):
+    if device.type == "cpu":
+        return "eager"
+    flash = spec.dtype != "float32" and importlib.util.find_spec("flash_attn") is not None
+    if flash and getattr(shape_model(spec, task), "_supports_flash_attn", False):
         return "flash_attention_2"
-    return "sdpa" if device.type == "cuda" else "eager"
+    return None  # SDPA where the architecture has it
 
 
 def head_modules(model: nn.Module) -> list[str]:

@@ -33,7 +33,8 @@ class ModelSpec:
     double_quantization: bool = True
     """NF4 only: quantise the block scales as well (0.127 bit a weight instead of 0.5)."""
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
-    """auto: flash attention where it is installed, SDPA otherwise (eager on a CPU, where it was the faster)."""
+    """auto: flash attention where it is installed and the architecture has it, SDPA otherwise (eager on a CPU, where
+    it was the faster)."""
     revision: str | None = None
     """Commit or tag, for hub names."""
     trust_remote_code: bool = False
@@ -72,8 +73,8 @@ class DataSpec:
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
 
     path: str
-    """A .json, .jsonl, .csv, .tsv or .parquet file (also .gz), a folder saved by `datasets`, an image folder with one
-    sub-folder a class, or a hub name."""
+    """A .json, .jsonl, .csv, .tsv or .parquet file (also .gz), a folder of such files (a split each), a folder saved by
+    `datasets`, an image folder with one sub-folder a class, or a hub name."""
     split: str | None = None
     """For folders and hub names with several splits."""
     limit: int | None = None

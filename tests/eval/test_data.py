@@ -209,3 +209,23 @@ def test_the_fingerprint_changes_with_the_content(tmp_path: Path) -> None:
         seen.add(fingerprint(folder if folder.exists() else file))
     assert len(seen) == 1 + len(changes)
     assert fingerprint("no/such") is None
+
+
+def test_a_folder_of_files_has_a_split_each(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text('{"a": 1}\n{"a": 2}\n', encoding="utf-8")
+    (tmp_path / "test.jsonl").write_text('{"a": 3}\n', encoding="utf-8")
+    assert load_rows(DataSpec(path=str(tmp_path), split="train"))["a"][:] == [1, 2]
+    assert load_rows(DataSpec(path=str(tmp_path), split="test"))["a"][:] == [3]
+    with pytest.raises(UserError, match="splits test, train"):
+        load_rows(DataSpec(path=str(tmp_path)))
+
+
+def test_a_missing_text_is_refused_with_its_row(tmp_path: Path) -> None:
+    """It would be tokenised as the word None."""
+    from curvelora_eval.spec import TaskSpec
+    from curvelora_eval.tasks import make_task
+
+    (tmp_path / "rows.jsonl").write_text('{"text": "a", "label": 0}\n{"text": null, "label": 1}\n', encoding="utf-8")
+    task = make_task(TaskSpec(kind="sequence_classification", labels=["no", "yes"]))
+    with pytest.raises(UserError, match="row 1 has no text"):
+        task.check(load_rows(DataSpec(path=str(tmp_path / "rows.jsonl"))), "train")

@@ -203,3 +203,15 @@ def test_counts_give_what_scikit_learn_gives(name: str, classes: int) -> None:
         wanted = metric._compute(np.array(predictions)[rows], np.array(references)[rows], **settings)[name]
         found = statistic(rows)[name]
         assert (wanted is None and np.isnan(found)) or found == pytest.approx(wanted, abs=1e-12)
+
+
+def test_matthews_of_many_rows_does_not_overflow() -> None:
+    """The fourth power of 150,000 rows is beyond 64-bit integers."""
+    from curvelora_eval.intervals import score
+
+    references = np.tile([0, 1], 75_000)
+    predictions = np.where(np.arange(150_000) % 5 == 0, 1 - references, references)
+    scored = score(["matthews"], predictions, references, resamples=20)["matthews"]
+    assert scored["value"] == pytest.approx(0.6, abs=1e-6)
+    assert scored["low"] < 0.6 < scored["high"] < 0.61
+    assert "dropped" not in scored

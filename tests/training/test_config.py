@@ -63,6 +63,8 @@ FORM_ERRORS: list[tuple[dict[str, Any], list[str]]] = [
     ({"adapter.ampltude": 1e-3}, ["adapter.ampltude", "did you mean 'amplitude'"]),
     ({"adapter.r": 0}, ["rank must be", "not 0"]),
     ({"adapter.r": "big"}, ["adapter.r", "valid integer", "'big'"]),
+    ({"adapter.r": True}, ["adapter.r", "valid integer", "True"]),
+    ({"training.epochs": True}, ["training.epochs", "valid number", "True"]),
     ({"adapter.dropout": 1.5}, ["dropout", "below 1", "1.5"]),
     ({"adapter.activation": "sintr"}, ["unknown activation 'sintr'", "did you mean 'sinter'"]),
     ({"adapter.scale_position": "in"}, ["scale_position", "outside, inside"]),
@@ -110,3 +112,53 @@ def test_a_malformed_override(recipe: dict[str, Any], write: Callable[..., Path]
         load_recipe(write(recipe), ["adapter.r"])
     with pytest.raises(UserError, match="single value"):
         load_recipe(write(recipe), ["output.r=1"])
+
+
+def test_errors_of_form_and_of_content_come_together(
+    recipe: dict[str, Any], write: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An unknown key does not hide a missing file, an impossible combination or a target that matches nothing."""
+    from curvelora_training.finetune import main
+
+    changes = {
+        "training.foo": 1,
+        "data.test": "nowhere.tsv",
+        "adapter": {"method": "qlora", "target_modules": ["nothing"]},
+    }
+    assert main(["--config", str(write(recipe, **changes))]) == 2
+    message = capsys.readouterr().err
+    for part in (
+        "training.foo: unknown key",
+        "nowhere.tsv does not exist",
+        "set model.quantization=nf4",
+        "match no module",
+    ):
+        assert part in message
+
+
+def test_overrides_may_stand_anywhere(
+    recipe: dict[str, Any], write: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    from curvelora_training.finetune import main
+
+    assert main(["training.epochs=1", "--config", str(write(recipe)), "seed=3", "--dry-run", "adapter.r=2"]) == 0
+    printed = capsys.readouterr().out
+    assert "seed: 3" in printed and "\n  r: 2\n" in printed
+
+
+def test_pefts_own_names_are_known(recipe: dict[str, Any], write: Callable[..., Path]) -> None:
+    adapter = {"method": "lora", "r": 4, "lora_alpha": 32, "lora_dropout": 0.1, "target_modules": ["query"]}
+    config = load_recipe(write(recipe, adapter=adapter)).peft_config()
+    assert (config.lora_alpha, config.lora_dropout) == (32, 0.1)
+
+
+def test_rank_patterns_are_held_against_the_layers(
+    recipe: dict[str, Any], write: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    from curvelora_training.finetune import main
+
+    for method in ("lora", "loran"):
+        adapter = {"method": method, "r": 4, "rank_pattern": {"query": 500}, "target_modules": ["query"]}
+        assert main(["--config", str(write(recipe, adapter=adapter)), "--dry-run"]) == 2
+        message = capsys.readouterr().err
+        assert "500 is above min(d_in, d_out)=64" in message.replace("r=", "")

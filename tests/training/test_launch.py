@@ -51,9 +51,11 @@ def environment() -> dict[str, str]:
 @pytest.fixture
 def small(recipe: dict[str, Any]) -> dict[str, Any]:
     """32 rows, four steps of 8 rows over both processes, no dropout."""
-    recipe["data"] = {"train": recipe["data"]["train"] | {"limit": 32}}
+    # 32 validation rows too: the trainer weighs a short last batch otherwise when several processes share it
+    train, validation = (recipe["data"][name] | {"limit": 32} for name in ("train", "test"))
+    recipe["data"] = {"train": train, "validation": validation}
     recipe["adapter"]["dropout"] = 0.0
-    recipe["training"] |= {"batch_size": 4, "log_every": 1}
+    recipe["training"] |= {"batch_size": 4, "eval_batch_size": 4, "log_every": 1}
     return recipe
 
 
@@ -94,8 +96,10 @@ def test_launchers(
     straight = finetune(path, *own, "training.batch_size=8", f"output={tmp_path / 'straight'}")
     # with other batch shapes a bf16 product rounds otherwise
     tolerance = 1e-5 if own == [] else 5e-3
-    losses, wanted = ([line["loss"] for line in metrics(f)] for f in (folder, straight))
-    assert losses == pytest.approx(wanted, rel=tolerance)
+    for kind in ("loss", "eval_loss"):
+        losses, wanted = ([line[kind] for line in metrics(f) if kind in line] for f in (folder, straight))
+        assert losses == pytest.approx(wanted, rel=tolerance)
+        assert len(losses) == (4 if kind == "loss" else 1)
     weights = load_file(folder / "adapter/adapter_model.safetensors")
     assert all(tensor.dtype == torch.float32 and tensor.numel() > 0 for tensor in weights.values())
     assert all(tensor.abs().max() > 0 for name, tensor in weights.items() if name.endswith("loran_B"))

@@ -161,3 +161,47 @@ def test_a_complete_run_is_left_alone(
     finetune(path, "--resume")
     assert "nothing to resume" in capsys.readouterr().out
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()} == before
+
+
+def test_a_checkpoint_with_a_damaged_optimiser_is_passed_over(
+    recipe: dict[str, Any],
+    write: Callable[..., Path],
+    finetune: Callable[..., Path],
+    stop_at: Callable[..., None],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = stopped(write, recipe, stop_at, 12, tmp_path / "run")
+    optimiser = tmp_path / "run/checkpoints/checkpoint-10/optimizer.pt"
+    optimiser.write_bytes(optimiser.read_bytes()[:-50])
+    finetune(path, "--resume")
+    assert "checkpoint-10 is not whole" in capsys.readouterr().out
+
+
+class Marker:
+    """Unpickling this creates a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+def test_a_checkpoint_that_would_run_code_is_refused(
+    recipe: dict[str, Any],
+    write: Callable[..., Path],
+    stop_at: Callable[..., None],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """DeepSpeed loads its own files without PyTorch's safeguard, so they are looked at before."""
+    from curvelora_training.finetune import main
+
+    path = stopped(write, recipe, stop_at, 8, tmp_path / "run")
+    planted = tmp_path / "run/checkpoints/checkpoint-5/global_step5/mp_rank_00_model_states.pt"
+    planted.parent.mkdir()
+    torch.save({"module": Marker(tmp_path / "executed")}, planted)
+    assert main(["--config", str(path), "--resume"]) == 2
+    assert "would run code" in capsys.readouterr().err
+    assert not (tmp_path / "executed").exists()

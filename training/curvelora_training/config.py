@@ -22,9 +22,9 @@ from curvelora.registry import METHODS
 from curvelora_eval.spec import DataSpec, ModelSpec, TaskSpec
 
 _STRICT = {"extra": "forbid"}
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-Count = Annotated[int, Field(ge=1)]
+Positive = Annotated[float, Field(gt=0, strict=True)]
+NonNegative = Annotated[float, Field(ge=0, strict=True)]
+Count = Annotated[int, Field(ge=1, strict=True)]
 
 
 @dataclass(kw_only=True)
@@ -142,11 +142,24 @@ RecipeLoader.add_implicit_resolver(
 )
 
 
-class RecipeError(UserError):
-    """All errors of a recipe, a line each."""
+def read_yaml(text: str) -> Any:
+    """YAML as recipes use it. Raises `yaml.YAMLError`."""
+    return yaml.load(text, RecipeLoader)
 
-    def __init__(self, source: str, problems: list[str]) -> None:
+
+class RecipeError(UserError):
+    """All errors of a recipe, a line each.
+
+    Args:
+        source: names the recipe.
+        problems: a sentence each.
+        remainder: the recipe without the values that are wrong, where that still makes one: its files, rows and shapes can
+            be checked as well, so that a user sees all errors at once.
+    """
+
+    def __init__(self, source: str, problems: list[str], remainder: Recipe | None = None) -> None:
         self.problems = problems
+        self.remainder = remainder
         count = "one error" if len(problems) == 1 else f"{len(problems)} errors"
         super().__init__(f"{source} has {count}:\n" + "\n".join(f"  - {problem}" for problem in problems))
 
@@ -162,7 +175,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     if not path.is_file():
         raise UserError(f"the recipe {path} does not exist")
     try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), RecipeLoader)
+        raw = read_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"the recipe {path} is no valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict):
@@ -177,16 +190,34 @@ def parse_recipe(raw: dict[str, Any], source: str) -> Recipe:
     raw = dict(raw)
     if isinstance(raw.get("data"), dict):
         raw["data"] = {key: {"path": value} if isinstance(value, str) else value for key, value in raw["data"].items()}
-    problems: list[str] = []
+    adapter_problems: list[str] = []
     if isinstance(raw.get("adapter"), dict):
-        raw["adapter"], problems = check_adapter(raw["adapter"])
-    try:
-        recipe = TypeAdapter(Recipe).validate_python(raw)
-    except ValidationError as error:
-        problems = [_describe(item) for item in error.errors()] + problems
-    if problems:
-        raise RecipeError(source, problems)
+        raw["adapter"], adapter_problems = check_adapter(raw["adapter"])
+    recipe, errors = _validate(raw)
+    if errors or adapter_problems:
+        for error in errors:
+            _drop(raw, _location(error))
+        remainder = recipe or _validate(raw)[0]
+        problems = [*map(_describe, errors), *adapter_problems]
+        raise RecipeError(source, problems, None if adapter_problems else remainder)
     return recipe
+
+
+def _validate(raw: dict[str, Any]) -> tuple[Recipe | None, list[Any]]:
+    """(the recipe, no errors) or (None, pydantic's errors)."""
+    try:
+        return TypeAdapter(Recipe).validate_python(raw), []
+    except ValidationError as error:
+        return None, error.errors()
+
+
+def _drop(raw: dict[str, Any], location: list[str]) -> None:
+    """Delete the value at `location`, where there is one."""
+    node: Any = raw
+    for key in location[:-1]:
+        node = node.get(key) if isinstance(node, dict) else None
+    if isinstance(node, dict):
+        node.pop(location[-1], None)
 
 
 def differing_keys(stored: dict[str, Any], recipe: Recipe) -> list[str]:
@@ -197,7 +228,7 @@ def differing_keys(stored: dict[str, Any], recipe: Recipe) -> list[str]:
             return {prefix.rstrip("."): node}
         return {k: v for key, value in node.items() for k, v in flat(value, f"{prefix}{key}.").items()}
 
-    old, new = flat(stored), flat(yaml.load(recipe.as_yaml(), RecipeLoader))
+    old, new = flat(stored), flat(read_yaml(recipe.as_yaml()))
     return [
         f"{key} was {old.get(key)!r} and is {new.get(key)!r}"
         for key in sorted(old | new)
@@ -213,23 +244,26 @@ def check_adapter(section: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         return section, [f"adapter.method {said} (known: {', '.join(METHODS)})"]
     types = METHODS[name].option_types()
     problems, options = [], {}
+    short = {target: alias for alias, target in METHODS[name].aliases.items()}  # lora_alpha -> alpha
     for key, value in section.items():
         if key == "method":
             continue
+        key = short.get(key, key)
         if key not in types:
             problems.append(
                 f"adapter.{key}: method {name!r} has no such option{nearest(key, types)} (`curvelora methods {name}`)"
             )
             continue
         try:
-            options[key] = TypeAdapter(types[key]).validate_python(value)
+            options[key] = TypeAdapter(types[key]).validate_python(value, strict=True)
         except ValidationError as error:
             problems.append(f"adapter.{key}: {_lower(error.errors()[0]['msg'])}, found {value!r}")
     try:
-        METHODS[name].build_config(**options)
+        config = METHODS[name].build_config(**options)
     except UserError as error:
         problems.append(f"adapter: {error}")
-    return {"method": name, **options}, problems
+        return {"method": name, **options}, problems
+    return {"method": name, **METHODS[name].settings(config), **options}, problems
 
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:
@@ -246,7 +280,7 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
             raise UserError(f"override {override!r}: {parent!r} is a single value ({child!r}) and has no key {last!r}")
         node[parent] = node = child or {}
     try:
-        node[last] = yaml.load(value, RecipeLoader)
+        node[last] = read_yaml(value)
     except yaml.YAMLError as error:
         raise UserError(
             f"override {override!r}: the value is no valid YAML ({' '.join(str(error).split())})"
@@ -257,10 +291,14 @@ def _names(cls: type) -> list[str]:
     return [f.name for f in dataclasses.fields(cls)]
 
 
+def _location(item: dict[str, Any]) -> list[Any]:
+    """Where pydantic found an error. A union (DataSpec | None) adds the branch's type name; no key has a capital letter."""
+    return [part for part in item["loc"] if not str(part)[:1].isupper()]
+
+
 def _describe(item: dict[str, Any]) -> str:
     """One pydantic error as a sentence with the full key."""
-    # A union (DataSpec | None) adds the branch's type name to the location; a recipe has no key with a capital letter.
-    location = [part for part in item["loc"] if not str(part)[:1].isupper()]
+    location = _location(item)
     key = ".".join(map(str, location))
     kind, found = item["type"], item.get("input")
     if kind in ("unexpected_keyword_argument", "extra_forbidden"):

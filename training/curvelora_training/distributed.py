@@ -54,6 +54,13 @@ def deepspeed_settings(recipe_file: str | None, dtype: str) -> dict[str, Any] | 
     stage = DEFAULT_STAGE
     if recipe_file is None and accelerate_asks_for_deepspeed():
         recipe_file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+        offload = [
+            os.environ.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{part}_DEVICE", "none") for part in ("OPTIMIZER", "PARAM")
+        ]
+        if recipe_file is None and offload != ["none", "none"]:
+            raise UserError(
+                "offloading is set in Accelerate's own keys, which are not read here: name a deepspeed_config_file"
+            )
         stage = int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") or DEFAULT_STAGE)
     elif recipe_file is None and not ("CROSS_RANK" in os.environ and "LOCAL_SIZE" in os.environ):
         return None  # those two are set by deepspeed's launcher for its children, and by no other
@@ -82,8 +89,13 @@ def read_deepspeed_file(path: str) -> dict[str, Any]:
         raise UserError(
             f"the DeepSpeed configuration {path} has no zero_optimization section, so it would shard nothing"
         )
+    zero = settings["zero_optimization"]
+    stage = zero.get("stage") if isinstance(zero, dict) else None
+    if stage not in (0, 1, 2):
+        raise UserError(f"the DeepSpeed configuration {path} has ZeRO stage {stage!r}: stages 0, 1 and 2 are supported")
     for section in ("bf16", "fp16"):
-        if settings.get(section, {}).get("enabled", False) is True:
+        value = settings.get(section)
+        if (value.get("enabled") if isinstance(value, dict) else value) is True:
             raise UserError(
                 f"the DeepSpeed configuration {path} enables {section}, which would store the adapter in it, and BA needs "
                 f"float32 factors: leave the section out, the recipe's model.dtype decides"
@@ -96,6 +108,9 @@ def trainer_arguments(recipe_file: str | None, dtype: str) -> dict[str, Any]:
     on_cpu = not torch.cuda.is_available()
     arguments: dict[str, Any] = {"use_cpu": on_cpu, "ddp_find_unused_parameters": False}
     settings = deepspeed_settings(recipe_file, dtype)
+    # `accelerate launch` sets this from its own configuration, and the trainer would follow it: the recipe decides.
+    precision = {"bfloat16": "bf16", "float16": "fp16"}.get(dtype, "no") if settings is None else "no"
+    os.environ["ACCELERATE_MIXED_PRECISION"] = precision
     if settings is None:
         return arguments | {"bf16": dtype == "bfloat16", "fp16": dtype == "float16"}
     if "RANK" not in os.environ:

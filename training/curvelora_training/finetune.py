@@ -16,9 +16,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from curvelora.cli import run_guarded, run_module
+from curvelora.cli import USER_ERROR, run_guarded, run_module
+from curvelora.errors import UserError
 
-HELP = "fine-tune a model from a recipe"
 INTERRUPTED = 130
 
 
@@ -38,12 +38,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check the recipe, then train (or, with --dry-run, say what would train)."""
-    from curvelora_training.config import load_recipe
-    from curvelora_training.distributed import leave
-    from curvelora_training.prepare import prepare, trainable_table
+    from curvelora_training.distributed import leave, rank
+    from curvelora_training.prepare import load_and_prepare, trainable_table
     from curvelora_training.run import train
 
-    prepared = prepare(load_recipe(args.config, args.overrides), str(args.config))
+    try:
+        prepared = load_and_prepare(args.config, args.overrides)
+    except UserError:
+        if rank() > 0:  # every process finds the same; one of them says it
+            return USER_ERROR
+        raise
+    if args.dry_run and rank() > 0:
+        return 0
     if args.dry_run:
         print(prepared.recipe.as_yaml())
         print(trainable_table(prepared))

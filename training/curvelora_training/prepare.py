@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from datasets import Dataset
 from peft import PeftConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -17,9 +18,10 @@ from transformers.pytorch_utils import Conv1D
 
 from curvelora.errors import UserError, nearest
 from curvelora_eval.data import load_rows
+from curvelora_eval.files import check_folder
 from curvelora_eval.models import head_modules, shape_model
 from curvelora_eval.tasks import LabelledTask, Task, make_task
-from curvelora_training.config import Recipe, RecipeError
+from curvelora_training.config import Recipe, RecipeError, load_recipe
 from curvelora_training.distributed import read_deepspeed_file
 
 T = TypeVar("T")
@@ -57,6 +59,26 @@ class _Collector:
             return None
 
 
+def load_and_prepare(path: Path, overrides: list[str]) -> Prepared:
+    """Read a recipe and check everything; errors of form and errors of content come in one message.
+
+    Raises:
+        RecipeError: every problem that was found.
+        UserError: the recipe cannot be read at all.
+    """
+    try:
+        recipe = load_recipe(path, overrides)
+    except RecipeError as error:
+        if error.remainder is None:
+            raise
+        try:
+            prepare(error.remainder, str(path))
+        except RecipeError as more:
+            raise RecipeError(str(path), [*error.problems, *more.problems]) from error
+        raise
+    return prepare(recipe, str(path))
+
+
 def prepare(recipe: Recipe, source: str = "the recipe") -> Prepared:
     """Check the recipe against its files, rows and the model's shapes.
 
@@ -67,7 +89,7 @@ def prepare(recipe: Recipe, source: str = "the recipe") -> Prepared:
     task = make_task(recipe.task)
     collect(_check_combinations, recipe, task)
     collect(task.check_metrics)
-    collect(_check_output, Path(recipe.output))
+    collect(check_folder, Path(recipe.output))
     if recipe.training.deepspeed is not None:
         collect(read_deepspeed_file, recipe.training.deepspeed)
     rows = {}
@@ -135,10 +157,10 @@ def attach(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
                 f"(its linear modules: {', '.join(names)})"
             ) from error
         raise UserError(f"the adapter does not fit this model: {' '.join(str(error).split())}") from error
-    rank = getattr(config, "r", None)
     for name, layer in wrapped.named_modules():
-        if isinstance(layer, BaseTunerLayer) and rank is not None and hasattr(layer, "in_features"):
-            limit = min(layer.in_features, layer.out_features)
+        ranks = getattr(layer, "r", None)  # PEFT's layers; this project's refuse a rank above the limit themselves
+        if isinstance(layer, BaseTunerLayer) and isinstance(ranks, dict) and hasattr(layer, "in_features"):
+            limit, rank = min(layer.in_features, layer.out_features), max(ranks.values())
             if rank > limit:
                 raise UserError(
                     f"adapter.r: rank {rank} is above min(d_in, d_out)={limit} of {name.removeprefix('base_model.model.')} "
@@ -190,6 +212,8 @@ def _check_combinations(recipe: Recipe, task: Task) -> None:
         problems.append(
             f"adapter.method linear_probing trains a new head, and task {recipe.task.kind} has none: take another method"
         )
+    if model.dtype == "float16" and not torch.cuda.is_available():
+        problems.append("model.dtype float16 needs a GPU: write bfloat16 or float32")
     for name in ("max_length", "max_target_length", "max_new_tokens"):
         if getattr(recipe.task, name) < 1:
             problems.append(f"task.{name} must be at least 1, not {getattr(recipe.task, name)}")
@@ -197,13 +221,3 @@ def _check_combinations(recipe: Recipe, task: Task) -> None:
         problems.append("training.group_by_length has no meaning for images, which are all of one size: leave it out")
     if problems:
         raise UserError("; ".join(problems))
-
-
-def _check_output(folder: Path) -> None:
-    """The nearest existing parent must be a folder that can be written; nothing is created yet."""
-    from curvelora_eval.files import make_folder
-
-    existing = next(p for p in (folder, *folder.parents) if p.exists())
-    if not existing.is_dir():
-        raise UserError(f"output: {folder} cannot be a run folder because {existing} is a file: name another folder")
-    make_folder(existing)

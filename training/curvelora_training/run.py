@@ -20,11 +20,11 @@ from curvelora_eval.evaluator import evaluate_rows
 from curvelora_eval.models import load_base, load_processor
 from curvelora_eval.spec import write_task
 from curvelora_training.config import Recipe
-from curvelora_training.distributed import check_engine, engine_in_use, rank, trainer_arguments, world_size
+from curvelora_training.distributed import check_engine, engine_in_use, rank, trainer_arguments
 from curvelora_training.model_card import model_card
 from curvelora_training.prepare import Prepared, attach
 from curvelora_training.run_folder import RunFolder, whole_or_none
-from curvelora_training.trainer import AdapterTrainer, RunLog, StepTimer, peak_memory
+from curvelora_training.trainer import AdapterTrainer, AtTheStart, RunLog, StepTimer, peak_memory
 
 
 def train(prepared: Prepared, resume: bool = False, overwrite: bool = False) -> RunFolder:
@@ -42,6 +42,8 @@ def train(prepared: Prepared, resume: bool = False, overwrite: bool = False) -> 
     folder = RunFolder(recipe.output)
     engine = trainer_arguments(recipe.training.deepspeed, recipe.model.dtype)  # first: it brings the process group up
     arguments = TrainingArguments(**training_arguments(recipe, folder, bool(prepared.rows.get("validation"))), **engine)
+    # Without a launcher the trainer would spread one process over all GPUs (DataParallel) and multiply the batch.
+    arguments._n_gpu = min(1, arguments.n_gpu)
     if rank() == 0:
         folder.check_free(resume, overwrite)
     if resume:
@@ -77,6 +79,7 @@ def train(prepared: Prepared, resume: bool = False, overwrite: bool = False) -> 
         head=head_settings(recipe),
         token_loss=task.token_loss,
     )
+    trainer.add_callback(AtTheStart(lambda: check_engine(engine_in_use(trainer), engine)))
     if recipe.training.max_steps != 0:
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -86,12 +89,9 @@ def train(prepared: Prepared, resume: bool = False, overwrite: bool = False) -> 
                 if (bar := getattr(callback, "training_bar", None)) is not None:
                     bar.close()
     in_use = engine_in_use(trainer)
-    check_engine(in_use, engine)
-
     result = summary(prepared, trainer, timer, log) | {"engine": in_use}
     save_adapter(trainer, prepared, folder)
-    # ZeRO-3 would need every rank for a forward pass: score such a run with `curvelora eval`.
-    evaluation = score_unseen(prepared, model, processor, folder) if rank() == 0 and in_use["zero_stage"] != 3 else None
+    evaluation = score_unseen(prepared, model, processor, folder) if rank() == 0 else None
     if rank() == 0:
         folder.write_text("adapter/README.md", model_card(recipe, result, evaluation))
         folder.write_json("result.json", result)
@@ -170,7 +170,7 @@ def summary(prepared: Prepared, trainer: AdapterTrainer, timer: StepTimer, log: 
         for n, p in prepared.shapes.named_parameters()
         if p.requires_grad and recipe.training.max_steps != 0
     }
-    examples = recipe.training.batch_size * recipe.training.accumulation * world_size() * len(timer.seconds)
+    examples = trainer.rows_of_all_processes()
     return {
         "schema": 1,
         "kind": "training",

@@ -16,18 +16,29 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
+from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from curvelora.errors import UserError
-from curvelora.loading import WEIGHTS_FILE, stored_shapes
+from curvelora.loading import stored_shapes
 from curvelora_eval.files import make_folder, write_json, write_text
-from curvelora_training.config import Recipe, RecipeLoader, differing_keys
+from curvelora_training.config import Recipe, differing_keys, read_yaml
 
 CONTENTS = (
     *("config.yaml", "environment.json", "metrics.jsonl", "result.json", "evaluation.json", "predictions.jsonl"),
     *("checkpoints", "adapter"),
 )
 RESUMABLE = "mend that and continue with --resume; what was saved before is whole"
+# What the optimiser states of the trainer and of DeepSpeed refer to, and nothing else.
+TRUSTED_GLOBALS = frozenset(
+    {
+        "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+        "deepspeed.runtime.zero.config.ZeroStageEnum",
+        "deepspeed.utils.tensor_fragment.fragment_address",
+        "numpy._core.multiarray._reconstruct",
+        "numpy.dtype",
+        "numpy.ndarray",
+    }
+)
 FULL = 1 << 20  # bytes; a disk with less is called full
 
 
@@ -57,7 +68,7 @@ class RunFolder:
         path = self.path / "config.yaml"
         if not path.is_file():
             return
-        stored = yaml.load(path.read_text(encoding="utf-8"), RecipeLoader)
+        stored = read_yaml(path.read_text(encoding="utf-8"))
         if differences := differing_keys(stored, recipe):
             raise UserError(
                 f"{self.path} was started with another recipe ({'; '.join(differences)}), so it cannot be continued exactly: "
@@ -122,16 +133,25 @@ class RunFolder:
 
 
 def is_whole(checkpoint: Path) -> bool:
-    """Whether training can resume from this folder: readable weights, optimiser, scheduler and trainer state.
+    """Whether training can resume from this folder: weights, trainer state, optimiser and scheduler are there and readable.
 
-    The trainer state is written last, so its presence says that the rest was written as well.
+    Raises:
+        UserError: a file in it would run code when it is loaded (DeepSpeed loads its own without PyTorch's safeguard).
     """
     try:
         json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
         stored_shapes(checkpoint)
-    except (OSError, ValueError):
+        pickles = [*checkpoint.rglob("*.pt"), *checkpoint.rglob("*.pth")]
+        needed = {file: set(get_unsafe_globals_in_checkpoint(file)) for file in pickles}
+    except Exception:  # every kind of damage has an exception of its own, and all of them mean the same
         return False
-    return (checkpoint / WEIGHTS_FILE).stat().st_size > 0
+    for file, names in needed.items():
+        if foreign := names - TRUSTED_GLOBALS:
+            raise UserError(
+                f"{file} would run code when it is loaded ({', '.join(sorted(foreign))}): delete this checkpoint"
+            )
+    names = {file.name for file in pickles}
+    return "scheduler.pt" in names and ("optimizer.pt" in names or any(n.endswith("optim_states.pt") for n in names))
 
 
 @contextlib.contextmanager

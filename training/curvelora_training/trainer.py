@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from curvelora.resolvability import model_resolvability, summarise
+from curvelora_eval.tasks.base import compute_context
 from curvelora_training.run_folder import RunFolder, whole_or_none
 
 WARM_UP_STEPS = 3  # left out of the step time: first calls allocate, compile and fill caches
@@ -30,6 +32,7 @@ class AdapterTrainer(Trainer):
 
     def __init__(self, *args: Any, head: dict[str, float], token_loss: bool, **kwargs: Any) -> None:
         self.head = head
+        self.rows_seen = 0
         super().__init__(*args, **kwargs)
         # Trainer guesses this from the signature of forward, and where it guesses wrong (BERT, T5, ViT: they accept the
         # argument and ignore it) accumulated gradients are summed instead of averaged.
@@ -42,6 +45,20 @@ class AdapterTrainer(Trainer):
             cls, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
             self.optimizer = cls(groups, **options)
         return self.optimizer
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As the base class does it, counting the rows of this process."""
+        self.rows_seen += len(inputs["labels"])
+        return super().training_step(model, inputs, *args, **kwargs)
+
+    def prediction_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        """As the base class does it, in the precision of training also where the engine's own forward is not used."""
+        with compute_context(self.accelerator.unwrap_model(model)):
+            return super().prediction_step(model, *args, **kwargs)
+
+    def rows_of_all_processes(self) -> int:
+        """Rows trained on so far, over all processes; every process must call it."""
+        return int(self.accelerator.reduce(torch.tensor(self.rows_seen, device=self.args.device), "sum"))
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """As the base class does it, but a checkpoint that cannot be written in full leaves nothing behind."""
@@ -68,6 +85,16 @@ def parameter_groups(
         }
         for (part, decays), parameters in groups.items()
     ]
+
+
+class AtTheStart(TrainerCallback):
+    """Calls `check()` when training begins, so that a wrong engine costs no run."""
+
+    def __init__(self, check: Callable[[], None]) -> None:
+        self.check = check
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self.check()
 
 
 class StepTimer(TrainerCallback):

@@ -33,6 +33,7 @@ class Matthews(evaluate.Metric):
 
     def from_confusion(self, matrix: np.ndarray, classes: list[int]) -> dict:
         """The same from counts (references, predictions): (c s - p.t) / sqrt((s^2 - p.p) (s^2 - t.t)), Gorodkin eq. 8."""
+        matrix = matrix.astype(float)  # rows^4 overflows int64 at some 80,000 rows
         wanted, given, rows = matrix.sum(1), matrix.sum(0), matrix.sum()
         spread = (rows**2 - given @ given) * (rows**2 - wanted @ wanted)
         covered = np.trace(matrix) * rows - wanted @ given

@@ -96,9 +96,14 @@ class Task:
     def check(self, rows: Dataset, name: str) -> None:
         """Check everything about these rows that can be checked without a model; `name` is for messages."""
         try:
-            self.roles(rows)
+            roles = self.roles(rows)
         except UserError as error:
             raise UserError(f"{name}: {error}") from error
+        for role, pattern in roles.items():
+            if pattern in rows.column_names and role not in ("label", "image"):
+                empty = next((i for i, value in enumerate(rows[pattern]) if value is None), None)
+                if empty is not None:
+                    raise UserError(f"{name}: row {empty} has no {role} (column {pattern!r}): leave such rows out")
 
     def model_options(self) -> dict[str, Any]:
         """Keyword arguments for the model's config, for example num_labels."""

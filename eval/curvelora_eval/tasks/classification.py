@@ -28,9 +28,8 @@ class LabelledTask(Task):
         """Take the class names from the training rows where the settings do not give them."""
         if self.spec.labels is not None:
             return
-        feature = rows.features.get(self.roles(rows)["label"])
-        names = getattr(feature, "names", None)
-        if names is None:
+        names = self._stored_names(rows)
+        if not names:
             found = set(self.values(rows, "label"))
             if found & {None, ""}:
                 raise UserError("some training rows have no label: leave these rows out")
@@ -41,6 +40,11 @@ class LabelledTask(Task):
         if len(names) < 2:
             raise UserError(f"the training rows hold one class only ({names[0]!r}): a classifier needs at least two")
         self.spec.labels = list(names)
+
+    def _stored_names(self, rows: Dataset) -> list[str]:
+        """Class names that the data set itself stores (`ClassLabel`; image folders do), else an empty list."""
+        feature = rows.features.get(self.roles(rows)["label"])
+        return list(getattr(feature, "names", None) or [])
 
     @staticmethod
     def _highest(found: set[Any]) -> int:
@@ -59,8 +63,19 @@ class LabelledTask(Task):
             UserError: a label outside the range or not among the names; the row and the labels are in the message.
         """
         labels = self.spec.labels
+        names = self._stored_names(rows)
+        # a data set that names its classes is looked up by name, unless the settings give all of them other names
+        renamed = len(names) == len(labels) and not set(names) & set(labels)
         indices = []
         for i, value in enumerate(self.values(rows, "label")):
+            if names and not renamed and _is_whole(value) and 0 <= int(value) < len(names):
+                value = names[int(value)]
+                if value in labels:
+                    indices.append(labels.index(value))
+                    continue
+                raise UserError(
+                    f"{name}: row {i} has the label {value!r}{nearest(value, labels)} (labels: {', '.join(labels)})"
+                )
             if not isinstance(value, bool) and str(value) in labels:
                 indices.append(labels.index(str(value)))
             elif _is_whole(value) and 0 <= int(value) < len(labels):

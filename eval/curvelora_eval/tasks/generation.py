@@ -81,10 +81,12 @@ class CausalLM(Task):
         model.eval()
         if "perplexity" in self.metrics:
             return self._log_likelihoods(model, rows, processor, batch_size)
-        prompts = [self._fit(p, [])[0] for p, _ in self._pairs(rows, processor)]
+        whole = [prompt for prompt, _ in self._pairs(rows, processor)]
+        prompts = [self._fit(prompt, [])[0] for prompt in whole]
         texts = generate(model, processor, prompts, self.spec.max_new_tokens, batch_size, left_padding=True)
         references = [str(value).strip() for value in self.values(rows, "completion")]
-        return Predictions([text.strip() for text in texts], references, {"rows": len(texts)})
+        cut = sum(len(prompt) >= self.spec.max_length for prompt in whole)
+        return Predictions([text.strip() for text in texts], references, {"rows": len(texts), "at_max_length": cut})
 
     @torch.inference_mode()
     def _log_likelihoods(self, model: nn.Module, rows: Dataset, processor: Any, batch_size: int) -> Predictions:
