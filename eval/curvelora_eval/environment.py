@@ -24,7 +24,7 @@ def describe_environment() -> dict[str, Any]:
         "hardware": _hardware(),
         "commit": _commit(),
         "python": platform.python_version(),
-        "platform": platform.platform(),
+        "platform": f"{platform.system()} {platform.machine()}, {' '.join(platform.libc_ver())}",
     }
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from curvelora_training.demo import ARMS
+from curvelora_training.demo import ARMS, MARKS, record
 from runs import result
 
 
@@ -39,6 +39,14 @@ def test_the_demo_shortened(root: Path, tmp_path: Path) -> None:
     assert published["resolvability"]["forward"] < 0.02
     assert large["resolvability"]["forward"] > 0.5
     assert published["resolvability"]["dtype"] == "bfloat16"
+
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{MARKS[0]}\nold\n{MARKS[1]}\nafter\n", encoding="utf-8")
+    record(tmp_path, tmp_path / "kept", readme)
+    written = readme.read_text(encoding="utf-8")
+    assert written.startswith("before\n") and written.endswith("after\n") and "old" not in written
+    assert all(title in written for title, _ in ARMS.values())
+    assert result(tmp_path / "kept/qlora") == qlora
 
 
 @pytest.mark.slow

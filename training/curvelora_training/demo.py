@@ -81,7 +81,8 @@ def record(out: Path, kept: Path, readme: Path) -> None:
     for folder in ARMS:
         (kept / folder).mkdir(parents=True, exist_ok=True)
         for name in ("config.yaml", "environment.json", "metrics.jsonl", "result.json", "evaluation.json"):
-            shutil.copyfile(out / folder / name, kept / folder / name)
+            if (out / folder / name).is_file():  # an untrained arm logs nothing
+                shutil.copyfile(out / folder / name, kept / folder / name)
     report = (out / "report.md").read_text(encoding="utf-8")
     write_text(kept / "report.md", report)
     table = "\n".join(line for line in report.splitlines() if line.startswith("|"))
