@@ -7,6 +7,7 @@ which one to name when it is missing.
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 import traceback
@@ -74,8 +75,8 @@ def quiet_libraries() -> None:
     """Silence what libraries say on every start and no user can act on; everything else is left alone."""
     # peft 0.21 with transformers 5.23: PEFT's own code uses the old name
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.* is deprecated")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    os.environ.setdefault("DS_LOG_LEVEL", "error")
+    # DeepSpeed says so on every machine without a GPU, also where it is not used
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
 
 
 def run_guarded(action, debug: bool = False) -> int:

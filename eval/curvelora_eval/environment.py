@@ -57,7 +57,12 @@ def _cpu_name() -> str:
 
 
 def _commit() -> str | None:
-    """Commit of the source tree that this package runs from, with "+" where the tree has changes; None outside git."""
+    """Commit of the source tree that this package runs from, with "+" where the tree has changes; None outside git.
+
+    Where there is no repository (an image, a copied tree), CURVELORA_COMMIT says it.
+    """
+    if stated := os.environ.get("CURVELORA_COMMIT"):
+        return stated
     here = Path(__file__).parent
     try:
         run = {"cwd": here, "capture_output": True, "text": True, "timeout": 10, "check": True}

@@ -57,13 +57,16 @@ def test_the_scores_say_where_they_come_from(trained_run: Path, evaluate: Callab
     assert found["dataset"]["rows"] == found["counts"]["rows"] == 60
     weights = (trained_run / "adapter/adapter_model.safetensors").read_bytes()
     assert found["adapter"]["sha256"] == hashlib.sha256(weights).hexdigest()
-    assert found["versions"]["torch"] == torch.__version__ and {"curvelora", "curvelora-eval"} <= set(found["versions"])
+    assert torch.__version__.startswith(found["versions"]["torch"].partition("+")[0]) and {
+        "curvelora",
+        "curvelora-eval",
+    } <= set(found["versions"])
     assert found["python"] == platform.python_version()
     assert found["hardware"]["cpu_cores"] >= 1 and found["hardware"]["memory_bytes"] > 1 << 28
     assert {"seed", "level", "resamples", "method"} == set(found["interval"])
     assert found["rows_per_second"] == pytest.approx(60 / found["seconds"])
     for metric in found["metrics"].values():
-        assert metric["low"] < metric["value"] < metric["high"]
+        assert metric["low"] <= metric["value"] <= metric["high"] and metric["low"] < metric["high"]
 
 
 def test_predictions_explain_the_accuracy(trained_run: Path, evaluate: Callable[..., Any], tmp_path: Path) -> None:
@@ -105,9 +108,13 @@ def test_other_columns_and_words_for_labels(
     mapped = ["--column", "text={head}{tail}", "--column", "label=tone", "--labels", "negative,positive"]
     found = evaluate("--adapter", trained_run / "adapter", "--data", other, *mapped)
     assert found["metrics"] == result(trained_run, "evaluation.json")["metrics"]
+    scored = tmp_path / "scores/predictions.jsonl"
+    before = [json.loads(line) for line in scored.read_text(encoding="utf-8").splitlines()]
     turned = evaluate("--adapter", trained_run / "adapter", "--data", other, *mapped[:-1], "positive,negative")
-    right = found["metrics"]["accuracy"]["value"]
-    assert turned["metrics"]["accuracy"]["value"] == pytest.approx(1 - right) and right != 0.5
+    after = [json.loads(line) for line in scored.read_text(encoding="utf-8").splitlines()]
+    assert [line["reference"] for line in after] == [1 - line["reference"] for line in before]
+    assert [line["prediction"] for line in after] == [line["prediction"] for line in before]
+    assert turned["metrics"]["accuracy"]["value"] == pytest.approx(1 - found["metrics"]["accuracy"]["value"])
 
 
 def test_the_batch_size_changes_nothing(trained_run: Path, evaluate: Callable[..., Any]) -> None:

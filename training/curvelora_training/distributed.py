@@ -24,6 +24,8 @@ AUTO = {
     "gradient_clipping": "auto",
 }
 DEFAULT_STAGE = 2
+# Entries a bucket. DeepSpeed's default of 5e8 takes 2 GB of device memory, for adapters that are a hundredth of it.
+BUCKETS = {"reduce_bucket_size": 50_000_000, "allgather_bucket_size": 50_000_000}
 
 
 def rank() -> int:
@@ -64,7 +66,7 @@ def deepspeed_settings(recipe_file: str | None, dtype: str) -> dict[str, Any] | 
         stage = int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") or DEFAULT_STAGE)
     elif recipe_file is None and not ("CROSS_RANK" in os.environ and "LOCAL_SIZE" in os.environ):
         return None  # those two are set by deepspeed's launcher for its children, and by no other
-    settings = dict(AUTO) | {"zero_optimization": {"stage": stage}}
+    settings = dict(AUTO) | {"zero_optimization": {"stage": stage, **BUCKETS}}
     if recipe_file is not None:
         settings |= read_deepspeed_file(recipe_file)
     settings.pop("bf16", None)
