@@ -75,9 +75,10 @@ def train(prepared: Prepared, resume: bool = False, overwrite: bool = False) -> 
         train_dataset=rows["train"],
         eval_dataset=rows.get("validation"),
         data_collator=task.collator(processor),
-        callbacks=[timer, log],
+        callbacks=[log],
         head=head_settings(recipe),
         token_loss=task.token_loss,
+        timer=timer,
     )
     trainer.add_callback(AtTheStart(lambda: check_engine(engine_in_use(trainer), engine)))
     if recipe.training.max_steps != 0:
@@ -170,7 +171,8 @@ def summary(prepared: Prepared, trainer: AdapterTrainer, timer: StepTimer, log: 
         for n, p in prepared.shapes.named_parameters()
         if p.requires_grad and recipe.training.max_steps != 0
     }
-    examples = trainer.rows_of_all_processes()
+    times = timer.summary()
+    rate = times["examples_per_second"]
     return {
         "schema": 1,
         "kind": "training",
@@ -183,10 +185,10 @@ def summary(prepared: Prepared, trainer: AdapterTrainer, timer: StepTimer, log: 
         "adapter_parameters": sum(count for name, count in trainable.items() if ".modules_to_save." not in name),
         "total_parameters": sum(p.numel() for p in prepared.shapes.parameters()),
         "steps": state.global_step,
-        "examples": examples,
+        "examples": int(trainer.over_processes(sum(timer.rows))),
         "train_seconds": sum(timer.seconds),
-        "step_seconds": timer.summary(),
-        "examples_per_second": examples / sum(timer.seconds) if timer.seconds else None,
+        "step_seconds": times["step_seconds"],
+        "examples_per_second": None if rate is None else trainer.over_processes(rate),
         **peak_memory(),
         "first_loss": losses[0] if losses else None,
         "last_loss": losses[-1] if losses else None,

@@ -26,14 +26,16 @@ class AdapterTrainer(Trainer):
 
     Args:
         head: {"lr": ..., "weight_decay": ...} for parameters under `modules_to_save`.
+        timer: is told the rows of every batch.
         token_loss: whether the model's loss is a mean over tokens that takes the number of tokens of the whole step.
         **kwargs: as for `transformers.Trainer`.
     """
 
-    def __init__(self, *args: Any, head: dict[str, float], token_loss: bool, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, head: dict[str, float], token_loss: bool, timer: StepTimer, **kwargs: Any) -> None:
         self.head = head
-        self.rows_seen = 0
+        self.timer = timer
         super().__init__(*args, **kwargs)
+        self.add_callback(timer)
         # Trainer guesses this from the signature of forward, and where it guesses wrong (BERT, T5, ViT: they accept the
         # argument and ignore it) accumulated gradients are summed instead of averaged.
         self.model_accepts_loss_kwargs = token_loss
@@ -48,7 +50,7 @@ class AdapterTrainer(Trainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """As the base class does it, counting the rows of this process."""
-        self.rows_seen += len(inputs["labels"])
+        self.timer.count(len(inputs["labels"]))
         return super().training_step(model, inputs, *args, **kwargs)
 
     def prediction_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -56,9 +58,9 @@ class AdapterTrainer(Trainer):
         with compute_context(self.accelerator.unwrap_model(model)):
             return super().prediction_step(model, *args, **kwargs)
 
-    def rows_of_all_processes(self) -> int:
-        """Rows trained on so far, over all processes; every process must call it."""
-        return int(self.accelerator.reduce(torch.tensor(self.rows_seen, device=self.args.device), "sum"))
+    def over_processes(self, value: float) -> float:
+        """The sum of `value` over all processes; every process must call it."""
+        return float(self.accelerator.reduce(torch.tensor(value, dtype=torch.float64, device=self.args.device), "sum"))
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """As the base class does it, but a checkpoint that cannot be written in full leaves nothing behind."""
@@ -98,10 +100,12 @@ class AtTheStart(TrainerCallback):
 
 
 class StepTimer(TrainerCallback):
-    """Wall time of every optimiser step, from the first forward to the update, with the device synchronised."""
+    """Wall time and rows of every optimiser step, from the first forward to the update, with the device synchronised."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
+        self.rows: list[int] = []
+        self._rows = 0
         self._started = 0.0
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
@@ -111,14 +115,27 @@ class StepTimer(TrainerCallback):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.seconds.append(time.perf_counter() - self._started)
+        self.rows.append(self._rows)
+        self._rows = 0
 
-    def summary(self) -> dict[str, float] | None:
-        """Median and 10th and 90th percentile in seconds, without the first steps; None where no step was made."""
-        measured = self.seconds[WARM_UP_STEPS:] or self.seconds
+    def count(self, rows: int) -> None:
+        """Add the rows of one batch to the step that runs."""
+        self._rows += rows
+
+    def summary(self) -> dict[str, Any]:
+        """`step_seconds` (median, 10th and 90th percentile) and `examples_per_second`, without the first steps.
+
+        Rows are those of this process; both values are None where no step was made.
+        """
+        first = WARM_UP_STEPS if len(self.seconds) > WARM_UP_STEPS else 0
+        measured = self.seconds[first:]
         if not measured:
-            return None
+            return {"step_seconds": None, "examples_per_second": None}
         low, median, high = np.percentile(measured, [10, 50, 90])
-        return {"median": float(median), "p10": float(low), "p90": float(high), "steps": len(measured)}
+        return {
+            "step_seconds": {"median": float(median), "p10": float(low), "p90": float(high), "steps": len(measured)},
+            "examples_per_second": sum(self.rows[first:]) / sum(measured),
+        }
 
 
 class RunLog(TrainerCallback):
