@@ -116,12 +116,12 @@ def test_verdict_says_larger_only_where_the_intervals_are_apart(tmp_path):
     assert verdict_of(apart, head, touching, below) == [
         "apart beats head only by 12.8 points of accuracy; "
         "the difference is larger than the 95 % intervals, which do not overlap.",
-        "touching beats head only by 7.2 points of accuracy; "
+        "touching is ahead of head only by 7.2 points of accuracy; "
         "the 95 % intervals overlap, so these rows do not settle which is better.",
         "below falls short of head only by 9.8 points of accuracy; "
         "the difference is larger than the 95 % intervals, which do not overlap.",
         # and against the first linear adapter, which `make_run` makes of every run
-        "touching falls short of apart by 5.6 points of accuracy; "
+        "touching is behind apart by 5.6 points of accuracy; "
         "the 95 % intervals overlap, so these rows do not settle which is better.",
         "below falls short of apart by 22.6 points of accuracy; "
         "the difference is larger than the 95 % intervals, which do not overlap.",

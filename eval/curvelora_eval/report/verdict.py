@@ -75,19 +75,28 @@ def _compare(run: Run, base: Run) -> str:
     if gain == 0:
         return f"{run.label} and {base.label} have the same {base.primary_metric}."
     better = gain < 0 if lower_is_better(base.primary_metric) else gain > 0
-    verb = "beats" if better else "falls short of"
+    settled, open_ = ("beats", "is ahead of") if better else ("falls short of", "is behind")
+    verb = settled if _apart(run, base) else open_
     return f"{run.label} {verb} {base.label} by {_amount(abs(gain), base.primary_metric)}; {_settled(run, base)}."
+
+
+def _bounds(run: Run, base: Run) -> list[float | None]:
+    return [side.score[key] for side in (run, base) for key in ("low", "high")]
+
+
+def _apart(run: Run, base: Run) -> bool:
+    """Whether both have an interval and the two do not touch."""
+    bounds = _bounds(run, base)
+    return None not in bounds and (bounds[0] > bounds[3] or bounds[1] < bounds[2])
 
 
 def _settled(run: Run, base: Run) -> str:
     """Say whether the intervals settle it. Apart, they do; where they touch, the rows do not tell."""
-    bounds = [side.score[key] for side in (run, base) for key in ("low", "high")]
-    if None in bounds:
+    if None in _bounds(run, base):
         return "without an interval for both, the difference may be chance"
-    low, high, base_low, base_high = bounds
     level = interval_level([run, base])
     level = f"{level} " if level else ""
-    if low > base_high or high < base_low:
+    if _apart(run, base):
         return f"the difference is larger than the {level}intervals, which do not overlap"
     return f"the {level}intervals overlap, so these rows do not settle which is better"
 
