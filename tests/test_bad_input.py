@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from world import WEIGHTS, World, check_message, edited, lacking, pickled, truncated, without
 
 from curvelora import cli
 from curvelora_training import finetune
+from world import WEIGHTS, World, check_message, edited, lacking, pickled, truncated, without
 
 torch.set_num_threads(1)
 TSV = "sentence\tlabel\n"

@@ -16,12 +16,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
-from world import WEIGHTS, World, check_message
 
 from curvelora import cli
 from curvelora.loading import load_adapter
 from curvelora_training import finetune
 from curvelora_training.run_folder import is_whole
+from world import WEIGHTS, World, check_message
 
 torch.set_num_threads(1)
 linux = pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full and /sys")

@@ -17,7 +17,7 @@ from transformers import AutoModelForSequenceClassification
 
 from curvelora import cli
 from curvelora_eval.spec import read_task, write_task
-from runs import result
+from run_files import result
 
 pytestmark = pytest.mark.usefixtures("offline")
 

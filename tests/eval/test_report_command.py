@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from curvelora import cli
-from runs import result
+from run_files import result
 
 pytestmark = pytest.mark.usefixtures("offline")
 LOADING = {"src", "srcset", "data", "poster", "action", "background", "manifest", "ping", "xlink:href"}

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from curvelora_training.demo import ARMS, MARKS, record
-from runs import result
+from run_files import result
 
 
 def run_demo(root: Path, out: Path, *overrides: str) -> str:

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from runs import metrics, result
+from run_files import metrics, result
 
 BIN = Path(sys.executable).parent
 MODULE = ["-m", "curvelora_training.finetune", "--config"]
@@ -112,3 +112,30 @@ def test_deepspeed_without_a_launcher_is_refused(
 
     assert main(["--config", str(write(small)), f"training.deepspeed={root / 'ds_configs/zero2.json'}"]) == 2
     assert "needs a launcher" in capsys.readouterr().err
+
+
+def test_the_local_launch_script(
+    small: dict[str, Any], write: Callable[..., Path], root: Path, environment: dict[str, str]
+) -> None:
+    """Two processes check the recipe, one of them says so; without a recipe, or with a wrong launcher, it explains itself."""
+    script = str(root / "launch/local/finetune.sh")
+
+    def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [script, *arguments],
+            env=environment | {"PROCESSES": "2"} | variables,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+
+    done = run(str(write(small)), "seed=7", "--dry-run")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("seed: 7") == 1
+    assert done.stdout.count("trains ") == 1
+    assert run().returncode == 2
+    assert "LAUNCHER=torchrun|accelerate|deepspeed" in run().stderr
+    wrong = run(str(write(small)), LAUNCHER="mpirun")
+    assert wrong.returncode == 2
+    assert "mpirun is none of" in wrong.stderr

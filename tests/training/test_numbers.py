@@ -13,7 +13,7 @@ import yaml
 from transformers import TrainingArguments
 
 from curvelora.layers.dense_delta import DenseDelta
-from runs import metrics, result
+from run_files import metrics, result
 
 
 def test_rows_are_counted_not_computed(

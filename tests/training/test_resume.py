@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from curvelora_training import run as run_module
-from runs import metrics, result
+from run_files import metrics, result
 
 # Mid-epoch, with accumulation and dropout: 96 rows, batches of 4, two a step -> 12 steps an epoch.
 CHANGES = {"training.batch_size": 4, "training.accumulation": 2, "training.save_every": 5, "training.epochs": 2}

@@ -17,7 +17,7 @@ from transformers import AutoModelForSequenceClassification
 from curvelora.loading import load_adapter
 from curvelora_training.config import load_recipe
 from curvelora_training.run_folder import CONTENTS
-from runs import metrics, result
+from run_files import metrics, result
 
 
 def test_the_run_folder_is_complete(
@@ -38,6 +38,9 @@ def test_the_run_folder_is_complete(
     assert run["first_loss"] == lines[0]["loss"]
     environment = result(folder, "environment.json")
     assert torch.__version__.startswith(environment["versions"]["torch"].partition("+")[0])
+    stored = result(folder / "adapter", "adapter_config.json")
+    assert sorted(stored["modules_to_save"]) == ["classifier", "score"]  # PEFT's own names for this task, each once
+    assert stored["base_model_name_or_path"] == recipe["model"]["path"]
     card = (folder / "adapter/README.md").read_text(encoding="utf-8")
     assert "resolvability" in card and "arXiv 2509.21870" in card
     assert not list(folder.rglob("training_args.bin")) or (folder / "checkpoints").exists()

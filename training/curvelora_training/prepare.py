@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,6 +142,7 @@ def attach(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
     Raises:
         UserError: the targets match nothing (the message lists what exists), or the rank is above what a layer allows.
     """
+    config = copy.deepcopy(config)  # PEFT writes into it, and a recipe's is used for the shapes and for the model
     names = linear_module_names(model)
     modules = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     try:
@@ -157,6 +159,8 @@ def attach(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
                 f"(its linear modules: {', '.join(names)})"
             ) from error
         raise UserError(f"the adapter does not fit this model: {' '.join(str(error).split())}") from error
+    if config.modules_to_save:
+        config.modules_to_save = list(dict.fromkeys(config.modules_to_save))  # PEFT appends the heads that it knows
     for name, layer in wrapped.named_modules():
         ranks = getattr(layer, "r", None)  # PEFT's layers; this project's refuse a rank above the limit themselves
         if isinstance(layer, BaseTunerLayer) and isinstance(ranks, dict) and hasattr(layer, "in_features"):
