@@ -175,9 +175,8 @@ class RunLog(TrainerCallback):
         model: nn.Module,
         **_: Any,
     ) -> None:
-        if (
-            not state.is_world_process_zero or "train_runtime" in logs
-        ):  # the last call sums the run up; result.json does that
+        # The trainer's last call sums the run up; result.json does that.
+        if not state.is_world_process_zero or "train_runtime" in logs:
             return
         record = {"step": state.global_step, "seconds": round(time.perf_counter() - self._started, 3), **logs}
         if "loss" in logs:

@@ -103,9 +103,8 @@ class DenseDelta(torch.autograd.Function):
 
         weight = torch.empty(B.shape[0], A.shape[1], dtype=x.dtype, device=x.device) if needs_x else None
         grad_A, grad_B = (torch.zeros_like(A_), torch.empty_like(B_)) if needs_factors else (None, None)
-        with torch.autocast(
-            x.device.type, enabled=False
-        ):  # a backward called under autocast multiplies as the forward did
+        # A backward pass that is called under autocast multiplies as the forward pass did.
+        with torch.autocast(x.device.type, enabled=False):
             for rows in row_blocks(B.shape[0], A.shape[1]):
                 # The token product runs in the layer's own dtype, as it would for any linear layer ...
                 G = (g[:, rows].T @ x_) if needs_factors else None
