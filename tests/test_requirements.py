@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -42,19 +43,12 @@ def test_requirements_cover_the_stack(root: Path) -> None:
 
 
 def test_what_is_installed_is_what_is_pinned(root: Path) -> None:
-    """The suite speaks for the pinned versions only if it runs on them; another stack says so instead of pretending."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    other = []
-    for line in (root / "requirements.txt").read_text(encoding="utf-8").splitlines():
-        name, separator, pinned = line.partition("==")
-        if not separator or line.startswith("#"):
-            continue
-        try:
-            found = version(name).partition("+")[0]
-        except PackageNotFoundError:
-            found = "nothing"
-        if found != pinned.split(";")[0].strip():
-            other.append(f"{name} {found} instead of {pinned.split(';')[0].strip()}")
-    if other:
-        pytest.skip(f"this environment is not the pinned one: {', '.join(other)}")
+    """The suite speaks for the pinned versions only if it runs on them; in an environment of the user's own it need not."""
+    if Path(sys.prefix).resolve() != (root / ".venv").resolve():
+        pytest.skip("this is not the environment that `make` builds, so other versions are no mistake")
+    pins = [
+        line.split(";")[0].strip().split("==")
+        for line in (root / "requirements.txt").read_text(encoding="utf-8").splitlines()
+        if "==" in line and not line.startswith("#")
+    ]
+    assert {name: version(name).partition("+")[0] for name, _ in pins} == dict(pins)

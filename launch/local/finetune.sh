@@ -21,12 +21,8 @@ case ${LAUNCHER:-torchrun} in
         exec accelerate launch --config_file "$(dirname "$0")/../../ds_configs/accelerate_ddp.yaml" \
             --num_processes "$processes" --main_process_port 0 -m "$module" --config "$recipe" "$@"
         ;;
-    deepspeed)
-        if [ "$gpus" -gt 0 ]; then
-            exec deepspeed --num_gpus "$processes" --module "$module" --config "$recipe" "$@"
-        fi
-        exec deepspeed --num_accelerators "$processes" --bind_cores_to_rank --module "$module" --config "$recipe" "$@"
-        ;;
+    # --num_gpus counts CPU processes on a machine without GPUs
+    deepspeed) exec deepspeed --num_gpus "$processes" --module "$module" --config "$recipe" "$@" ;;
     *)
         echo "error: LAUNCHER=$LAUNCHER is none of torchrun, accelerate, deepspeed" >&2
         exit 2

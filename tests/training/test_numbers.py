@@ -73,9 +73,7 @@ def test_the_resolved_recipe_has_the_methods_defaults(
     assert [[line[k] for k in keep] for line in metrics(folder)] == [[line[k] for k in keep] for line in metrics(again)]
 
 
-def test_class_labels_are_read_by_name(
-    recipe: dict[str, Any], write: Callable[..., Path], finetune: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_class_labels_are_read_by_name() -> None:
     """Stored integers count in the data set's own list: with folders `1 2 3`, or a test set without the first class."""
     from datasets import ClassLabel, Dataset, Features, Value
 

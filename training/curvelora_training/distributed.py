@@ -69,7 +69,8 @@ def deepspeed_settings(recipe_file: str | None, dtype: str) -> dict[str, Any] | 
     settings = dict(AUTO) | {"zero_optimization": {"stage": stage, **BUCKETS}}
     if recipe_file is not None:
         settings |= read_deepspeed_file(recipe_file)
-    settings.pop("bf16", None)
+    for section in ("bf16", "fp16"):
+        settings.pop(section, None)
     if dtype != "float32":
         settings["torch_autocast"] = {"enabled": True, "dtype": dtype, "lower_precision_safe_modules": []}
     return settings

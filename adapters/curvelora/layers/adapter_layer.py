@@ -6,6 +6,7 @@ the output (`adapter_output`), and, where it merges, what it adds to the weight 
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any
 
 import torch
@@ -47,13 +48,13 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
     # --- what a family defines -----------------------------------------------------------------------------------------
 
+    @abstractmethod
     def create_parameters(self, adapter: str, config: Any) -> None:
         """Create and initialise the tensors of `adapter` (fp32, on any device; they are moved afterwards)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def adapter_output(self, adapter: str, x: Tensor) -> Tensor:
         """What `adapter` adds to the base layer's output. x: (..., d_in) -> (..., d_out)."""
-        raise NotImplementedError
 
     def delta_weight(self, adapter: str) -> Tensor:
         """What `adapter` adds to the base weight: (d_out, d_in), fp32 or wider. Only for methods that merge."""

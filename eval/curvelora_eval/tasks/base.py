@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -25,7 +26,7 @@ class Predictions:
     counts: dict[str, int] = field(default_factory=dict)
 
 
-class Task:
+class Task(ABC):
     """One task kind bound to its settings. A kind is one subclass and one line in `curvelora_eval.tasks`.
 
     Args:
@@ -109,17 +110,17 @@ class Task:
         """Keyword arguments for the model's config, for example num_labels."""
         return {}
 
+    @abstractmethod
     def encode(self, rows: Dataset, processor: Any) -> Dataset:
         """Rows -> model inputs with labels, for training and for the loss."""
-        raise NotImplementedError
 
+    @abstractmethod
     def collator(self, processor: Any) -> Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]:
         """Features -> one padded batch."""
-        raise NotImplementedError
 
+    @abstractmethod
     def predict(self, model: nn.Module, rows: Dataset, processor: Any, batch_size: int) -> Predictions:
         """Predict every row; deterministic, in eval mode, whatever mode the model came in."""
-        raise NotImplementedError
 
 
 def batches_by_length(lengths: Sequence[int], batch_size: int, title: str) -> Iterator[list[int]]:

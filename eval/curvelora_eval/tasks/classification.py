@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -116,9 +117,9 @@ class TextTask(Task):
             texts.append([str(text) for text in self.values(rows, "text_pair")])
         return dict(tokenizer(*texts, truncation=True, max_length=self.spec.max_length))
 
+    @abstractmethod
     def targets(self, rows: Dataset, name: str) -> list[Any]:
         """What the loss compares with, a row each."""
-        raise NotImplementedError
 
     def encode(self, rows: Dataset, processor: Any) -> Dataset:
         return Dataset.from_dict({**self.tokenise(rows, processor), "labels": self.targets(rows, "rows")})
@@ -126,9 +127,9 @@ class TextTask(Task):
     def collator(self, processor: Any) -> Callable[[list[dict[str, Any]]], dict[str, torch.Tensor]]:
         return DataCollatorWithPadding(processor)
 
+    @abstractmethod
     def read_logits(self, logits: torch.Tensor) -> list[Any]:
         """Logits (rows, outputs) -> one prediction a row."""
-        raise NotImplementedError
 
     @torch.inference_mode()
     def predict(self, model: nn.Module, rows: Dataset, processor: Any, batch_size: int) -> Predictions:
