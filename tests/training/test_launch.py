@@ -130,10 +130,11 @@ def test_the_local_launch_script(
             check=False,
         )
 
-    done = run(str(write(small)), "seed=7", "--dry-run")
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("seed: 7") == 1
-    assert done.stdout.count("trains ") == 1
+    for launcher in ("torchrun", "accelerate", "deepspeed"):
+        done = run(str(write(small)), "seed=7", "--dry-run", LAUNCHER=launcher)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert done.stdout.count("seed: 7") == 1
+        assert done.stdout.count("\ntrains ") == 1
     assert run().returncode == 2
     assert "LAUNCHER=torchrun|accelerate|deepspeed" in run().stderr
     wrong = run(str(write(small)), LAUNCHER="mpirun")
