@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from curvelora.activations import NAMES, Activation
 from curvelora.layers import dense_delta
-from curvelora.layers.dense_delta import DeltaMap, DenseDelta
+from curvelora.layers.dense_delta import DeltaMap, dense_delta_product
 
 # (d_in, d_out, r): odd sizes on purpose, wide and tall, so that no transposition and no multiple of 8 can hide an error
 SHAPES = [(37, 53, 3), (64, 17, 5), (11, 29, 1)]
@@ -56,7 +56,7 @@ def test_gradcheck(position):
     torch.manual_seed(0)
     x, A, B = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in [(4, 7), (2, 7), (5, 2)])
     delta_map = DeltaMap(Activation("sinter", amplitude=0.3, frequency=5.0), 1.7, position)
-    assert torch.autograd.gradcheck(lambda *t: DenseDelta.apply(*t, delta_map), (x, A, B))
+    assert torch.autograd.gradcheck(lambda *t: dense_delta_product(*t, delta_map), (x, A, B))
 
 
 @pytest.mark.parametrize("frozen", ["x", "A", "B", "factors"])

@@ -10,7 +10,7 @@ import math
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from inside_operators import InsideOperators
 
 from curvelora.activations import Activation
 from curvelora.precision import exact_products
@@ -126,17 +126,17 @@ def low_precision_products():
     backend.fp32_precision = before
 
 
-class PrecisionOfProducts(TorchDispatchMode):
+class PrecisionOfProducts(InsideOperators):
     """Notes the global precision setting at every fp32 matrix product."""
 
     def __init__(self) -> None:
         super().__init__()
         self.settings: list[str] = []
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm) and args[-1].dtype == torch.float32:
+    def see(self, func, args, result):
+        products = (torch.ops.aten.matmul, torch.ops.aten.mm, torch.ops.aten.addmm)
+        if func.overloadpacket in products and args[-1].dtype == torch.float32:
             self.settings.append(torch.backends.mkldnn.matmul.fp32_precision)
-        return func(*args, **(kwargs or {}))
 
 
 def test_a_global_low_precision_setting_does_not_reach_f(loran_layer, low_precision_products):

@@ -12,7 +12,7 @@ import torch
 import yaml
 from transformers import TrainingArguments
 
-from curvelora.layers.dense_delta import DenseDelta
+from curvelora.layers import dense_delta
 from run_files import metrics, result
 
 
@@ -33,8 +33,8 @@ def test_the_recipe_decides_the_precision(
 ) -> None:
     """`accelerate launch` sets ACCELERATE_MIXED_PRECISION, which transformers would follow behind an fp32 recipe's back."""
     seen = set()
-    original = DenseDelta.apply
-    monkeypatch.setattr(DenseDelta, "apply", lambda x, *rest: (seen.add(x.dtype), original(x, *rest))[1])
+    original = dense_delta.dense_delta_product
+    monkeypatch.setattr(dense_delta, "dense_delta_product", lambda x, *rest: (seen.add(x.dtype), original(x, *rest))[1])
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     finetune(write(recipe))
     assert seen == {torch.float32}

@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from curvelora.activations import Activation
@@ -81,46 +80,97 @@ def dense_delta(A: Tensor, B: Tensor, delta_map: DeltaMap, dtype: torch.dtype) -
     return weight
 
 
-class DenseDelta(torch.autograd.Function):
-    """(x, A, B) -> x dW^T, saving x, A and B only. x has the dtype in which the product is made."""
+# The forward and the backward pass are operators of their own: torch.compile takes them as they are, where tracing into them
+# would stop at the switches of `exact_products` and unroll the blocks.
+@torch.library.custom_op("curvelora::dense_delta_product", mutates_args=())
+def _product(
+    x: Tensor, A: Tensor, B: Tensor, name: str, amplitude: float, frequency: float, scale: float, inside: bool
+) -> Tensor:
+    delta_map = DeltaMap(Activation(name, amplitude, frequency), scale, inside)
+    return F.linear(x, dense_delta(A, B, delta_map, x.dtype))
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, A: Tensor, B: Tensor, delta_map: DeltaMap) -> Tensor:
-        ctx.save_for_backward(x, A, B)
-        ctx.delta_map = delta_map
-        return F.linear(x, dense_delta(A, B, delta_map, x.dtype))
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, A, B = ctx.saved_tensors
-        delta_map = ctx.delta_map
-        work = at_least_fp32(A.dtype)
-        A_, B_ = A.to(work), B.to(work)
-        grad = grad.to(x.dtype)
-        g, x_ = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
-        needs_x, needs_factors = ctx.needs_input_grad[0], ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+@_product.register_fake
+def _(x: Tensor, A: Tensor, B: Tensor, *map_fields: Any) -> Tensor:
+    return x.new_empty((*x.shape[:-1], B.shape[0]))
 
-        weight = torch.empty(B.shape[0], A.shape[1], dtype=x.dtype, device=x.device) if needs_x else None
-        grad_A, grad_B = (torch.zeros_like(A_), torch.empty_like(B_)) if needs_factors else (None, None)
-        # A backward pass that is called under autocast multiplies as the forward pass did.
-        with torch.autocast(x.device.type, enabled=False):
-            for rows in row_blocks(B.shape[0], A.shape[1]):
-                # The token product runs in the layer's own dtype, as it would for any linear layer ...
-                G = (g[:, rows].T @ x_) if needs_factors else None
-                # ... and what follows in fp32, because f' - 1 is smaller than the spacing of bf16.
-                with exact_products(x.device):
-                    u = B_[rows] @ A_
-                    if needs_x:
-                        weight[rows] = delta_map.value(u)
-                    if needs_factors:
-                        M = G.to(work) * delta_map.slope(u)
-                        grad_B[rows] = M @ A_.T
-                        grad_A += B_[rows].T @ M
-            grad_x = (g @ weight).reshape(x.shape) if needs_x else None
-        if needs_factors:
-            grad_A, grad_B = grad_A.to(A.dtype), grad_B.to(B.dtype)
-        return grad_x, grad_A, grad_B, None
+
+@torch.library.custom_op("curvelora::dense_delta_gradients", mutates_args=())
+def _gradients(
+    grad: Tensor,
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    needs_x: bool,
+    needs_factors: bool,
+    name: str,
+    amplitude: float,
+    frequency: float,
+    scale: float,
+    inside: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dL/dx, dL/dA, dL/dB); what is not needed is empty."""
+    delta_map = DeltaMap(Activation(name, amplitude, frequency), scale, inside)
+    work = at_least_fp32(A.dtype)
+    A_, B_ = A.to(work), B.to(work)
+    grad = grad.to(x.dtype)
+    g, x_ = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+    weight = x.new_empty((B.shape[0], A.shape[1]) if needs_x else 0)
+    grad_A = torch.zeros_like(A_) if needs_factors else A_.new_empty(0)
+    grad_B = torch.empty_like(B_) if needs_factors else B_.new_empty(0)
+    # A backward pass that is called under autocast multiplies as the forward pass did.
+    with torch.autocast(x.device.type, enabled=False):
+        for rows in row_blocks(B.shape[0], A.shape[1]):
+            # The token product runs in the layer's own dtype, as it would for any linear layer ...
+            G = (g[:, rows].T @ x_) if needs_factors else None
+            # ... and what follows in fp32, because f' - 1 is smaller than the spacing of bf16.
+            with exact_products(x.device):
+                u = B_[rows] @ A_
+                if needs_x:
+                    weight[rows] = delta_map.value(u)
+                if needs_factors:
+                    M = G.to(work) * delta_map.slope(u)
+                    grad_B[rows] = M @ A_.T
+                    grad_A += B_[rows].T @ M
+        grad_x = (g @ weight).reshape(x.shape) if needs_x else weight
+    if needs_factors and A.dtype != work:
+        grad_A, grad_B = grad_A.to(A.dtype), grad_B.to(B.dtype)
+    return grad_x, grad_A, grad_B
+
+
+@_gradients.register_fake
+def _(grad: Tensor, x: Tensor, A: Tensor, B: Tensor, needs_x: bool, needs_factors: bool, *map_fields: Any) -> Any:
+    return (
+        x.new_empty(x.shape if needs_x else 0),
+        A.new_empty(A.shape if needs_factors else 0),
+        B.new_empty(B.shape if needs_factors else 0),
+    )
+
+
+def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    x, A, B, *ctx.map_fields = inputs
+    ctx.save_for_backward(x, A, B)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    needs_x, *needs = ctx.needs_input_grad[:3]
+    grad_x, grad_A, grad_B = _gradients(grad, *ctx.saved_tensors, needs_x, any(needs), *ctx.map_fields)
+    factors = (grad_A, grad_B) if any(needs) else (None, None)
+    return grad_x if needs_x else None, *factors, *(None for _ in ctx.map_fields)
+
+
+_product.register_autograd(_backward, setup_context=_save)
+
+
+def dense_delta_product(x: Tensor, A: Tensor, B: Tensor, delta_map: DeltaMap) -> Tensor:
+    """x dW^T: (..., d_out), in the dtype of x, in which the product is made; autograd keeps x, A and B only.
+
+    Args:
+        x: (..., d_in).
+        A, B: factors, (r, d_in) and (d_out, r), best in fp32.
+    """
+    f = delta_map.activation
+    return _product(x, A, B, f.name, f.amplitude, f.frequency, delta_map.scale, delta_map.scale_inside)
 
 
 class DenseDeltaLayer(AdapterLayer):
@@ -148,7 +198,7 @@ class DenseDeltaLayer(AdapterLayer):
         """dW drop(x), computed in the dtype in which a linear layer would multiply x. x: (..., d_in) -> (..., d_out)."""
         config = self.configs[adapter]
         x = F.dropout(x.to(compute_dtype(x)), config.dropout, self.training)
-        return DenseDelta.apply(x, *self.factors(adapter), config.delta_map())
+        return dense_delta_product(x, *self.factors(adapter), config.delta_map())
 
     def delta_weight(self, adapter: str) -> Tensor:
         """dW: (d_out, d_in), fp32 (fp64 for fp64 factors)."""
