@@ -11,7 +11,9 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
 
 from curvelora.activations import Activation
 from curvelora.errors import UserError
+from curvelora.methods.aurora import AuroraConfig, AuroraModel
 from curvelora.methods.loran import LoranConfig, LoranModel
+from curvelora.methods.ranlora import RanloraConfig, RanloraModel
 from curvelora.registry import METHODS, get_method
 from curvelora.resolvability import Resolvability, measure_resolvability, model_resolvability
 
@@ -19,8 +21,12 @@ __version__ = "0.1.0"
 __all__ = [
     "METHODS",
     "Activation",
+    "AuroraConfig",
+    "AuroraModel",
     "LoranConfig",
     "LoranModel",
+    "RanloraConfig",
+    "RanloraModel",
     "Resolvability",
     "UserError",
     "get_method",

@@ -1,7 +1,7 @@
-"""The elementwise functions f of weight-space adapters, dW = s f(BA), with their derivatives.
+"""The elementwise functions of all methods, with their derivatives.
 
-Definitions and names: LoRAN (arXiv 2509.21870; the authors' code of the predecessor, Findings of EMNLP 2024 no. 177),
-activation ablation. With x = BA, amplitude a and frequency w:
+Weight-space adapters, dW = s f(BA). Definitions and names: LoRAN (arXiv 2509.21870; the authors' code of the predecessor,
+Findings of EMNLP 2024 no. 177), activation ablation. With x = BA, amplitude a and frequency w:
 
     identity   x                       f(0)=0    f'(0)=1     LoRA as an explicit d_out x d_in product
     sinter     a x sin(w x) + x        f(0)=0    f'(0)=1     the method's own
@@ -13,21 +13,29 @@ activation ablation. With x = BA, amplitude a and frequency w:
     cos        x cos(w x) + x          f(0)=0    f'(0)=2
     gaussian   0.5 x exp(-x^2)         f(0)=0    f'(0)=0.5
 
+Activation-space adapters take identity, tanh, sigmoid and relu of these, and two more:
+
+    gelu        x Phi(x), exact, with erf   f(0)=0    f'(0)=0.5   RanLoRA's default
+    leaky_relu  max(x, 0.01 x)              f(0)=0    f'(0)=0.01  PyTorch's slope; AuroRA's ablation
+
 All work in the dtype of their argument. The layers call them on fp32: in bf16 and fp16 Sinter at its published setting
 (a = 5e-5, w = 1e4) is the identity, bit for bit, because |f(x) - x| <= 5e-5 |x| is far below half a unit in the last place.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from curvelora.errors import UserError, nearest
 
 SWISH_BETA = 25.0
+LEAKY_SLOPE = 0.01
 
 
 def _sinter(x: Tensor, a: float, w: float) -> Tensor:
@@ -61,6 +69,11 @@ def _swish_slope(beta: float) -> Callable[[Tensor, float, float], Tensor]:
     return slope
 
 
+def _gelu_slope(x: Tensor, a: float, w: float) -> Tensor:
+    density = torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+    return 0.5 * (1 + torch.erf(x / math.sqrt(2))) + x * density
+
+
 # name -> (f, f'), each called as (x, amplitude, frequency)
 _FUNCTIONS: dict[str, tuple[Callable[[Tensor, float, float], Tensor], Callable[[Tensor, float, float], Tensor]]] = {
     "identity": (lambda x, a, w: x, lambda x, a, w: torch.ones_like(x)),
@@ -72,22 +85,31 @@ _FUNCTIONS: dict[str, tuple[Callable[[Tensor, float, float], Tensor], Callable[[
     "swish": (_swish(SWISH_BETA), _swish_slope(SWISH_BETA)),
     "cos": (lambda x, a, w: x * torch.cos(w * x) + x, _cos_slope),
     "gaussian": (lambda x, a, w: 0.5 * x * torch.exp(-x * x), lambda x, a, w: (0.5 - x * x) * torch.exp(-x * x)),
+    "gelu": (lambda x, a, w: functional.gelu(x), _gelu_slope),
+    "leaky_relu": (
+        lambda x, a, w: functional.leaky_relu(x, LEAKY_SLOPE),
+        lambda x, a, w: torch.where(x > 0, 1.0, LEAKY_SLOPE).to(x.dtype),
+    ),
 }
 # names that the paper, its code and its tables use for the same functions
 ALIASES = {"sin": "sinter", "swish-25": "swish", "swish25": "swish", "swish-1": "silu", "sinusoid": "sinter"}
-NAMES = tuple(_FUNCTIONS)
+# those of weight-space adapters
+NAMES = ("identity", "sinter", "tanh", "sigmoid", "relu", "silu", "swish", "cos", "gaussian")
 
 
-def canonical_name(name: str) -> str:
+def canonical_name(name: str, known: Sequence[str] = tuple(_FUNCTIONS)) -> str:
     """Return the name under which an activation is defined.
 
+    Args:
+        known: the names that the method accepts.
+
     Raises:
-        UserError: no activation has this name; the nearest one and the list are in the message.
+        UserError: none of them; the nearest one and the list are in the message.
     """
     key = ALIASES.get(str(name).lower(), str(name).lower())
-    if key not in _FUNCTIONS:
-        known = ", ".join(NAMES)
-        raise UserError(f"unknown activation {name!r}{nearest(key, [*NAMES, *ALIASES])} (known: {known})")
+    if key not in known:
+        candidates = [*known, *(alias for alias, target in ALIASES.items() if target in known)]
+        raise UserError(f"unknown activation {name!r}{nearest(key, candidates)} (known: {', '.join(known)})")
     return key
 
 
@@ -96,7 +118,7 @@ class Activation:
     """One elementwise f with its parameters; hashable, so it can be a constant of an autograd function.
 
     Args:
-        name: one of `NAMES` or an alias.
+        name: a name of the table above or an alias.
         amplitude: a of Sinter, dimensionless; ignored by the others.
         frequency: w of Sinter and cos, in radians per unit of BA; ignored by the others.
     """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import enum
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -14,20 +13,12 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
 
 from curvelora.errors import UserError, nearest
+from curvelora.merging import Merge
 
 # Fields of a PEFT config that say how it is stored, not how the method behaves.
 BOOKKEEPING = frozenset(
     ["task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode"]
 )
-
-
-class Merge(enum.StrEnum):
-    """Whether the update can be added to the base weight: `exact`, `approximate`, `impossible` or `when_annealed`."""
-
-    EXACT = "exact"
-    APPROXIMATE = "approximate"
-    IMPOSSIBLE = "impossible"
-    WHEN_ANNEALED = "when_annealed"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +39,7 @@ class Method:
             "activation space, linear" and so on.
         trainable_parameters: (config, d_out, d_in) -> how many entries one layer trains.
         only_options: the recipe options that mean something, where that is not every field of the config class.
+        internal_options: fields of the config class that the code sets itself and no recipe may.
         required_quantization: the quantisation of the base that is part of the method's definition, or None.
         cost: cost class in words, beside LoRA.
         caveats: what a user must know, in plain sentences.
@@ -68,6 +60,7 @@ class Method:
     cost: str
     aliases: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     only_options: tuple[str, ...] | None = None
+    internal_options: tuple[str, ...] = ()
     required_quantization: str | None = None
     caveats: tuple[str, ...] = ()
 
@@ -75,7 +68,8 @@ class Method:
         """Recipe option -> its type; PEFT's bookkeeping fields are left out and aliases replace what they stand for."""
         hints = typing.get_type_hints(self.config_class)
         renamed = {target: alias for alias, target in self.aliases.items()}
-        names = [f.name for f in dataclasses.fields(self.config_class) if f.init and f.name not in BOOKKEEPING]
+        hidden = BOOKKEEPING | set(self.internal_options)
+        names = [f.name for f in dataclasses.fields(self.config_class) if f.init and f.name not in hidden]
         types = {renamed.get(name, name): hints[name] for name in names}
         return types if self.only_options is None else {name: types[name] for name in self.only_options}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from curvelora.errors import UserError, nearest
 from curvelora.method import Method
-from curvelora.methods import linear_probing, lora, loran
+from curvelora.methods import aurora, linear_probing, lora, loran, ranlora
 from curvelora.peft_registration import register
 
 METHODS: dict[str, Method] = {
@@ -13,6 +13,8 @@ METHODS: dict[str, Method] = {
         lora.LORA,
         lora.QLORA,
         loran.METHOD,
+        ranlora.METHOD,
+        aurora.METHOD,
         linear_probing.METHOD,
     )
 }

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
@@ -14,9 +16,11 @@ from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from curvelora.errors import UserError
+from curvelora.errors import UserError, nearest
 from curvelora.layers.adapter_layer import AdapterLayer
 from curvelora.layers.base_weight import keep_4bit_layout
+from curvelora.layers.mixed_batch import rows_with_adapters
+from curvelora.merging import Merge
 
 
 @dataclass
@@ -77,6 +81,13 @@ class LowRankConfig(PeftConfig):
         """s = alpha / r."""
         return self.alpha / self.r
 
+    @property
+    def merge(self) -> Merge:
+        """Whether the update can be added to the base weight; `why_not_exact` says what stands in the way."""
+        return Merge.EXACT
+
+    why_not_exact: ClassVar[str] = ""
+
     def for_module(self, key: str) -> LowRankConfig:
         """This config with the rank and alpha that hold for the module `key`."""
         if not self.rank_pattern and not self.alpha_pattern:
@@ -90,6 +101,12 @@ class LowRankConfig(PeftConfig):
 def is_number(value: Any) -> bool:
     """Whether `value` is a finite number; True and False are none."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """Raise `UserError` where the option `name` has a value that is none of its choices."""
+    if value not in choices:
+        raise UserError(f"{name} must be one of {', '.join(choices)}, not {value!r}{nearest(value, choices)}")
 
 
 class AdapterModel(BaseTuner):
@@ -114,16 +131,28 @@ class AdapterModel(BaseTuner):
     ) -> None:
         config = peft_config.for_module(current_key)
         if isinstance(target, self.tuner_layer_cls):
-            target.add_adapter(adapter_name, config)
+            target.add_adapter(adapter_name, config, self.model)
             return
         layer = self.tuner_layer_cls(target, current_key)
-        layer.add_adapter(adapter_name, config)
+        layer.add_adapter(adapter_name, config, self.model)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
+    @contextlib.contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Iterator:
+        if adapter_names is None:
+            yield
+            return
+        with rows_with_adapters(self.model, adapter_names, kwargs.get("num_beams") or 1):
+            yield
+
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
+        # before the first layer is touched; a layer looks again, for adapters that are named and not active
+        for module in self.model.modules():
+            if isinstance(module, AdapterLayer):
+                module.check_merge([name for name in module.active_adapters if name in module.configs])
         quantised = {
             m.quantization_backend.backend_name
             for m in self.model.modules()

@@ -15,7 +15,8 @@ from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
 
 from curvelora.errors import UserError
-from curvelora.layers.base_weight import is_reordered_4bit, is_transposed, linear_shape, snapshot
+from curvelora.layers.base_weight import is_transposed, linear_shape, refuse_reordered_4bit, snapshot
+from curvelora.merging import Merge, approximate_is_allowed
 from curvelora.precision import at_least_fp32
 
 
@@ -26,7 +27,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
     Args:
         base_layer: the layer to adapt; d_in inputs, d_out outputs.
-        name: its name in the model, for messages.
+        name: its name in the model.
     """
 
     adapter_layer_names: tuple[str, ...] = ()
@@ -36,6 +37,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         self.name = name
+        self.in_merged_form = False  # see `curvelora.merging.merged_form`
         self.in_features, self.out_features = linear_shape(self.get_base_layer(), name)
         self.quantization_backend = resolve_quantization_backend(self.get_base_layer())
         self.configs: dict[str, Any] = {}
@@ -49,24 +51,27 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     # --- what a family defines -----------------------------------------------------------------------------------------
 
     @abstractmethod
-    def create_parameters(self, adapter: str, config: Any) -> None:
-        """Create and initialise the tensors of `adapter` (fp32, on any device; they are moved afterwards)."""
+    def create_parameters(self, adapter: str, config: Any, model: nn.Module | None) -> None:
+        """Create and initialise the tensors of `adapter` (fp32, on any device; they are moved afterwards).
+
+        `model` is the base model, which knows its checkpoint: for an init that starts from the unquantised weight.
+        """
 
     @abstractmethod
     def adapter_output(self, adapter: str, x: Tensor) -> Tensor:
         """What `adapter` adds to the base layer's output. x: (..., d_in) -> (..., d_out)."""
 
+    @abstractmethod
     def delta_weight(self, adapter: str) -> Tensor:
-        """What `adapter` adds to the base weight: (d_out, d_in), fp32 or wider. Only for methods that merge."""
-        raise UserError(f"adapter {adapter!r} is not linear in its input and has no weight to merge")
+        """What merging `adapter` adds to the base weight: (d_out, d_in), fp32 or wider."""
 
     # --- what they share -----------------------------------------------------------------------------------------------
 
-    def add_adapter(self, adapter: str, config: Any) -> None:
+    def add_adapter(self, adapter: str, config: Any, model: nn.Module | None = None) -> None:
         """Add one adapter with its own config; its tensors stay fp32 whatever the dtype of the base is.
 
         Raises:
-            UserError: the rank is above min(d_in, d_out).
+            UserError: the rank is above min(d_in, d_out), or the init has no weight to start from.
         """
         limit = min(self.in_features, self.out_features)
         if config.r > limit:
@@ -74,27 +79,61 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
                 f"rank r={config.r} is above min(d_in, d_out)={limit} of module {self.name!r} "
                 f"({self.out_features} x {self.in_features}): write r <= {limit} or leave this module out"
             )
+        self.create_parameters(adapter, config, model)
         self.configs[adapter] = config
-        self.create_parameters(adapter, config)
-        device = self.weight.device
-        for name in self.adapter_layer_names:
-            parameters = getattr(self, name)
+        for name in (*self.adapter_layer_names, *self.other_param_names):
+            tensor = getattr(self, name)[adapter] if name != "configs" and adapter in getattr(self, name) else None
             # meta: PEFT's low_cpu_mem_usage, or a model of which only the shapes are wanted
-            if device.type != "meta" and not parameters[adapter].is_meta:
-                parameters[adapter].data = parameters[adapter].data.to(device)
+            if tensor is not None and "meta" not in (tensor.device.type, self.weight.device.type):
+                tensor.data = tensor.data.to(self.weight.device)
         self.set_adapter(self.active_adapters or [adapter], inference_mode=config.inference_mode)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """x: (..., d_in) -> (..., d_out), in the base layer's output dtype."""
+    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
+        """x: (..., d_in) -> (..., d_out), in the base layer's output dtype; see `mixed_batch` for `adapter_names`."""
         if self.disable_adapters and self.merged:
             self.unmerge()
         output = self.base_layer(x, *args, **kwargs)
+        if adapter_names is not None and not self.disable_adapters:
+            return self.mixed_output(x, output, adapter_names)
         if self.disable_adapters or self.merged:
             return output
         for adapter in self.active_adapters:
             if adapter in self.configs:
                 output = output + self.adapter_output(adapter, x).to(output.dtype)
         return output
+
+    def mixed_output(self, x: Tensor, output: Tensor, names: list[str]) -> Tensor:
+        """`output` (rows, ..., d_out) with each row's own adapter added; x: (rows, ..., d_in).
+
+        Raises:
+            UserError: not one name a row, or adapters that are merged.
+        """
+        if len(names) != len(x):
+            raise UserError(f"adapter_names has {len(names)} names for a batch of {len(x)} rows: give one name a row")
+        if self.merged:
+            raise UserError("adapter_names needs adapters that are not merged: call model.unmerge_adapter() first")
+        output = output.clone()
+        for name in dict.fromkeys(names):
+            if name in self.configs:  # else another layer has it, or it is the base
+                rows = [i for i, own in enumerate(names) if own == name]
+                output[rows] += self.adapter_output(name, x[rows]).to(output.dtype)
+        return output
+
+    def check_merge(self, adapters: list[str]) -> None:
+        """Raise `UserError` where one of `adapters` cannot be merged, or only approximately and nobody has allowed that."""
+        for adapter in adapters:
+            config = self.configs[adapter]
+            if config.merge is Merge.IMPOSSIBLE:
+                raise UserError(
+                    f"adapter {adapter!r} cannot be merged: {config.why_not_exact}, so no change of the weight equals it; "
+                    "keep it as an adapter"
+                )
+            if config.merge is Merge.APPROXIMATE and not approximate_is_allowed():
+                raise UserError(
+                    f"adapter {adapter!r} merges only approximately: {config.why_not_exact}; measure the gap with "
+                    "curvelora.output_change.merge_gap and merge inside `with curvelora.merging.allow_approximate():`, or use "
+                    "`curvelora merge --approximate`"
+                )
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -111,17 +150,14 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.configs]
         if not names:
             return
+        self.check_merge(names)
         backend = self.quantization_backend
         if backend is not None and not backend.supports_merge:
             raise UserError(
                 f"module {self.name!r} is quantised with {backend.backend_name}, which cannot take an update"
             )
         base_layer = self.get_base_layer()
-        if is_reordered_4bit(base_layer):
-            raise UserError(
-                f"module {self.name!r} was evaluated on the CPU before the adapter was added, and bitsandbytes then stores its "
-                "4-bit weight in another order: load the base model again, add the adapter, then merge"
-            )
+        refuse_reordered_4bit(base_layer, self.name)
         restore = snapshot(base_layer)
         weight = self.get_base_weight()
         total = weight.to(at_least_fp32(weight.dtype))

@@ -47,9 +47,13 @@ def keep_4bit_layout(model: nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def is_reordered_4bit(base_layer: nn.Module) -> bool:
-    """True where that has happened already: the layer was evaluated before `keep_4bit_layout`."""
-    return getattr(getattr(base_layer.weight, "quant_state", None), "packing_format_for_cpu", False)
+def refuse_reordered_4bit(base_layer: nn.Module, name: str) -> None:
+    """Raise `UserError` where that has happened already: the layer was evaluated before `keep_4bit_layout`."""
+    if getattr(getattr(base_layer.weight, "quant_state", None), "packing_format_for_cpu", False):
+        raise UserError(
+            f"module {name!r} was evaluated on the CPU before the adapter was added, and bitsandbytes then stores its 4-bit "
+            "weight in another order, which cannot be read back: load the base model again and add the adapter first"
+        )
 
 
 def snapshot(base_layer: nn.Module) -> Callable[[], None]:

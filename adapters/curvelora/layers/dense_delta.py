@@ -17,7 +17,6 @@ Gradients, with g = dL/dh of shape (tokens, d_out), and c = s f'(u) (`outside` a
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +27,7 @@ from torch.nn import functional as F
 
 from curvelora.activations import Activation
 from curvelora.layers.adapter_layer import AdapterLayer
+from curvelora.layers.initial import kaiming_A, zero_B
 from curvelora.precision import at_least_fp32, compute_dtype, exact_products
 
 # Entries of an fp32 temporary: 2^22 are 16 MiB, small enough to stay near the caches, large enough to hide launches.
@@ -179,11 +179,9 @@ class DenseDeltaLayer(AdapterLayer):
     The config of an adapter has r, dropout, init_B_std and `delta_map() -> DeltaMap`.
     """
 
-    def create_parameters(self, adapter: str, config: Any) -> None:
+    def create_parameters(self, adapter: str, config: Any, model: nn.Module | None) -> None:
         """A (r, d_in) Kaiming-uniform, U(-1/sqrt(d_in), 1/sqrt(d_in)), as nn.Linear; B (d_out, r) zero or N(0, init_B_std^2)."""
-        A = torch.empty(config.r, self.in_features, dtype=torch.float32)
-        B = torch.zeros(self.out_features, config.r, dtype=torch.float32)
-        nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+        A, B = kaiming_A(config.r, self.in_features), zero_B(self.out_features, config.r)
         if config.init_B_std:
             nn.init.normal_(B, std=config.init_B_std)
         for name, value in zip(self.adapter_layer_names, (A, B), strict=True):

@@ -5,7 +5,8 @@ from __future__ import annotations
 from peft import LoraConfig
 from peft.utils.constants import DUMMY_TARGET_MODULES
 
-from curvelora.method import Merge, Method
+from curvelora.merging import Merge
+from curvelora.method import Method
 
 METHOD = Method(
     name="linear_probing",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from peft import LoraConfig
 
-from curvelora.method import Merge, Method
+from curvelora.merging import Merge
+from curvelora.method import Method
 
 
 def _merge(config: LoraConfig) -> Merge:

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from curvelora.activations import Activation, canonical_name
-from curvelora.errors import UserError, nearest
+from curvelora.activations import NAMES, Activation, canonical_name
+from curvelora.errors import UserError
 from curvelora.layers.dense_delta import DeltaMap, DenseDeltaLayer
-from curvelora.method import Merge, Method
+from curvelora.method import Method
 from curvelora.peft_registration import extend_peft_type
-from curvelora.tuner import AdapterModel, LowRankConfig, is_number
+from curvelora.tuner import AdapterModel, LowRankConfig, check_choice, is_number
 
 SCALE_POSITIONS = ("outside", "inside")
 
@@ -51,16 +51,12 @@ class LoranConfig(LowRankConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = extend_peft_type("loran")
-        self.activation = canonical_name(self.activation)
+        self.activation = canonical_name(self.activation, NAMES)
         for name, positive in (("amplitude", False), ("frequency", True), ("init_B_std", False)):
             value = getattr(self, name)
             if not is_number(value) or value < 0 or (positive and value == 0):
                 raise UserError(f"{name} must be a {'positive' if positive else 'non-negative'} number, not {value!r}")
-        if self.scale_position not in SCALE_POSITIONS:
-            raise UserError(
-                f"scale_position must be one of {', '.join(SCALE_POSITIONS)}, not {self.scale_position!r}"
-                f"{nearest(self.scale_position, SCALE_POSITIONS)}"
-            )
+        check_choice("scale_position", self.scale_position, SCALE_POSITIONS)
 
     def delta_map(self) -> DeltaMap:
         """The entrywise map u -> dW that these settings describe."""
@@ -91,7 +87,7 @@ METHOD = Method(
     model_class=LoranModel,
     defaults={},
     family=lambda config: "weight space",
-    merge=lambda config: Merge.EXACT,
+    merge=lambda config: config.merge,
     identity_at_init=lambda config: config.init_B_std == 0 and config.delta_map().activation.value_at_zero == 0,
     trainable_parameters=lambda config, d_out, d_in: config.r * (d_in + d_out),
     cost="forms d_out x d_in in every pass; backward has one more product of that size than LoRA",
