@@ -20,7 +20,9 @@ from torch import Tensor
 class Triplets:
     """W ~ U diag(S) V^T in r terms: U (d_out, r), S (r,) descending, V (d_in, r), all fp64.
 
-    The largest entry of each column of V is positive, so that the same weight gives the same triplets.
+    The largest entry of each column of V is positive, so that the same weight gives the same triplets. Where a singular value
+    is zero (below about 1e-8 of the largest), the vectors on the larger side are orthonormal and otherwise arbitrary, as they
+    enter every product with that zero.
     """
 
     U: Tensor
