@@ -155,6 +155,24 @@ def test_is_the_base_at_the_start_as_declared(options, expected):
     assert shift < 1e-6 if expected else shift > 1e-4
 
 
+@pytest.mark.parametrize(
+    ("init", "activation", "expected"),
+    [("R", "gelu", 0.0067), ("R", "relu", 0.024), ("R", "tanh", 0.022), ("P", "gelu", 0.39), ("P", "tanh", 0.195)],
+)
+def test_how_far_the_start_is_from_the_base(init, activation, expected):
+    """d = 512, random orthogonal bases, singular values i^-1/2, x ~ N(0, 1), r = 2, s = 2: the figures of docs/methods.md.
+
+    The first by hand: 2 gelu(z) - z = 0.8 z^2 for small z, and z has the standard deviation s_n^1/2.
+    """
+    generator = torch.Generator().manual_seed(0)
+    U, V = (torch.linalg.qr(torch.randn(512, 512, generator=generator))[0] for _ in range(2))
+    base = nn.Linear(512, 512, bias=False)
+    base.weight.data = (U * torch.arange(1, 513) ** -0.5) @ V.T
+    layer, x = build(base=base, init=init, activation=activation, r=2, alpha=4), torch.randn(2000, 512, generator=generator)
+    plain = base(x)
+    assert ((layer(x) - plain).norm() / plain.norm()).item() == pytest.approx(expected, rel=0.06)
+
+
 def test_alpha_follows_the_rank_unless_it_is_given():
     assert (RanloraConfig().alpha, RanloraConfig(r=8).alpha, RanloraConfig(r=8, alpha=4).alpha) == (4, 16, 4)
 

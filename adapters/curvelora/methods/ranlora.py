@@ -180,7 +180,7 @@ METHOD = Method(
     cost="four thin products per layer (two with init K), an activation on r numbers a token, one SVD a layer at the start",
     caveats=(
         "With init R or P the untrained adapter is not the base model: phi bends what the factors carry. R moves little; P "
-        "takes the leading part of the weight out and changes about half of a layer's output. Runs log the change.",
+        "takes the leading part of the weight out and changes a layer's output by a third to a half. Runs log the change.",
         "Does not merge unless activation is identity: serve it as an adapter.",
         "The adapter file holds the removed factors too, so it is twice as large as its trainable part (init R and P).",
         "alpha None means 2 r, the paper's; tanh with s = 2 and unscaled factors starts at twice the removed part.",
