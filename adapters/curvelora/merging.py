@@ -20,6 +20,16 @@ class Merge(enum.StrEnum):
     IMPOSSIBLE = "impossible"
     WHEN_ANNEALED = "when_annealed"
 
+    @property
+    def meaning(self) -> str:
+        """The same in plain words."""
+        return {
+            Merge.EXACT: "the update can be added to the base weight and nothing changes but rounding",
+            Merge.APPROXIMATE: "merging gives another function; it has to be allowed, and its gap should be measured first",
+            Merge.IMPOSSIBLE: "no change of the base weight equals it; it is served as an adapter",
+            Merge.WHEN_ANNEALED: "exact once its nonlinearity has been annealed away, impossible before",
+        }[self]
+
 
 @contextlib.contextmanager
 def allow_approximate() -> Iterator[None]:

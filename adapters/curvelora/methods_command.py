@@ -7,6 +7,8 @@ import json
 import textwrap
 from typing import Any
 
+from curvelora.merging import Merge
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Define the arguments of `curvelora methods`."""
@@ -54,7 +56,8 @@ def explanation(method: dict[str, Any]) -> str:
         ("cost", "cost"),
     ):
         if method[key] is not None:
-            lines.append(f"{title:<17} {_cell(method[key])}")
+            meaning = f": {Merge(method[key]).meaning}" if key == "merge" else ""
+            lines.append(f"{title:<17} {_cell(method[key])}{meaning}")
     lines += ["", "defaults"] + [f"  {name}: {_cell(value)}" for name, value in sorted(method["defaults"].items())]
     if method["caveats"]:
         lines += ["", "caveats"]

@@ -4,8 +4,6 @@ Adapters that start from the weight need r of its n = min(d_out, d_in) triplets,
 Gram matrix of the smaller side, W W^T or W^T W, is formed and decomposed in fp64; only r of its eigenvectors are kept, and the
 triplets follow from a thin SVD of the weight in their subspace (Rayleigh-Ritz), which makes the singular values as accurate as
 those of a full SVD: squaring W costs digits of the subspace only, about (s_1 / s_i)^2 2^-53.
-
-On an H100 this takes 0.13 s for 4096 x 4096, a full SVD 1.1 s, and the tail comes out more accurate.
 """
 
 from __future__ import annotations
