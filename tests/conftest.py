@@ -15,6 +15,13 @@ ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "tests" / "data"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Options of tests/matrix; pytest reads them from this file only."""
+    group = parser.getgroup("matrix")
+    group.addoption("--matrix-device", default="cpu", help="device on which tests/matrix runs")
+    group.addoption("--record-matrix", type=Path, metavar="PATH", help="write the matrix page (Markdown) after the run")
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     """The repository."""
