@@ -9,10 +9,8 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from curvelora import LoranConfig, UserError
+from curvelora import LoranConfig
 from curvelora.activations import NAMES
-from curvelora.layers.adapter_layer import AdapterLayer
-from curvelora.methods.loran import LoranLayer
 
 BOUND = 1e-5  # relative, fp32
 
@@ -56,14 +54,6 @@ def test_merging_keeps_the_function_and_unmerging_the_bits(model, token_ids):
     model.unmerge_adapter()
     assert all(torch.equal(p, weights[name]) for name, p in base_weights(model).items())
     assert torch.equal(logits(model, token_ids), before)
-
-
-def test_merge_and_unload_is_a_plain_model(model, llama, token_ids):
-    before = logits(model, token_ids)
-    plain = model.merge_and_unload()
-    assert type(plain) is type(llama()) and not any(isinstance(m, AdapterLayer) for m in plain.modules())
-    assert set(plain.state_dict()) == set(llama().state_dict())
-    assert relative(logits(plain, token_ids), before) < BOUND
 
 
 @pytest.mark.parametrize("position", ["outside", "inside"])
@@ -118,16 +108,6 @@ def test_safe_merge_refuses_what_is_not_finite(loran_layer):
     ):
         layer.merge(safe_merge=True)
     assert torch.equal(layer.base_layer.weight, weight) and not layer.merged
-
-
-def test_a_family_without_a_delta_weight_says_that_it_cannot_merge(llama):
-    class Nonlinear(LoranLayer):
-        delta_weight = AdapterLayer.delta_weight
-
-    layer = Nonlinear(torch.nn.Linear(5, 5), "layer")
-    layer.add_adapter("default", LoranConfig(r=2))
-    with pytest.raises(UserError, match="not linear in its input"):
-        layer.merge()
 
 
 @pytest.mark.parametrize(

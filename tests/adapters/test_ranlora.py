@@ -168,7 +168,10 @@ def test_how_far_the_start_is_from_the_base(init, activation, expected):
     U, V = (torch.linalg.qr(torch.randn(512, 512, generator=generator))[0] for _ in range(2))
     base = nn.Linear(512, 512, bias=False)
     base.weight.data = (U * torch.arange(1, 513) ** -0.5) @ V.T
-    layer, x = build(base=base, init=init, activation=activation, r=2, alpha=4), torch.randn(2000, 512, generator=generator)
+    layer, x = (
+        build(base=base, init=init, activation=activation, r=2, alpha=4),
+        torch.randn(2000, 512, generator=generator),
+    )
     plain = base(x)
     assert ((layer(x) - plain).norm() / plain.norm()).item() == pytest.approx(expected, rel=0.06)
 
