@@ -16,7 +16,7 @@ from curvelora_eval import report_command
 from curvelora_eval.report import write_report
 from curvelora_eval.report.load import load_run, load_runs
 from curvelora_eval.report.svg import smooth, ticks
-from curvelora_eval.report.table import cells, metric_cell, percent
+from curvelora_eval.report.table import cells, headings, metric_cell, percent
 from curvelora_eval.report.verdict import baseline, verdict
 
 LOSSES = [{"step": 10 * i, "seconds": float(i), "loss": 0.7 * 0.97**i} for i in range(1, 31)]
@@ -71,7 +71,7 @@ def verdict_of(*folders: Path) -> list[str]:
 
 
 def test_cells_of_a_full_run(tmp_path):
-    assert cells(load_run(make_run(tmp_path / "a", "QLoRA"))) == [
+    assert cells(load_run(make_run(tmp_path / "a", "QLoRA")), []) == [
         "QLoRA", "lora", "73,728", "160", "98.1", "900", "82.6 % [79.2, 85.9]", "0.690 → 0.410", "93.0 % / 99.0 %"
     ]  # fmt: skip
 
@@ -80,7 +80,7 @@ def test_cells_of_an_untrained_run_are_dashes(tmp_path):
     empty = {"schema": 1, "status": "untrained", "name": "untrained", "steps": 0, "resolvability": None}
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "result.json").write_text(json.dumps(empty))
-    assert cells(load_run(tmp_path / "a")) == ["untrained"] + ["–"] * 8
+    assert cells(load_run(tmp_path / "a"), []) == ["untrained"] + ["–"] * 8
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,26 @@ def test_metric_cell(tmp_path, metric, interval, cell):
 
 def test_numbers_of_the_wrong_kind_show_as_dashes(tmp_path):
     run = load_run(make_run(tmp_path / "a", "x", first_loss=math.nan, last_loss="0.4", peak_memory_bytes=True))
-    assert cells(run)[5] == "–" and cells(run)[7] == "–"
+    assert cells(run, [run])[5] == "–" and cells(run, [run])[7] == "–"
+
+
+def test_a_shifted_start_and_a_merged_form_have_columns_of_their_own(tmp_path):
+    plain = make_run(tmp_path / "a", "QLoRA", start_shift={"relative": 0.0}, merge_gap=None)
+    moved = make_run(tmp_path / "b", "RanLoRA", start_shift={"relative": 0.0123}, merge_gap=None)
+    other = make_run(tmp_path / "c", "AuroRA", start_shift={"relative": 0.0}, merge_gap={"relative": 0.21})
+    path = other / "evaluation.json"
+    scored = json.loads(path.read_text()) | {
+        "merged_form": {"metrics": {"accuracy": {"value": 0.71, "low": 0.7, "high": 0.72}}}
+    }
+    path.write_text(json.dumps(scored))
+    runs = load_runs([plain, moved, other])
+    assert headings(runs)[9:] == ["outputs moved before training", "after merging [outputs moved]"]
+    assert [cells(run, runs)[9:] for run in runs] == [["0", "–"], ["1.2 %", "–"], ["0", "71.0 % [21.0 %]"]]
+    assert headings(runs[:1])[9:] == [] and len(cells(runs[0], runs[:1])) == 9  # nothing to show, nothing shown
+    assert [s for s in verdict(runs) if "merged" in s] == [
+        "AuroRA, merged as its method does it, is another function: accuracy 82.6 % becomes 71.0 %, with outputs that differ by "
+        "21.0 %."
+    ]
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The demo: LoRAN against QLoRA on real sentences, every arm from the same recipe, seed and data order.
+"""The demo: LoRAN, RanLoRA and AuroRA against QLoRA on real sentences, every arm from the same recipe, seed and data order.
 
     make demo            or: python -m curvelora_training.demo --out runs/demo
 
@@ -26,7 +26,9 @@ MARKS = (
     "<!-- demo: written by python -m curvelora_training.demo --record docs/results/demo -->",
     "<!-- end of demo -->",
 )
-TITLE = "LoRAN against QLoRA on unseen sentences"
+TITLE = "Nonlinear adapters against QLoRA on unseen sentences"
+# The rank, alpha and dropout of the papers of RanLoRA and AuroRA; the arms above have those of LoRAN's.
+SMALL = ["adapter.r=2", "adapter.alpha=4", "adapter.dropout=0.05"]
 # folder -> (title, what differs from recipes/demo.yaml)
 ARMS: dict[str, tuple[str, list[str]]] = {
     "untrained": ("Untrained", ["adapter={method: linear_probing}", "training.max_steps=0"]),
@@ -34,6 +36,9 @@ ARMS: dict[str, tuple[str, list[str]]] = {
     "qlora": ("QLoRA", []),
     "loran_sinter": ("LoRAN Sinter, published (a = 5e-5)", ["adapter.method=loran", "adapter.amplitude=5e-5"]),
     "loran_sinter_large": ("LoRAN Sinter, a = 2e-2", ["adapter.method=loran", "adapter.amplitude=2e-2"]),
+    "qlora_small": ("QLoRA, r = 2", SMALL),
+    "ranlora": ("RanLoRA, r = 2", ["adapter.method=ranlora", *SMALL]),
+    "aurora": ("AuroRA, r = 2", ["adapter.method=aurora", *SMALL]),
 }
 
 

@@ -42,10 +42,31 @@ def model_card(recipe: Recipe, result: dict[str, Any], evaluation: dict[str, Any
             f"| resolvability | forward {share['forward']:.2%} in {share['dtype']}, "
             f"derivative {share['derivative']:.2%} in {share['derivative_dtype']}, std(BA) {share['std_u']:.2e} |"
         )
+    lines += effects(recipe, result, evaluation)
     lines += ["", "## Load it", "", "```python", "import curvelora", "from curvelora.loading import load_adapter", ""]
     lines += ["model = load_adapter(base_model, this_folder)", "```", "", "## Caveats", ""]
     lines += [f"- {caveat}" for caveat in method.caveats] or ["- none known"]
     return "\n".join(lines) + "\n"
+
+
+def effects(recipe: Recipe, result: dict[str, Any], evaluation: dict[str, Any] | None) -> list[str]:
+    """Table rows on the start, on where splines were asked, and on merging."""
+    merge = recipe.method.merge(recipe.method.build_config(**recipe.adapter_options()))
+    lines = [f"| merging | {merge.value}: {merge.meaning} |"]
+    if (shift := result["start_shift"]) and shift["relative"] > 0:
+        lines.append(f"| before training | outputs {100 * shift['relative']:.2g} % away from the base model's |")
+    if gap := result["merge_gap"]:
+        merged = (evaluation or {}).get("merged_form", {}).get("metrics", {})
+        scores = "".join(
+            f", {name} {value['value']:.4f}" for name, value in merged.items() if value["value"] is not None
+        )
+        lines.append(f"| merged form | outputs {100 * gap['relative']:.2g} % away from the adapter's{scores} |")
+    if spline := result["spline"]:
+        lines.append(
+            f"| spline inputs at the end | {spline['beyond_grid']:.2%} beyond the grid, {spline['beyond_support']:.2%} "
+            "beyond its support |"
+        )
+    return lines
 
 
 def _plain(value: Any) -> str:

@@ -13,6 +13,7 @@ from peft import PeftModel
 from transformers import TrainingArguments, set_seed
 
 from curvelora.loading import WEIGHTS_FILE
+from curvelora.merging import Merge, merged_form
 from curvelora_eval.data import fingerprint
 from curvelora_eval.environment import describe_environment
 from curvelora_eval.eval_command import prediction_lines
@@ -21,6 +22,7 @@ from curvelora_eval.models import load_base, load_processor
 from curvelora_eval.spec import write_task
 from curvelora_training.config import Recipe
 from curvelora_training.distributed import check_engine, engine_in_use, rank, trainer_arguments
+from curvelora_training.effects import describe_start, measure_gap, measure_start
 from curvelora_training.model_card import model_card
 from curvelora_training.prepare import Prepared, attach
 from curvelora_training.run_folder import RunFolder, whole_or_none
@@ -66,7 +68,13 @@ def train(prepared: Prepared, resume: bool = False, overwrite: bool = False) -> 
         _announce(prepared, checkpoint, resume)
         folder.write_text("config.yaml", recipe.as_yaml())
         folder.write_json("environment.json", describe_environment())
-        folder.forget_after(int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0)
+        folder.forget_after(int(checkpoint.name.rpartition("-")[2]) if checkpoint else -1)
+    collate, size = task.collator(processor), recipe.training.eval_batch_size
+    if checkpoint is None:
+        shift = measure_start(model, rows["train"], collate, size)
+        if rank() == 0:
+            folder.log({"step": 0, "seconds": 0.0, "start_shift": shift.as_dict()})
+            print(describe_start(shift), flush=True)
 
     timer, log = StepTimer(), RunLog(folder, getattr(torch, recipe.model.dtype))
     trainer = AdapterTrainer(
@@ -74,7 +82,7 @@ def train(prepared: Prepared, resume: bool = False, overwrite: bool = False) -> 
         args=arguments,
         train_dataset=rows["train"],
         eval_dataset=rows.get("validation"),
-        data_collator=task.collator(processor),
+        data_collator=collate,
         callbacks=[log],
         head=head_settings(recipe),
         token_loss=task.token_loss,
@@ -89,8 +97,10 @@ def train(prepared: Prepared, resume: bool = False, overwrite: bool = False) -> 
             for callback in trainer.callback_handler.callbacks:
                 if (bar := getattr(callback, "training_bar", None)) is not None:
                     bar.close()
-    in_use = engine_in_use(trainer)
-    result = summary(prepared, trainer, timer, log) | {"engine": in_use}
+    probe = task.encode(prepared.rows["test"], processor) if prepared.rows.get("test") else rows["train"]
+    gap = measure_gap(model, recipe, probe, collate, size) if rank() == 0 else None
+    effects = {"start_shift": folder.logged("start_shift"), "merge_gap": gap and gap.as_dict()}
+    result = summary(prepared, trainer, timer, log) | effects | {"engine": engine_in_use(trainer)}
     save_adapter(trainer, prepared, folder)
     evaluation = score_unseen(prepared, model, processor, folder) if rank() == 0 else None
     if rank() == 0:
@@ -193,6 +203,7 @@ def summary(prepared: Prepared, trainer: AdapterTrainer, timer: StepTimer, log: 
         "first_loss": losses[0] if losses else None,
         "last_loss": losses[-1] if losses else None,
         "resolvability": log.measure(trainer.accelerator.unwrap_model(trainer.model)),
+        "spline": log.spline,
         "seed": recipe.seed,
         "compute_dtype": recipe.model.dtype,
         "quantization": recipe.model.quantization,
@@ -219,7 +230,13 @@ def score_unseen(prepared: Prepared, model: PeftModel, processor: Any, folder: R
     rows, spec = prepared.rows.get("test"), prepared.recipe.data.test
     if rows is None:
         return None
-    result, predicted = evaluate_rows(model, prepared.task, rows, processor, prepared.recipe.training.eval_batch_size)
+    size = prepared.recipe.training.eval_batch_size
+    result, predicted = evaluate_rows(model, prepared.task, rows, processor, size)
+    if prepared.recipe.method.merge(model.peft_config["default"]) is Merge.APPROXIMATE:
+        # another function, so it gets scores of its own
+        with merged_form(model):
+            merged, _ = evaluate_rows(model, prepared.task, rows, processor, size)
+        result["merged_form"] = {"metrics": merged["metrics"]}
     result |= {
         "model": dataclasses.asdict(prepared.recipe.model),
         "adapter": {"path": str(folder.adapter), "sha256": fingerprint(folder.adapter / WEIGHTS_FILE)},

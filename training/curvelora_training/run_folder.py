@@ -114,9 +114,14 @@ class RunFolder:
                 continue  # the line that was being written when the run was stopped
         write_text(self.metrics, "".join(line + "\n" for line in kept))
 
+    def logged(self, key: str) -> Any:
+        """The last value of `key` in metrics.jsonl, or None."""
+        lines = self.metrics.read_text(encoding="utf-8").splitlines() if self.metrics.is_file() else []
+        return next((record[key] for line in reversed(lines) if key in (record := json.loads(line))), None)
+
     def log(self, record: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl; values that JSON cannot hold (NaN, infinity) become null."""
-        plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        plain = _finite(record)
         try:
             with self.metrics.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(plain, allow_nan=False) + "\n")
@@ -130,6 +135,11 @@ class RunFolder:
     def write_text(self, name: str, text: str) -> None:
         """Write one of the text files, whole or not at all."""
         write_text(self.path / name, text)
+
+
+def _finite(record: dict[str, Any]) -> dict[str, Any]:
+    nested = {k: _finite(v) if isinstance(v, dict) else v for k, v in record.items()}
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in nested.items()}
 
 
 def is_whole(checkpoint: Path) -> bool:

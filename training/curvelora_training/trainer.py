@@ -14,6 +14,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from curvelora.grid_monitor import GridMonitor
 from curvelora.resolvability import model_resolvability, summarise
 from curvelora_eval.tasks.base import compute_context
 from curvelora_training.run_folder import RunFolder, whole_or_none
@@ -139,7 +140,7 @@ class StepTimer(TrainerCallback):
 
 
 class RunLog(TrainerCallback):
-    """Writes metrics.jsonl: the trainer's logs with the time, and the resolvability of weight-space adapters.
+    """Writes metrics.jsonl: the trainer's logs with the time, resolvability of weight-space adapters, spline inputs of AuroRA.
 
     Args:
         folder: the run folder.
@@ -150,12 +151,18 @@ class RunLog(TrainerCallback):
         self.folder = folder
         self.dtype = dtype
         self.resolvability: dict[str, Any] | None = None
+        self.spline: dict[str, float] | None = None
+        self.grid: GridMonitor | None = None
         self._started = time.perf_counter()
 
     def measure(self, model: nn.Module) -> dict[str, Any] | None:
         """Resolvability over all weight-space layers, or None where there is none."""
         measured = model_resolvability(model, self.dtype)
         return summarise(measured) if measured else None
+
+    def on_train_begin(self, *_: Any, model: nn.Module, **__: Any) -> None:
+        """Count where AuroRA's spline is asked from now on."""
+        self.grid = GridMonitor(model)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
@@ -184,6 +191,8 @@ class RunLog(TrainerCallback):
             for name in ("forward", "derivative", "std_u"):
                 if self.resolvability is not None:
                     record[f"resolvability_{name}"] = self.resolvability[name]
+            self.spline = (self.grid.take() if self.grid else None) or self.spline
+            record |= {f"spline_{name}": share for name, share in (self.spline or {}).items()}
         self.folder.log(record)
 
 

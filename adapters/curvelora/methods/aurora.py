@@ -14,7 +14,7 @@ adapter puts the static form in the place of what was trained, which is an appro
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -100,6 +100,7 @@ class AuroraLayer(BottleneckLayer):
     """A linear layer with AuroRA adapters."""
 
     adapter_layer_names = ("aurora_A", "aurora_B", "aurora_H", "aurora_spline")
+    grid_monitor: Any = None  # a `curvelora.grid_monitor.GridMonitor`
 
     def create_parameters(self, adapter: str, config: AuroraConfig, model: nn.Module | None) -> None:
         """A (r, d_in) Kaiming-uniform or Xavier-normal, B (d_out, r) zero, H (r, r) Xavier-normal, w (r, G + k) U(-0.1, 0.1)."""
@@ -123,6 +124,8 @@ class AuroraLayer(BottleneckLayer):
             activation = Activation(config.activation)
             total = total + activation.value(F.linear(activation.value(z), self.aurora_H[adapter]))
         if config.learnable:
+            if self.grid_monitor is not None and self.training:
+                self.grid_monitor.see(z, config.grid())
             total = total + F.linear(basis_sum(z, config.grid()), self.aurora_spline[adapter])
         return config.scale * total
 

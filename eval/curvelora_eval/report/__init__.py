@@ -57,7 +57,7 @@ def render_page(runs: list[Run], out: Path, title: str) -> str:
         verdict=verdict(runs),
         caveats=caveats(runs),
         headings=headings(runs),
-        rows=[(_link(run.folder, out), cells(run)) for run in runs],
+        rows=[(_link(run.folder, out), cells(run, runs)) for run in runs],
         loss_chart=_loss_chart(runs),
         resolvability_chart=_resolvability_chart(runs),
         score_charts=_score_charts(runs),

@@ -46,7 +46,15 @@ class Run:
     @property
     def score(self) -> dict[str, float | None]:
         """The primary metric's value, low and high; each is None where it was not measured."""
-        metrics = (self.evaluation or {}).get("metrics")
+        return self._score((self.evaluation or {}).get("metrics"))
+
+    @property
+    def merged_score(self) -> dict[str, float | None]:
+        """The same of the merged form, where merging gives another function."""
+        merged = (self.evaluation or {}).get("merged_form")
+        return self._score(merged.get("metrics") if isinstance(merged, dict) else None)
+
+    def _score(self, metrics: object) -> dict[str, float | None]:
         entry = metrics.get(self.primary_metric) if isinstance(metrics, dict) else None
         entry = entry if isinstance(entry, dict) else {"value": entry}
         return {key: number(entry.get(key)) for key in ("value", "low", "high")}

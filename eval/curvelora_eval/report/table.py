@@ -33,11 +33,33 @@ def headings(runs: list[Run]) -> list[str]:
         f"{metric} on unseen rows" + (f" [{level} interval]" if level else ""),
         "loss, first → last",
         "resolvability, forward / derivative",
+        *(heading for heading, _ in optional_columns(runs)),
     ]
 
 
-def cells(run: Run) -> list[str]:
-    """Return the text of a run's cells, in the order of `headings`; a dash stands for what was not measured."""
+def optional_columns(runs: list[Run]) -> list[tuple[str, Callable[[Run], str]]]:
+    """Return (heading, cell) of the columns in which at least one run has something to show."""
+    columns = []
+    if any(number(_get(run.result, "start_shift", "relative")) for run in runs):
+        columns.append(("outputs moved before training", _start))
+    if any(run.merged_score["value"] is not None for run in runs):
+        columns.append(("after merging [outputs moved]", _merged))
+    return columns
+
+
+def _start(run: Run) -> str:
+    return show(_get(run.result, "start_shift", "relative"), lambda share: "0" if share == 0 else percent(share))
+
+
+def _merged(run: Run) -> str:
+    if run.merged_score["value"] is None:
+        return DASH
+    gap = show(_get(run.result, "merge_gap", "relative"), percent)
+    return f"{score_text(run.merged_score, run.primary_metric)} [{gap}]"
+
+
+def cells(run: Run, runs: list[Run]) -> list[str]:
+    """Return the text of a run's cells, in the order of `headings(runs)`; a dash stands for what was not measured."""
     result = run.result
     return [
         run.label,
@@ -49,6 +71,7 @@ def cells(run: Run) -> list[str]:
         metric_cell(run),
         _pair(result.get("first_loss"), result.get("last_loss"), " → ", lambda loss: f"{loss:.3f}"),
         _pair(_get(result, "resolvability", "forward"), _get(result, "resolvability", "derivative"), " / ", percent),
+        *(cell(run) for _, cell in optional_columns(runs)),
     ]
 
 
@@ -57,11 +80,21 @@ def metric_cell(run: Run) -> str:
     value, low, high = run.score.values()
     if value is None:
         return DASH
-    scale, decimals, unit = (100, 1, " %") if is_share(run.primary_metric) else (1, 3, "")
-    text = f"{value * scale:.{decimals}f}{unit}"
+    text = score_text(run.score, run.primary_metric)
     if low is None or high is None:
         return text
+    scale, decimals, _ = _units(run.primary_metric)
     return f"{text} [{low * scale:.{decimals}f}, {high * scale:.{decimals}f}]"
+
+
+def score_text(score: dict[str, float | None], metric: str | None) -> str:
+    """Return `82.6 %` for a share, `12.345` for a loss."""
+    scale, decimals, unit = _units(metric)
+    return f"{score['value'] * scale:.{decimals}f}{unit}"
+
+
+def _units(metric: str | None) -> tuple[int, int, str]:
+    return (100, 1, " %") if is_share(metric) else (1, 3, "")
 
 
 def show(value: object, form: Callable[[float], str]) -> str:
@@ -88,7 +121,7 @@ def markdown_table(runs: list[Run]) -> str:
     """Return the GitHub-flavoured Markdown table, without a final newline."""
     heads = headings(runs)
     rule = ["---"] * 2 + ["---:"] * (len(heads) - 2)
-    return "\n".join(_markdown_row(row) for row in [heads, rule, *(cells(run) for run in runs)])
+    return "\n".join(_markdown_row(row) for row in [heads, rule, *(cells(run, runs) for run in runs)])
 
 
 def _markdown_row(row: list[str]) -> str:

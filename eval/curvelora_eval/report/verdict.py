@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from curvelora_eval.report.load import Run, number
-from curvelora_eval.report.table import interval_level, is_share, percent
+from curvelora_eval.report.table import interval_level, is_share, percent, score_text
 
 # Below this share of entries the nonlinearity rounds away almost everywhere, and the layer is a plain linear one.
 ABSENT = 0.01
@@ -13,7 +13,7 @@ LINEAR = ("lora", "qlora")
 
 def verdict(runs: list[Run]) -> list[str]:
     """Return the sentences on score and resolvability, in the order of the runs; never empty."""
-    return _scores(runs) + [sentence for run in runs for sentence in _resolvability(run)]
+    return _scores(runs) + [sentence for run in runs for sentence in (*_resolvability(run), *_merged(run))]
 
 
 def caveats(runs: list[Run]) -> list[str]:
@@ -129,4 +129,20 @@ def _resolvability(run: Run) -> list[str]:
     return [
         f"{run.label} has a forward resolvability of {percent(forward)}: "
         f"the nonlinearity is numerically absent from the forward pass in {dtype}."
+    ]
+
+
+def _merged(run: Run) -> list[str]:
+    """Say what merging costs where it gives another function."""
+    if None in (merged := run.merged_score["value"], before := run.score["value"]):
+        return []
+    gap = run.result.get("merge_gap")
+    moved = number(gap.get("relative")) if isinstance(gap, dict) else None
+    outputs = "" if moved is None else f", with outputs that differ by {percent(moved)}"
+    score, metric = score_text(run.merged_score, run.primary_metric), run.primary_metric
+    if merged == before:
+        return [f"{run.label}, merged as its method does it, is another function{outputs}; its {metric} stays {score}."]
+    return [
+        f"{run.label}, merged as its method does it, is another function: {metric} {score_text(run.score, metric)} becomes "
+        f"{score}{outputs}."
     ]

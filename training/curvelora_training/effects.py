@@ -1,0 +1,54 @@
+"""What an adapter does to the model's outputs beside learning: at its start, and when it is merged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+
+from curvelora.merging import Merge
+from curvelora.output_change import OutputChange, merge_gap, start_shift
+from curvelora_eval.tasks.base import compute_context, device_of
+from curvelora_training.config import Recipe
+
+START_ROWS, GAP_ROWS = 32, 512
+
+
+def measure_start(model: PeftModel, encoded: Dataset, collate: Callable, batch_size: int) -> OutputChange:
+    """Change of outputs and loss from the base to the untrained adapter, on the first rows in file order.
+
+    In evaluation mode and without drawing a random number, so training goes on as it would have.
+    """
+    with compute_context(model):
+        return start_shift(model, batches(model, encoded, collate, batch_size, START_ROWS))
+
+
+def measure_gap(
+    model: PeftModel, recipe: Recipe, encoded: Dataset, collate: Callable, batch_size: int
+) -> OutputChange | None:
+    """Change from the adapter to its merged form, on the first rows; None where merging is exact or refused."""
+    if recipe.method.merge(model.peft_config["default"]) is not Merge.APPROXIMATE:
+        return None
+    with compute_context(model):
+        return merge_gap(model, batches(model, encoded, collate, batch_size, GAP_ROWS))
+
+
+def describe_start(shift: OutputChange) -> str:
+    """One line for people."""
+    if shift.relative == 0:
+        return "before training the model with its adapter is the base model"
+    loss = "" if shift.reference_loss is None else f" (loss {shift.reference_loss:.4f} -> {shift.changed_loss:.4f})"
+    return f"before training the adapter changes the outputs by {100 * shift.relative:.2g} %{loss}"
+
+
+def batches(
+    model: PeftModel, encoded: Dataset, collate: Callable, batch_size: int, rows: int
+) -> Iterator[dict[str, torch.Tensor]]:
+    """The first `rows` of `encoded` in batches, on the model's device."""
+    device = device_of(model)
+    for start in range(0, min(rows, len(encoded)), batch_size):
+        chosen: list[Any] = [encoded[i] for i in range(start, min(start + batch_size, rows, len(encoded)))]
+        yield {name: tensor.to(device) for name, tensor in collate(chosen).items()}
