@@ -152,6 +152,20 @@ def test_the_spline_is_evaluated_in_fp32_on_a_bf16_base():
     assert layer(X.bfloat16()).dtype == torch.bfloat16 and seen == [torch.float32]
 
 
+@pytest.mark.parametrize("mode", ["dynamic", "static"])
+def test_sigma_is_evaluated_in_fp32_under_autocast(mode):
+    """Bit for bit what comes out with bf16 products around an fp32 sigma; autocast would run H and w in bf16."""
+    layer, x = build(mode=mode).float(), X.float()
+    A, B = layer.factors("default")
+    if mode == "static":
+        z = x.bfloat16() @ layer.bottleneck("default", A.T).T.bfloat16().T
+    else:
+        z = layer.bottleneck("default", (x.bfloat16() @ A.bfloat16().T).float()).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = layer.adapter_output("default", x)
+    assert torch.equal(found, z @ B.bfloat16().T)
+
+
 def test_the_gap_of_a_model(llama, token_ids):
     """Dynamic: far from its merged form; static: the same function."""
     gaps = {}

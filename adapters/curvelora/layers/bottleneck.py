@@ -7,7 +7,8 @@ what the init took out of the weight and gave to A and B (arXiv 2404.02948, RanL
 the adapter and frozen, so the base weight is never written, and the adapter alone restores the model. C x sees no dropout: it
 belongs to the base.
 
-The products run in the dtype in which the base layer multiplies, m in fp32 (fp64 for fp64 factors).
+The products with A and B run in the dtype in which the base layer multiplies, m in fp32 also under autocast (fp64 for fp64
+factors).
 """
 
 from __future__ import annotations
@@ -83,16 +84,21 @@ class BottleneckLayer(AdapterLayer):
         else:  # x is read once
             z, z0 = F.linear(x, torch.cat([A, removed[0]]).to(dtype)).split(config.r, dim=-1)
         if not on_weights:
-            z = self.bottleneck(adapter, z.to(at_least_fp32(z.dtype))).to(dtype)
+            z = self.mapped(adapter, z).to(dtype)
         if removed is not None:
             # one product for both terms: their difference is rounded once
             z, B = torch.cat([z, -z0], -1), torch.cat([B, removed[1]], 1)
         return F.linear(z, B.to(dtype))
 
+    def mapped(self, adapter: str, z: Tensor) -> Tensor:
+        """m(z) in fp32 (fp64 for fp64 input), whatever the dtype of z and autocast: (..., r) -> (..., r)."""
+        with torch.autocast(z.device.type, enabled=False):
+            return self.bottleneck(adapter, z.to(at_least_fp32(z.dtype)))
+
     def mapped_A(self, adapter: str) -> Tensor:
         """m applied to each column of A, a vector of R^r: (r, d_in), fp32 or wider."""
         A, _ = self.factors(adapter)
-        return self.bottleneck(adapter, A.T.to(at_least_fp32(A.dtype))).T
+        return self.mapped(adapter, A.T).T
 
     def delta_weight(self, adapter: str) -> Tensor:
         """B m(A) - B0 A0: (d_out, d_in), fp32 or wider; the update itself where m is linear, AuroRA's merged form where not."""
