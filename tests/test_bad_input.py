@@ -81,6 +81,25 @@ TRAIN: dict[str, tuple[Callable[[World], dict[str, Any]], list[str]]] = {
         lambda w: {"adapter.target_modules": ["qurey"]},
         ["qurey match no module", "did you mean 'query'", "linear modules: query, key, value, dense"],
     ),
+    "an unknown activation (ranlora)": (
+        lambda w: {"adapter": {"method": "ranlora", "activation": "geluu", "target_modules": ["query"]}},
+        ["unknown activation 'geluu'", "did you mean 'gelu'"],
+    ),
+    "an unknown mode (aurora)": (
+        lambda w: {"adapter": {"method": "aurora", "mode": "statik", "target_modules": ["query"]}},
+        ["mode must be one of dynamic, static", "did you mean 'static'"],
+    ),
+    "an option that the code sets itself": (
+        lambda w: {"adapter": {"method": "ranlora", "factors_stored": True, "target_modules": ["query"]}},
+        ["factors_stored"],
+    ),
+    "ranlora on a checkpoint that is quantised itself": (
+        lambda w: {
+            "adapter": {"method": "ranlora", "target_modules": ["query"]},
+            "model.path": w.model("bert", edited("config.json", quantization_config={"load_in_8bit": True})),
+        },
+        ["starts from the unquantised weights", "adapter.svd_source: dequantised"],
+    ),
     "qlora on a plain base": (lambda w: {"adapter": {"method": "qlora", "r": 4}}, ["set model.quantization=nf4"]),
     "linear probing without a head": (
         lambda w: {"adapter": {"method": "linear_probing"}, "task": LM, "model.path": str(w.models["llama"])},

@@ -88,6 +88,11 @@ class LowRankConfig(PeftConfig):
 
     why_not_exact: ClassVar[str] = ""
 
+    @property
+    def needs_unquantised_weight(self) -> bool:
+        """Whether creating the adapter reads weights that a checkpoint which is quantised itself no longer has."""
+        return False
+
     def for_module(self, key: str) -> LowRankConfig:
         """This config with the rank and alpha that hold for the module `key`."""
         if not self.rank_pattern and not self.alpha_pattern:

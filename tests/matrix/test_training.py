@@ -105,6 +105,19 @@ def test_compile(case, adapted, backend):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.cell("training", "torch.compile of a whole model with its adapters: no graph break, and eager's gradients")
+@pytest.mark.parametrize("case", [c for c in MAIN if not c.entry.required_quantization], ids=str)
+def test_compile_a_model(case, adapted, ids):
+    model = adapted(case)
+    expected = gradients(model, ids)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    model.zero_grad()
+    compiled(ids, labels=ids).loss.backward()
+    for name, parameter in trainable(model).items():
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-3, atol=1e-5)
+
+
 @pytest.mark.cell("training", "transformers' Trainer: the adapter moves, the base does not, an adapter is saved")
 @every_method
 def test_trainer(case, adapted, ids, tmp_path, device):

@@ -109,6 +109,7 @@ def prepare(recipe: Recipe, source: str = "the recipe") -> Prepared:
     if base is not None:
         peft_config = collect(adapter_config, recipe, task, base)
         if peft_config is not None:
+            collect(_check_weights, base, peft_config)
             shapes = collect(attach, base, peft_config)
     if collect.problems:
         raise RecipeError(source, collect.problems)
@@ -202,6 +203,15 @@ def _group(name: str) -> str:
     """`base_model.model.bert.encoder.layer.3.attention.self.query.loran_A.default` -> `query.loran_A`."""
     parts = [p for p in name.split(".") if p not in ("default", "weight", "bias", "modules_to_save")]
     return ".".join(parts[-2:]) if parts[-1].rpartition("_")[0] else parts[-1]
+
+
+def _check_weights(model: PreTrainedModel, config: PeftConfig) -> None:
+    if getattr(model.config, "quantization_config", None) and getattr(config, "needs_unquantised_weight", False):
+        raise UserError(
+            f"adapter.method {config.peft_type.value.lower()} starts from the unquantised weights, and the checkpoint is quantised "
+            "itself: take the unquantised checkpoint (model.quantization can quantise it while loading), or write "
+            "adapter.svd_source: dequantised"
+        )
 
 
 def _check_combinations(recipe: Recipe, task: Task) -> None:

@@ -144,6 +144,8 @@ def training_arguments(recipe: Recipe, folder: RunFolder, has_validation: bool) 
         "save_steps": spec.save_every or 500,
         "save_total_limit": spec.keep_checkpoints,
         "remove_unused_columns": False,
+        # frozen factors are buffers, the same in every process: DDP would send them again before every pass
+        "ddp_broadcast_buffers": False,
         "label_names": ["labels"],
         "report_to": [],
         "disable_tqdm": rank() != 0,

@@ -100,6 +100,10 @@ class RanloraConfig(LowRankConfig):
     why_not_exact: ClassVar[str] = "phi acts on A x, which makes the update nonlinear in the input"
 
     @property
+    def needs_unquantised_weight(self) -> bool:
+        return self.init != "K" and self.svd_source == "unquantised" and not self.factors_stored
+
+    @property
     def is_base_at_start(self) -> bool:
         """Whether the untrained adapter adds what was removed: B = 0, or a linear adapter whose factors carry it exactly."""
         linear = self.activation == "identity" and not (self.use_v and self.v_init == "zeros")
