@@ -23,6 +23,7 @@ HOME = {
     "methods": ("curvelora", "list the methods, or explain one"),
     "train": ("curvelora-training", "fine-tune a model from a recipe"),
     "eval": ("curvelora-eval", "score an adapter on labelled rows, offline"),
+    "merge": ("curvelora-eval", "add an adapter to the weights of its base, and measure what that changes"),
     "report": ("curvelora-eval", "one page and one table from run folders"),
 }
 USER_ERROR = 2

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,17 @@ from torch import Tensor, nn
 from curvelora.merging import merged_form
 
 State = Callable[[], AbstractContextManager]
+BLOCK = (
+    1 << 22
+)  # logits that are compared at a time: their fp64 copies would outgrow the model where the vocabulary is large
+IGNORED = -100  # the label of positions that do not count
+
+
+class Outputs(NamedTuple):
+    """What a model gave for one batch: logits (positions, classes) in their own dtype; the loss, or None without labels."""
+
+    logits: Tensor
+    loss: float | None
 
 
 @dataclass(frozen=True)
@@ -38,6 +49,62 @@ class OutputChange:
     def as_dict(self) -> dict[str, float | int | None]:
         """Plain data, for logs and JSON."""
         return asdict(self)
+
+
+class Comparison:
+    """Adds up the change of outputs, batch by batch: `add` each, then `result`."""
+
+    def __init__(self) -> None:
+        self._squares = self._norm = 0.0
+        self._largest: list[float] = []
+        self._agreeing = self._positions = 0
+        self._several = False
+        self._losses: list[tuple[float, float]] = []
+
+    def add(self, reference: Outputs, changed: Outputs) -> None:
+        """Compare one batch in the two states.
+
+        Raises:
+            ValueError: the two have different shapes.
+        """
+        if reference.logits.shape != changed.logits.shape:
+            raise ValueError(
+                f"outputs of different shapes: {tuple(reference.logits.shape)} and {tuple(changed.logits.shape)}"
+            )
+        positions, classes = reference.logits.shape
+        rows = max(1, BLOCK // max(1, classes))
+        for before, after in zip(reference.logits.split(rows), changed.logits.split(rows), strict=True):
+            before, after = before.double(), after.double()
+            difference = after - before
+            self._squares += difference.square().sum().item()
+            self._norm += before.square().sum().item()
+            if difference.numel():
+                self._largest.append(difference.abs().max().item())
+                self._agreeing += (before.argmax(-1) == after.argmax(-1)).sum().item()
+        self._positions += positions
+        self._several = classes > 1
+        if reference.loss is not None and changed.loss is not None:
+            self._losses.append((reference.loss, changed.loss))
+
+    def result(self) -> OutputChange:
+        """The change over everything that was added.
+
+        Raises:
+            ValueError: there was no position.
+        """
+        if self._positions == 0:
+            raise ValueError("there is no batch to compare outputs on")
+        squares, norm, losses = self._squares, self._norm, self._losses
+        means = [sum(column) / len(losses) for column in zip(*losses, strict=True)] if losses else [None, None]
+        return OutputChange(
+            relative=(squares / norm) ** 0.5 if norm else 0.0 if squares == 0 else float("inf"),
+            # by torch, because Python's max() drops a NaN
+            largest=torch.tensor(self._largest, dtype=torch.float64).max().item(),
+            agreement=self._agreeing / self._positions if self._several else None,
+            reference_loss=means[0],
+            changed_loss=means[1],
+            positions=self._positions,
+        )
 
 
 def start_shift(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> OutputChange:
@@ -68,46 +135,51 @@ def output_change(
     Raises:
         ValueError: there is no batch.
     """
-    was_training = model.training
-    model.eval()
-    squares = norm = 0.0
-    largest, agreeing, positions, several = 0.0, 0, 0, False
-    losses: list[tuple[float, float]] = []
-    try:
+    comparison = Comparison()
+    with _evaluating(model):
         for batch in batches:
             with reference():
-                before, loss_before = _run(model, batch)
+                before = _run(model, batch)
             with changed():
-                after, loss_after = _run(model, batch)
-            difference = after - before
-            squares += difference.square().sum().item()
-            norm += before.square().sum().item()
-            largest = max(largest, difference.abs().max().item())
-            agreeing += (before.argmax(-1) == after.argmax(-1)).sum().item()
-            positions += before.shape[0]
-            several = before.shape[-1] > 1
-            if loss_before is not None:
-                losses.append((loss_before, loss_after))
+                after = _run(model, batch)
+            comparison.add(before, after)
+    return comparison.result()
+
+
+@torch.no_grad()
+def outputs(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Iterator[Outputs]:
+    """What `model` gives for every batch, in evaluation mode and on the CPU, to be kept until another model is compared."""
+    with _evaluating(model):
+        for batch in batches:
+            logits, loss = _run(model, batch)
+            yield Outputs(logits.cpu(), loss)
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode; the mode that was there is put back."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
     finally:
         model.train(was_training)
-    if positions == 0:
-        raise ValueError("there is no batch to compare outputs on")
-    means = [sum(column) / len(losses) for column in zip(*losses, strict=True)] if losses else [None, None]
-    return OutputChange(
-        relative=(squares / norm) ** 0.5 if norm else 0.0 if squares == 0 else float("inf"),
-        largest=largest,
-        agreement=agreeing / positions if several else None,
-        reference_loss=means[0],
-        changed_loss=means[1],
-        positions=positions,
-    )
 
 
-def _run(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, float | None]:
-    """Logits as (positions, classes) in fp64, padding left out; and the loss, where the batch has labels."""
+def _run(model: nn.Module, batch: Mapping[str, Any]) -> Outputs:
     output = model(**batch)
-    logits, mask = output.logits.double(), batch.get("attention_mask")
+    logits = output.logits
+    mask = _counted(model, batch)
     if mask is not None and logits.ndim == 3 and mask.shape == logits.shape[:2]:
-        logits = logits[mask.bool()]
+        logits = logits[mask]
     loss = getattr(output, "loss", None)
-    return logits.reshape(-1, logits.shape[-1]), None if loss is None else loss.item()
+    return Outputs(logits.reshape(-1, logits.shape[-1]), None if loss is None else loss.item())
+
+
+def _counted(model: nn.Module, batch: Mapping[str, Any]) -> Tensor | None:
+    """True where a position is no padding. The mask of an encoder-decoder is of its input, its logits are of the labels."""
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        labels = batch.get("labels")
+        return None if labels is None else labels != IGNORED
+    mask = batch.get("attention_mask")
+    return None if mask is None else mask.bool()

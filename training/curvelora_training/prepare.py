@@ -208,8 +208,8 @@ def _group(name: str) -> str:
 def _check_weights(model: PreTrainedModel, config: PeftConfig) -> None:
     if getattr(model.config, "quantization_config", None) and getattr(config, "needs_unquantised_weight", False):
         raise UserError(
-            f"adapter.method {config.peft_type.value.lower()} starts from the unquantised weights, and the checkpoint is quantised "
-            "itself: take the unquantised checkpoint (model.quantization can quantise it while loading), or write "
+            f"adapter.method {config.peft_type.value.lower()} starts from the unquantised weights, and the checkpoint is "
+            "quantised itself: take the unquantised checkpoint (model.quantization can quantise it while loading), or write "
             "adapter.svd_source: dequantised"
         )
 
