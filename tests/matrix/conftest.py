@@ -117,4 +117,4 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo):
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     if path := session.config.getoption("--record-matrix"):
-        write(session.config.stash[RECORD], path)
+        write(session.config.stash[RECORD], path, session.config.getoption("--matrix-device"))

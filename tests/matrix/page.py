@@ -53,7 +53,7 @@ class Record:
                 values[str(case)] = max(value[1], values.get(str(case), 0.0))
 
 
-def render(record: Record, environment: dict[str, Any]) -> str:
+def render(record: Record, environment: dict[str, Any], device: str) -> str:
     """The page as Markdown."""
     lines = [HEAD]
     for theme in dict.fromkeys(theme for theme, _ in record.outcomes):
@@ -117,8 +117,8 @@ def values_of(name: str, marks: list[pytest.Mark]) -> list[Any]:
     raise ValueError(f"no test parameter is called {name}")
 
 
-def write(record: Record, path: Path) -> None:
+def write(record: Record, path: Path, device: str) -> None:
     """Write the page."""
     from curvelora_eval.environment import describe_environment
 
-    path.write_text(render(record, describe_environment()), encoding="utf-8")
+    path.write_text(render(record, describe_environment(), device), encoding="utf-8")
