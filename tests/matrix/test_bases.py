@@ -8,7 +8,7 @@ import pytest
 import torch
 from cases import MAIN
 from formulas import FORMULAS
-from models import adapted_layers, gpt2, logits, relative, tensors_of, train_a_little, trainable
+from models import adapted_layers, gpt2, llama, logits, relative, tensors_of, train_a_little, trainable
 from peft import get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -123,3 +123,15 @@ def test_conv1d(case, ids, device):
         before = logits(model, ids)
         model.merge_adapter()
         assert relative(logits(model, ids), before) < 1e-5
+
+
+@pytest.mark.cell("bases", "on a bf16 base the tensors are never rounded to bf16, not even on the way")
+@pytest.mark.parametrize("case", [c for c in MAIN if c.entry.provided_by == "curvelora"], ids=str)
+def test_never_rounded(case):
+    """PEFT casts bf16 tensors up again, but what rounding lost would not come back."""
+    torch.manual_seed(0)
+    model = get_peft_model(llama().to(torch.bfloat16), case.config(), autocast_adapter_dtype=False)
+    for layer in adapted_layers(model).values():
+        tensors = tensors_of(layer)
+        assert all(t.dtype == torch.float32 for t in tensors.values())
+        assert not torch.equal(tensors["A"], tensors["A"].bfloat16().float())

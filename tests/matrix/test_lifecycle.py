@@ -11,8 +11,8 @@ import pytest
 import torch
 from cases import MAIN
 from models import adapted_layers as layers_of
-from models import logits, tensors_of, train_a_little, trainable
-from peft import PeftModel
+from models import bert, logits, t5, tensors_of, train_a_little, trainable
+from peft import PeftModel, get_peft_model
 from refusals import MIXED_TRAINING
 from safetensors.torch import load_file
 
@@ -21,7 +21,7 @@ every_method = pytest.mark.parametrize("case", MAIN, ids=str)
 # What a user's script does; `import curvelora` is all that it needs from this project.
 ELSEWHERE = """
 import json, sys, torch, curvelora
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 jobs, base, device = json.loads(sys.argv[1]), sys.argv[2], sys.argv[3]
 for folder, quantization in jobs:
@@ -47,7 +47,6 @@ def reloaded(
 ) -> dict[str, tuple[Path, torch.Tensor]]:
     """Method -> (folder, logits before saving); one fresh process has loaded them all and written its own logits."""
     from models import IDS
-    from peft import get_peft_model
 
     saved, jobs = {}, []
     for case in MAIN:
@@ -184,3 +183,41 @@ def test_generate_mixed(case, two, ids):
     for row, name in enumerate(("second", "default")):
         two.set_adapter(name)
         assert torch.equal(found[row : row + 1], two.generate(input_ids=ids[row : row + 1], **options))
+
+
+@pytest.mark.cell("lifecycle", "generation with beams in an encoder-decoder, whose encoder does not repeat its rows")
+@every_method
+def test_generate_mixed_encoder_decoder(case, ids, device):
+    options = {"target_modules": ["q", "v", "wi", "wo"]}
+    model = get_peft_model(t5(), case.config(**options))
+    model.add_adapter("second", case.config(**options | {"r": 2}))
+    train_a_little(model, std=0.3, seed=1, adapter="default")
+    train_a_little(model, std=0.3, seed=2, adapter="second").to(device).eval()
+    generation = dict(max_new_tokens=4, num_beams=3, do_sample=False)
+    names = ["second", "default"]
+    found = model.generate(input_ids=ids, adapter_names=names, **generation)
+    with torch.no_grad():
+        scores = model(input_ids=ids, decoder_input_ids=found, adapter_names=names).logits
+    for row, name in enumerate(names):
+        model.set_adapter(name)
+        alone = model.generate(input_ids=ids[row : row + 1], **generation)
+        assert torch.equal(found[row : row + 1, : alone.shape[1]], alone)
+        with torch.no_grad():
+            wanted = model(input_ids=ids[row : row + 1], decoder_input_ids=found[row : row + 1]).logits
+        torch.testing.assert_close(scores[row : row + 1], wanted, rtol=1e-4, atol=1e-4)
+    assert not torch.equal(found[0], found[1])
+
+
+@pytest.mark.cell("lifecycle", "mixed batches with a head of each adapter's own (`modules_to_save`)")
+@every_method
+def test_mixed_batch_with_heads(case, ids, device):
+    options = {"target_modules": ["query", "value"], "modules_to_save": ["classifier"]}
+    model = get_peft_model(bert(), case.config(**options))
+    model.add_adapter("second", case.config(**options))
+    train_a_little(model, std=0.3, seed=1, adapter="default")
+    train_a_little(model, std=0.3, seed=2, adapter="second").to(device)
+    names = ["second", "default"]
+    found = logits(model, ids, adapter_names=names)
+    for row, name in enumerate(names):
+        model.set_adapter(name)
+        torch.testing.assert_close(found[row : row + 1], logits(model, ids[row : row + 1]), rtol=1e-4, atol=1e-5)
