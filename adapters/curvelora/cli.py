@@ -76,6 +76,8 @@ def quiet_libraries() -> None:
     """Silence what libraries say on every start and no user can act on; everything else is left alone."""
     # peft 0.21 with transformers 5.23: PEFT's own code uses the old name
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.* is deprecated")
+    # torch 2.13: a new name for what transformers and accelerate pass on
+    warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")
     # DeepSpeed says so on every machine without a GPU, also where it is not used
     logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
 

@@ -50,10 +50,11 @@ class BottleneckLayer(AdapterLayer):
 
     def set_tensors(self, adapter: str, tensors: dict[str, Tensor], frozen: dict[str, Tensor] | None = None) -> None:
         """Give `adapter` its trainable tensors and its frozen ones, by attribute name."""
+        # contiguous: DeepSpeed sends parameters as bytes, and a transposed one has none to send
         for name, value in tensors.items():
-            getattr(self, name)[adapter] = nn.Parameter(value)
+            getattr(self, name)[adapter] = nn.Parameter(value.contiguous())
         for name, value in (frozen or {}).items():
-            getattr(self, name)[adapter] = value
+            getattr(self, name)[adapter] = value.contiguous()
 
     def factors(self, adapter: str) -> tuple[Tensor, Tensor]:
         """(A, B) of `adapter`, shapes (r, d_in) and (d_out, r)."""
