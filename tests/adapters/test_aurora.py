@@ -180,6 +180,20 @@ def test_the_gap_of_a_model(llama, token_ids):
     assert gaps["dynamic"].relative > 0.05 and gaps["dynamic"].changed_loss != gaps["dynamic"].reference_loss
 
 
+def test_nothing_is_merged_where_one_of_two_adapters_refuses(llama):
+    """The static one comes first and sits on other modules: it must not be in the weights when the other one says no."""
+    model = get_peft_model(llama(), AuroraConfig(mode="static", target_modules=["q_proj"]))
+    model.add_adapter("second", AuroraConfig(mode="dynamic", target_modules=["v_proj"]))
+    model.base_model.set_adapter(["default", "second"])
+    for name, parameter in model.named_parameters():
+        if "aurora_B" in name:
+            parameter.data.normal_(std=0.05)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with pytest.raises(UserError, match="'second' merges only approximately"):
+        model.merge_adapter()
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
