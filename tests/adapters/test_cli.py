@@ -83,7 +83,13 @@ def test_debug_shows_the_traceback(capsys):
 
 
 @pytest.mark.parametrize(
-    ("command", "package"), [("train", "curvelora-training"), ("eval", "curvelora-eval"), ("report", "curvelora-eval")]
+    ("command", "package"),
+    [
+        ("train", "curvelora-training"),
+        ("eval", "curvelora-eval"),
+        ("merge", "curvelora-eval"),
+        ("report", "curvelora-eval"),
+    ],
 )
 def test_a_command_of_a_missing_package_names_the_package(capsys, monkeypatch, command, package):
     monkeypatch.setattr(cli, "installed_commands", dict)

@@ -43,7 +43,9 @@ def test_it_changes_no_number(layer):
     assert torch.equal(layer(x), before)
 
 
-@pytest.mark.parametrize("config", [LoranConfig(r=2, dropout=0.0), AuroraConfig(learnable=False)], ids=["loran", "w/o L"])
+@pytest.mark.parametrize(
+    "config", [LoranConfig(r=2, dropout=0.0), AuroraConfig(learnable=False)], ids=["loran", "w/o L"]
+)
 def test_without_a_spline_there_is_nothing_to_count(llama, token_ids, config):
     config.target_modules = {"q_proj"}
     model = get_peft_model(llama(), config).train()
