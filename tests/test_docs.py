@@ -80,3 +80,4 @@ def test_every_command_of_the_readme_runs(root: Path, workplace: Path) -> None:
         assert done.returncode == 0, f"{line}\n{done.stdout[-1500:]}{done.stderr[-1500:]}"
     assert (workplace / "runs/mine/evaluation.json").is_file()
     assert (workplace / "runs/mine-report/report.html").is_file()
+    assert (workplace / "runs/mine-merged/merge.json").is_file()
