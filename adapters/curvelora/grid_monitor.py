@@ -21,6 +21,7 @@ class GridMonitor:
     """
 
     def __init__(self, model: nn.Module, adapter: str = "default") -> None:
+        self.adapter = adapter
         self.counts: Tensor | None = None  # beyond the grid, beyond the support
         self.total = 0
         for module in model.modules():
@@ -28,9 +29,10 @@ class GridMonitor:
                 module.grid_monitor = self
 
     @torch.no_grad()
-    def see(self, z: Tensor, grid: Grid) -> None:
-        """Count the entries of z."""
-        z = z.detach()
+    def see(self, adapter: str, z: Tensor, grid: Grid) -> None:
+        """Count the entries of z, where it is of the monitor's adapter."""
+        if adapter != self.adapter:
+            return
         beyond_grid = (z < grid.low) | (z > grid.high)
         beyond_support = (z < grid.support[0]) | (z > grid.support[1])
         found = torch.stack([beyond_grid.sum(), beyond_support.sum()])

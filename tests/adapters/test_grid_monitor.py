@@ -30,6 +30,17 @@ def test_shares_by_hand(layer):
     assert monitor.take() is None  # counted anew
 
 
+def test_another_adapter_on_the_layer_does_not_count(layer):
+    layer.add_adapter("other", AuroraConfig(r=2, dropout=0.0))
+    monitor = GridMonitor(layer)
+    layer.set_adapter("other")
+    layer(torch.full((1, 2), 9.0))
+    assert monitor.take() is None
+    layer.set_adapter(["default", "other"])
+    layer(torch.tensor([[9.0, 0.0]]))
+    assert monitor.take() == {"beyond_grid": 1 / 2, "beyond_support": 1 / 2}
+
+
 def test_evaluation_does_not_count(layer):
     monitor = GridMonitor(layer)
     layer.eval()(torch.full((1, 2), 9.0))

@@ -125,7 +125,7 @@ class AuroraLayer(BottleneckLayer):
             total = total + activation.value(F.linear(activation.value(z), self.aurora_H[adapter]))
         if config.learnable:
             if self.grid_monitor is not None and self.training:
-                self.grid_monitor.see(z, config.grid())
+                self.grid_monitor.see(adapter, z, config.grid())
             total = total + F.linear(basis_sum(z, config.grid()), self.aurora_spline[adapter])
         return config.scale * total
 
