@@ -147,6 +147,19 @@ def test_verdict_says_larger_only_where_the_intervals_are_apart(tmp_path):
     ]
 
 
+def test_an_adapter_is_held_against_the_linear_one_nearest_in_size(tmp_path):
+    head = head_only(tmp_path / "head")
+    large = make_run(tmp_path / "large", "QLoRA", trainable_parameters=590_594)
+    small = make_run(tmp_path / "small", "QLoRA, r = 2", trainable_parameters=19_202)
+    thick = make_run(tmp_path / "thick", "LoRAN", method="loran", trainable_parameters=590_594)
+    thin = make_run(tmp_path / "thin", "AuroRA", method="aurora", trainable_parameters=19_442)
+    assert verdict_of(head, large, small, thick, thin)[4:] == [
+        "QLoRA, r = 2 and QLoRA have the same accuracy.",
+        "LoRAN and QLoRA have the same accuracy.",
+        "AuroRA and QLoRA, r = 2 have the same accuracy.",
+    ]
+
+
 def test_verdict_on_perplexity_prefers_the_smaller(tmp_path):
     head = head_only(tmp_path / "head", (12.0, 11.5, 12.5), metric="perplexity")
     lora = make_run(tmp_path / "lora", "QLoRA", (10.0, 9.5, 10.5), "perplexity")

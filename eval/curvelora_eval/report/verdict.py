@@ -51,9 +51,17 @@ def _scores(runs: list[Run]) -> list[str]:
     others = [run for run in runs if run is not base]
     if not others:
         return ["There is one run, so there is nothing to compare it with."]
-    linear = next((run for run in others if run.result.get("method") in LINEAR and _is_trained(run)), None)
-    nonlinear = [run for run in others if run is not linear and _is_trained(run)] if linear else []
-    return [_compare(run, base) for run in others] + [_compare(run, linear) for run in nonlinear]
+    linear = [run for run in others if run.result.get("method") in LINEAR and _is_trained(run)]
+    rivals = [run for run in others if run is not linear[0] and _is_trained(run)] if linear else []
+    return [_compare(run, base) for run in others] + [_compare(run, _opponent(run, linear)) for run in rivals]
+
+
+def _opponent(run: Run, linear: list[Run]) -> Run:
+    """Return the linear adapter that is nearest in size; for a linear one, the first, which is another one."""
+    if run.result.get("method") in LINEAR:
+        return linear[0]
+    size = lambda run: number(run.result.get("trainable_parameters")) or 0  # noqa: E731
+    return min(linear, key=lambda other: abs(size(other) - size(run)))
 
 
 def _is_trained(run: Run) -> bool:
