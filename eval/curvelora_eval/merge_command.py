@@ -120,10 +120,11 @@ def _check_out(out: Path) -> None:
 
     if out.is_dir() and any(out.iterdir()):
         raise UserError(f"{out} is not empty, and nothing in it is replaced: name another output folder")
-    if out.is_mount():
-        raise UserError(f"{out} is the root of a disk, and cannot be put in its place whole: name a folder in it")
+    place = out.resolve()
+    if place.is_mount() or place == Path.cwd():
+        raise UserError(f"{out} is the folder you are in or the root of a disk, and cannot be replaced: name one in it")
     check_folder(out)
-    check_folder(out.resolve().parent)  # where it is written under a temporary name
+    check_folder(place.parent)  # where it is written under a temporary name
 
 
 def _probe(args: argparse.Namespace, task: Task) -> Probe:

@@ -78,8 +78,9 @@ def load_processor(spec: ModelSpec, task: Task) -> Any:
     try:
         processor = auto.from_pretrained(spec.path, revision=spec.revision, trust_remote_code=spec.trust_remote_code)
     except (OSError, ValueError, json.JSONDecodeError) as error:
-        kind = "an image processor" if auto is AutoImageProcessor else "a tokenizer"
-        raise UserError(f"{spec.path} has no {kind} that can be read: {' '.join(str(error).split())[:300]}") from error
+        kind = "image processor" if auto is AutoImageProcessor else "tokenizer"
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"{spec.path} has no {kind} that can be read: {reason}") from error
     # transformers makes up an empty tokenizer for some architectures where the checkpoint has none
     files = getattr(processor, "vocab_files_names", {}).values()
     if files and Path(spec.path).is_dir() and not any((Path(spec.path) / name).is_file() for name in files):

@@ -226,13 +226,20 @@ def test_an_adapter_of_a_quantised_base_goes_into_the_unquantised_one(
 
 
 def test_bfloat16_is_rounded_once_and_the_rounding_reported(
-    adapter: Any, merged: Any, batch: Any, unseen: Path, tmp_path: Path
+    adapter: Any, merged: Any, batch: Any, unseen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = adapter(METHOD_CONFIGS["loran"](BERT), "bert")
+    folder, modes, outputs = adapter(METHOD_CONFIGS["loran"](BERT), "bert"), [], merge.outputs
+
+    def watched(model: nn.Module, batches: Any) -> Any:
+        modes.append(torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu"))
+        return outputs(model, batches)
+
+    monkeypatch.setattr(merge, "outputs", watched)
     texts = unseen.read_text(encoding="utf-8").splitlines()[:9]
     ended = "\n".join([texts[0], *(text.replace("\t", "</s>\t") for text in texts[1:])])  # as `batch` has them
     (tmp_path / "rows.tsv").write_text(ended + "\n", encoding="utf-8")
     record = merged("--adapter", folder, "--dtype", "bfloat16", "--data", tmp_path / "rows.tsv")
+    assert modes == [torch.bfloat16] * 2  # both sides as evaluation runs them
     written = load_file(tmp_path / "merged/model.safetensors")
     assert {tensor.dtype for tensor in written.values()} == {torch.bfloat16}
     model = load_adapter(base_of(folder, dtype="bfloat16"), folder)
@@ -241,7 +248,7 @@ def test_bfloat16_is_rounded_once_and_the_rounding_reported(
     exact = layer.base_layer.weight.float() + layer.delta_weight("default")
     assert torch.equal(written[f"{name}.weight"], exact.bfloat16())
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged", attn_implementation="eager")
-    with torch.autocast("cpu", dtype=torch.bfloat16):  # as evaluation runs them
+    with torch.autocast("cpu", dtype=torch.bfloat16):
         after, before = (logits(m, batch).double() for m in (plain, model))
     change = record["drift"]["merge"]
     assert change["relative"] == pytest.approx(relative(after, before), rel=1e-9) and 1e-4 < change["relative"] < 0.05

@@ -79,6 +79,18 @@ def test_bad_input_is_refused_before_anything_is_loaded(
     assert world.files() == before
 
 
+def test_the_folder_one_is_in(
+    world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It would be replaced below the user's feet; one in it is fine."""
+    world.adapter("llama")
+    (world.folder / "here").mkdir()
+    monkeypatch.chdir(world.folder / "here")
+    assert merged(world, "--out", ".") == 2
+    check_message(capsys.readouterr().err, ["the folder you are in", "name one in it"])
+    assert merged(world, "--out", "deep/merged") == 0 and Path("deep/merged/merge.json").is_file()
+
+
 # each is met once, with the folder that is being written among its arguments
 STEPS = {
     "weights": (PreTrainedModel, "save_pretrained"),
