@@ -39,6 +39,13 @@ def test_the_demo_shortened(root: Path, tmp_path: Path) -> None:
     assert published["resolvability"]["forward"] < 0.02
     assert large["resolvability"]["forward"] > 0.5
     assert published["resolvability"]["dtype"] == "bfloat16"
+    small, ranlora, aurora = (result(tmp_path / name) for name in ("qlora_small", "ranlora", "aurora"))
+    assert qlora["start_shift"]["relative"] == small["start_shift"]["relative"] == 0
+    assert aurora["start_shift"]["relative"] == 0 and aurora["merge_gap"]["relative"] > 0
+    # the factors come from the unquantised checkpoint, and their last singular vectors move little
+    assert 0 < ranlora["start_shift"]["relative"] < 0.1
+    assert 1 <= ranlora["adapter_parameters"] / small["adapter_parameters"] < 1.01
+    assert "accuracy" in result(tmp_path / "aurora", "evaluation.json")["merged_form"]["metrics"]
 
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{MARKS[0]}\nold\n{MARKS[1]}\nafter\n", encoding="utf-8")

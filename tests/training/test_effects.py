@@ -58,6 +58,22 @@ def test_a_method_that_starts_as_the_base_says_exactly_that(train: Callable, met
 def test_an_untrained_run_has_its_start_too(train: Callable) -> None:
     folder = train("ranlora", **{"training.max_steps": 0})
     assert result(folder)["start_shift"]["relative"] > 1e-6
+    assert not (folder / "metrics.jsonl").exists()
+
+
+def test_the_start_is_measured_in_batches_of_training(train: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those fit on the device; evaluation's default of 32 rows of a large language model may not."""
+    seen = []
+    original = effects.batches
+
+    def watch(*arguments: Any) -> Any:
+        for batch in original(*arguments):
+            seen.append(len(batch["labels"]))
+            yield batch
+
+    monkeypatch.setattr(effects, "batches", watch)
+    train("ranlora", **{"training.batch_size": 12, "training.eval_batch_size": 32})
+    assert seen == [12, 12, 8]
 
 
 def test_measuring_changes_no_weight(train: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,6 +119,17 @@ def test_aurora_keeps_its_two_forms_apart(train: Callable) -> None:
     assert result(folder)["spline"] == {"beyond_grid": shares[-1][0], "beyond_support": shares[-1][1]}
     card = (folder / "adapter/README.md").read_text(encoding="utf-8")
     assert "merging | approximate" in card and "merged form | outputs" in card and "beyond the grid" in card
+    # resumed with no step left to make, the run says the same
+    before = result(folder)
+    (folder / "result.json").unlink()
+    train("aurora", "run", "--resume", **{"training.max_steps": 12, "training.learning_rate": 2e-2})
+    assert {k: result(folder)[k] for k in ("spline", "merge_gap")} == {k: before[k] for k in ("spline", "merge_gap")}
+
+
+def test_a_run_that_diverges_still_leaves_its_results(train: Callable) -> None:
+    folder = train("aurora", **{"training.learning_rate": 1e30})
+    assert result(folder)["last_loss"] is None and result(folder)["merge_gap"]["relative"] is None
+    assert result(folder)["start_shift"]["relative"] == 0
 
 
 def test_aurora_that_trains_what_it_merges_has_no_gap(train: Callable) -> None:

@@ -13,6 +13,7 @@ from curvelora.merging import Merge
 from curvelora.output_change import OutputChange, merge_gap, start_shift
 from curvelora_eval.tasks.base import compute_context, device_of
 from curvelora_training.config import Recipe
+from curvelora_training.run_folder import RunFolder
 
 START_ROWS, GAP_ROWS = 32, 512
 
@@ -26,12 +27,13 @@ def measure_start(model: PeftModel, encoded: Dataset, collate: Callable, batch_s
         return start_shift(model, batches(model, encoded, collate, batch_size, START_ROWS))
 
 
-def measure_gap(
-    model: PeftModel, recipe: Recipe, encoded: Dataset, collate: Callable, batch_size: int
-) -> OutputChange | None:
-    """Change from the adapter to its merged form, on the first rows; None where merging is exact or refused."""
-    if recipe.method.merge(model.peft_config["default"]) is not Merge.APPROXIMATE:
-        return None
+def merges_approximately(recipe: Recipe, model: PeftModel) -> bool:
+    """Whether merging would give another function."""
+    return recipe.method.merge(model.peft_config["default"]) is Merge.APPROXIMATE
+
+
+def measure_gap(model: PeftModel, encoded: Dataset, collate: Callable, batch_size: int) -> OutputChange:
+    """Change from the adapter to its merged form, on the first rows."""
     with compute_context(model):
         return merge_gap(model, batches(model, encoded, collate, batch_size, GAP_ROWS))
 
@@ -42,6 +44,12 @@ def describe_start(shift: OutputChange) -> str:
         return "before training the model with its adapter is the base model"
     loss = "" if shift.reference_loss is None else f" (loss {shift.reference_loss:.4f} -> {shift.changed_loss:.4f})"
     return f"before training the adapter changes the outputs by {100 * shift.relative:.2g} %{loss}"
+
+
+def last_spline(folder: RunFolder) -> dict[str, float] | None:
+    """The last logged shares of spline inputs, also where a resumed run had no step left to make; None without a spline."""
+    shares = {name: folder.logged(f"spline_{name}") for name in ("beyond_grid", "beyond_support")}
+    return None if None in shares.values() else shares
 
 
 def batches(

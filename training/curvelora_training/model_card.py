@@ -53,7 +53,7 @@ def effects(recipe: Recipe, result: dict[str, Any], evaluation: dict[str, Any] |
     """Table rows on the start, on where splines were asked, and on merging."""
     merge = recipe.method.merge(recipe.method.build_config(**recipe.adapter_options()))
     lines = [f"| merging | {merge.value}: {merge.meaning} |"]
-    if (shift := result["start_shift"]) and shift["relative"] > 0:
+    if (shift := result["start_shift"]) and (shift["relative"] or 0) > 0:
         lines.append(f"| before training | outputs {100 * shift['relative']:.2g} % away from the base model's |")
     if gap := result["merge_gap"]:
         merged = (evaluation or {}).get("merged_form", {}).get("metrics", {})

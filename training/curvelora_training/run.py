@@ -13,7 +13,7 @@ from peft import PeftModel
 from transformers import TrainingArguments, set_seed
 
 from curvelora.loading import WEIGHTS_FILE
-from curvelora.merging import Merge, merged_form
+from curvelora.merging import merged_form
 from curvelora_eval.data import fingerprint
 from curvelora_eval.environment import describe_environment
 from curvelora_eval.eval_command import prediction_lines
@@ -22,7 +22,7 @@ from curvelora_eval.models import load_base, load_processor
 from curvelora_eval.spec import write_task
 from curvelora_training.config import Recipe
 from curvelora_training.distributed import check_engine, engine_in_use, rank, trainer_arguments
-from curvelora_training.effects import describe_start, measure_gap, measure_start
+from curvelora_training.effects import describe_start, last_spline, measure_gap, measure_start, merges_approximately
 from curvelora_training.model_card import model_card
 from curvelora_training.prepare import Prepared, attach
 from curvelora_training.run_folder import RunFolder, whole_or_none
@@ -69,12 +69,15 @@ def train(prepared: Prepared, resume: bool = False, overwrite: bool = False) -> 
         folder.write_text("config.yaml", recipe.as_yaml())
         folder.write_json("environment.json", describe_environment())
         folder.forget_after(int(checkpoint.name.rpartition("-")[2]) if checkpoint else -1)
-    collate, size = task.collator(processor), recipe.training.eval_batch_size
+    # measured in batches of training's size: those fit, and evaluation's may not where a model has no test rows
+    collate, size = task.collator(processor), recipe.training.batch_size
+    shift = None
     if checkpoint is None:
         shift = measure_start(model, rows["train"], collate, size)
         if rank() == 0:
-            folder.log({"step": 0, "seconds": 0.0, "start_shift": shift.as_dict()})
             print(describe_start(shift), flush=True)
+            if recipe.training.max_steps != 0:  # an untrained run has no log
+                folder.log({"step": 0, "seconds": 0.0, "start_shift": shift.as_dict()})
 
     timer, log = StepTimer(), RunLog(folder, getattr(torch, recipe.model.dtype))
     trainer = AdapterTrainer(
@@ -97,13 +100,19 @@ def train(prepared: Prepared, resume: bool = False, overwrite: bool = False) -> 
             for callback in trainer.callback_handler.callbacks:
                 if (bar := getattr(callback, "training_bar", None)) is not None:
                     bar.close()
-    probe = task.encode(prepared.rows["test"], processor) if prepared.rows.get("test") else rows["train"]
-    gap = measure_gap(model, recipe, probe, collate, size) if rank() == 0 else None
-    effects = {"start_shift": folder.logged("start_shift"), "merge_gap": gap and gap.as_dict()}
-    result = summary(prepared, trainer, timer, log) | effects | {"engine": engine_in_use(trainer)}
+    result = summary(prepared, trainer, timer, log) | {
+        "engine": engine_in_use(trainer),
+        "start_shift": shift.as_dict() if shift else folder.logged("start_shift"),
+        "merge_gap": None,
+        "spline": last_spline(folder),
+    }
     save_adapter(trainer, prepared, folder)
-    evaluation = score_unseen(prepared, model, processor, folder) if rank() == 0 else None
     if rank() == 0:
+        if merges_approximately(recipe, model):  # after the summary, whose peak memory is that of training
+            test = prepared.rows.get("test")
+            probe = task.encode(test, processor) if test else rows["train"]
+            result["merge_gap"] = measure_gap(model, probe, collate, size).as_dict()
+        evaluation = score_unseen(prepared, model, processor, folder)
         folder.write_text("adapter/README.md", model_card(recipe, result, evaluation))
         folder.write_json("result.json", result)
         print(f"written: {folder.path}")
@@ -205,7 +214,6 @@ def summary(prepared: Prepared, trainer: AdapterTrainer, timer: StepTimer, log: 
         "first_loss": losses[0] if losses else None,
         "last_loss": losses[-1] if losses else None,
         "resolvability": log.measure(trainer.accelerator.unwrap_model(trainer.model)),
-        "spline": log.spline,
         "seed": recipe.seed,
         "compute_dtype": recipe.model.dtype,
         "quantization": recipe.model.quantization,
@@ -234,7 +242,7 @@ def score_unseen(prepared: Prepared, model: PeftModel, processor: Any, folder: R
         return None
     size = prepared.recipe.training.eval_batch_size
     result, predicted = evaluate_rows(model, prepared.task, rows, processor, size)
-    if prepared.recipe.method.merge(model.peft_config["default"]) is Merge.APPROXIMATE:
+    if merges_approximately(prepared.recipe, model):
         # another function, so it gets scores of its own
         with merged_form(model):
             merged, _ = evaluate_rows(model, prepared.task, rows, processor, size)

@@ -129,8 +129,8 @@ class RunFolder:
             raise UserError(f"{self.metrics} cannot be written ({error.strerror}): {RESUMABLE}") from error
 
     def write_json(self, name: str, record: dict[str, Any]) -> None:
-        """Write one of the JSON files, whole or not at all."""
-        write_json(self.path / name, record)
+        """Write one of the JSON files, whole or not at all; as in `log`, NaN and infinity become null: runs may diverge."""
+        write_json(self.path / name, _finite(record))
 
     def write_text(self, name: str, text: str) -> None:
         """Write one of the text files, whole or not at all."""

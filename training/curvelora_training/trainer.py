@@ -151,7 +151,6 @@ class RunLog(TrainerCallback):
         self.folder = folder
         self.dtype = dtype
         self.resolvability: dict[str, Any] | None = None
-        self.spline: dict[str, float] | None = None
         self.grid: GridMonitor | None = None
         self._started = time.perf_counter()
 
@@ -191,8 +190,8 @@ class RunLog(TrainerCallback):
             for name in ("forward", "derivative", "std_u"):
                 if self.resolvability is not None:
                     record[f"resolvability_{name}"] = self.resolvability[name]
-            self.spline = (self.grid.take() if self.grid else None) or self.spline
-            record |= {f"spline_{name}": share for name, share in (self.spline or {}).items()}
+            shares = self.grid.take() if self.grid else None
+            record |= {f"spline_{name}": share for name, share in (shares or {}).items()}
         self.folder.log(record)
 
 
