@@ -73,9 +73,11 @@ def render(record: Record, environment: dict[str, Any], device: str) -> str:
         if any(value is not None for value in values):
             lines.append(row([f"`{case}`", *("–" if value is None else f"{value:.1e}" for value in values)]))
     packages = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
+    processor = environment["hardware"]["cpu" if device == "cpu" else "gpu"]
     lines += [
         "",
-        f"Written by `python -m pytest tests/matrix --record-matrix`, commit {environment['commit']}; {packages}.",
+        f"Written by `python -m pytest tests/matrix --record-matrix`, commit {environment['commit']}, on {processor}; "
+        f"Python {environment['python']}, {packages}.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -24,8 +24,8 @@ STORAGE = {
     "int8": ("int8", torch.float32),
 }
 # Relative error of logits against the same model in fp32 with the base's stored weights: bf16 and fp16 round every layer, int8
-# evaluates with quantised activations. Measured: 2e-7, 1.5e-2, 1e-3, 1e-6, 2e-2.
-BOUNDS = {"fp32": 1e-5, "bf16": 5e-2, "fp16": 1e-2, "NF4, double quantisation": 1e-5, "int8": 6e-2}
+# evaluates with quantised activations. The page has what is measured; the adapter alone moves the logits by 0.3 to 0.7.
+BOUNDS = {"fp32": 1e-5, "bf16": 3e-2, "fp16": 5e-3, "NF4, double quantisation": 1e-5, "int8": 5e-2}
 
 
 def in_fp32(model: nn.Module) -> nn.Module:
@@ -53,7 +53,7 @@ def in_fp32(model: nn.Module) -> nn.Module:
 def test_storage(case, storage, load_llama, ids, measure):
     quantization, dtype = STORAGE[storage]
     torch.manual_seed(0)
-    model = train_a_little(get_peft_model(load_llama(quantization, dtype), case.config()), std=0.02).eval()
+    model = train_a_little(get_peft_model(load_llama(quantization, dtype), case.config())).eval()
     assert all(p.dtype == torch.float32 for p in trainable(model).values())
     found = logits(model, ids)
     assert found.dtype == dtype

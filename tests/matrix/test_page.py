@@ -34,5 +34,7 @@ def test_the_page_has_every_method_and_every_refusal(page):
 
 def test_a_failure_would_be_shown():
     record = Record(outcomes={("theme", "a cell"): {"lora": ["passed", "failed"], "loran": ["passed"] * 3}})
-    shown = render(record, {"versions": {}, "commit": "none", "hardware": {"gpu": None, "cpu": "any"}}, "cpu")
+    environment = {"versions": {}, "commit": "none", "python": "any", "hardware": {"gpu": "a GPU", "cpu": "a CPU"}}
+    shown = render(record, environment, "cpu")
     assert row(["a cell", "**failed**", "–", "3", "–", "–"]) in shown
+    assert "on a CPU" in shown and "on a GPU" in render(record, environment, "cuda")
