@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from curvelora.errors import UserError
 
 
-def unquantised_weight(model: PreTrainedModel, module: str) -> Tensor:
+def unquantised_weight(model: PreTrainedModel, module: str, revision: str | None = None) -> Tensor:
     """Read the weight of `module` as the checkpoint of `model` has it; only this tensor is read.
 
     Args:
         model: names its checkpoint (`model.config._name_or_path`), a folder or a hub name that is in the local cache.
         module: the module's name in `model`.
+        revision: of the checkpoint on the hub; transformers does not tell it.
 
     Raises:
         UserError: there is no such checkpoint, or it has no such weight in floating point.
@@ -27,12 +31,9 @@ def unquantised_weight(model: PreTrainedModel, module: str) -> Tensor:
     if not path:
         raise UserError("the model does not say which checkpoint it was loaded from")
     try:
-        files = _tensor_files(path)
+        files = _tensor_files(path, revision)
         wanted = f"{module}.weight"
-        # a checkpoint of the bare model has no prefix, one with a head has it
-        prefix = f"{getattr(model, 'base_model_prefix', '')}."
-        names = (wanted, wanted.removeprefix(prefix), prefix + wanted)
-        name = next((name for name in names if name in files), None)
+        name = _stored_name(model, wanted, files)
         if name is None:
             raise UserError(f"the checkpoint {path} has no tensor {wanted}")
         with safe_open(str(files[name]), framework="pt") as file:
@@ -48,11 +49,22 @@ def unquantised_weight(model: PreTrainedModel, module: str) -> Tensor:
     return weight
 
 
-def _tensor_files(path: str) -> dict[str, Path]:
+def _stored_name(model: PreTrainedModel, wanted: str, names: Iterable[str]) -> str | None:
+    """The name in the checkpoint of the tensor that is `wanted` in `model`; None where there is none."""
+    # transformers 5 has renamed modules of many architectures, and checkpoints keep the old names
+    renamings = [step for step in get_model_conversion_mapping(model) if isinstance(step, WeightRenaming)]
+    stored = {rename_source_key(name, renamings, [])[0]: name for name in names}
+    # a checkpoint of the bare model has no prefix, one with a head has it
+    prefix = f"{model.base_model_prefix}."
+    found = (stored.get(name) for name in (wanted, wanted.removeprefix(prefix), prefix + wanted))
+    return next((name for name in found if name is not None), None)
+
+
+def _tensor_files(path: str, revision: str | None) -> dict[str, Path]:
     """Tensor name -> the file that holds it."""
-    index = cached_file(path, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)
+    index = cached_file(path, SAFE_WEIGHTS_INDEX_NAME, revision=revision, _raise_exceptions_for_missing_entries=False)
     if index is None:
-        whole = Path(cached_file(path, SAFE_WEIGHTS_NAME))
+        whole = Path(cached_file(path, SAFE_WEIGHTS_NAME, revision=revision))
         with safe_open(str(whole), framework="pt") as file:
             return dict.fromkeys(file.keys(), whole)
     folder = Path(index).parent

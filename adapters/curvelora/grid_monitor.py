@@ -22,8 +22,7 @@ class GridMonitor:
 
     def __init__(self, model: nn.Module, adapter: str = "default") -> None:
         self.adapter = adapter
-        self.counts: Tensor | None = None  # beyond the grid, beyond the support
-        self.total = 0
+        self.counts: Tensor | None = None  # beyond the grid, beyond the support, all
         for module in model.modules():
             if isinstance(module, AuroraLayer) and adapter in module.aurora_spline:
                 module.grid_monitor = self
@@ -35,14 +34,16 @@ class GridMonitor:
             return
         beyond_grid = (z < grid.low) | (z > grid.high)
         beyond_support = (z < grid.support[0]) | (z > grid.support[1])
-        found = torch.stack([beyond_grid.sum(), beyond_support.sum()])
-        self.counts = found if self.counts is None else self.counts + found.to(self.counts.device)
-        self.total += z.numel()
+        # a count on the device: a Python number would make torch.compile start again with every pass
+        found = torch.stack([beyond_grid.sum(), beyond_support.sum(), beyond_grid.sum().new_full((), z.numel())])
+        if self.counts is None:
+            self.counts = torch.zeros_like(found)
+        self.counts += found.to(self.counts.device)
 
     def take(self) -> dict[str, float] | None:
         """Shares of inputs `beyond_grid` and `beyond_support` since the last call; None where there were none."""
-        if not self.total:
+        grid, support, total = (0, 0, 0) if self.counts is None else self.counts.tolist()
+        if not total:
             return None
-        grid, support = (self.counts.double() / self.total).tolist()
-        self.counts, self.total = None, 0
-        return {"beyond_grid": grid, "beyond_support": support}
+        self.counts.zero_()
+        return {"beyond_grid": grid / total, "beyond_support": support / total}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import math
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -61,10 +61,17 @@ class LowRankConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list | tuple):
                 setattr(self, name, set(getattr(self, name)))
+        for name in ("rank_pattern", "alpha_pattern"):
+            if not isinstance(getattr(self, name) or {}, dict):
+                raise UserError(
+                    f"{name} must map module names to numbers, not be {getattr(self, name)!r}: write for example "
+                    f"{name}: {{q_proj: 4}}"
+                )
         for rank in (self.r, *(self.rank_pattern or {}).values()):
             if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
                 raise UserError(f"rank must be a whole number of at least 1, not {rank!r}: write for example r=8")
-        for alpha in (self.alpha, *(self.alpha_pattern or {}).values()):
+        alphas = [] if self.alpha is None and self.alpha_per_rank else [self.alpha]
+        for alpha in (*alphas, *(self.alpha_pattern or {}).values()):
             if not is_number(alpha) or alpha <= 0:
                 raise UserError(f"alpha must be a positive number, not {alpha!r}: the adapter is scaled by alpha / r")
         if not is_number(self.dropout) or not 0 <= self.dropout < 1:
@@ -76,10 +83,13 @@ class LowRankConfig(PeftConfig):
                 "layers_to_transform needs target_modules as a list of names; write the layers into the pattern"
             )
 
+    # alpha = this times r where alpha is None, with the rank of each module; None where alpha has to be given
+    alpha_per_rank: ClassVar[float | None] = None
+
     @property
     def scale(self) -> float:
         """s = alpha / r."""
-        return self.alpha / self.r
+        return self.alpha_per_rank if self.alpha is None else self.alpha / self.r
 
     @property
     def merge(self) -> Merge:
@@ -104,8 +114,15 @@ class LowRankConfig(PeftConfig):
 
 
 def is_number(value: Any) -> bool:
-    """Whether `value` is a finite number; True and False are none."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether `value` is a finite number that fits into a float; True and False are none."""
+    # NaN compares false, and a whole number beyond the range of floats compares right
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def check_switch(name: str, value: Any) -> None:
+    """Raise `UserError` where the option `name` is neither True nor False."""
+    if not isinstance(value, bool):
+        raise UserError(f"{name} must be true or false, not {value!r}")
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
@@ -123,6 +140,22 @@ class AdapterModel(BaseTuner):
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         super()._pre_injection_hook(model, config, adapter_name)
         keep_4bit_layout(model)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As PEFT has it, but a refusal leaves no adapter behind.
+
+        PEFT would take the layers that were there before the refusal for an adapter of before, and on the next attempt keep
+        what trained then: the whole base.
+        """
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except Exception:
+            for name, layer in list(model.named_modules()):
+                if isinstance(layer, self.tuner_layer_cls):
+                    layer.delete_adapter(adapter_name)
+                    if not layer.configs:
+                        model.set_submodule(name, layer.base_layer)
+            raise
 
     def _create_and_replace(
         self,
@@ -152,12 +185,36 @@ class AdapterModel(BaseTuner):
         with rows_with_adapters(self.model, adapter_names, kwargs.get("num_beams") or 1):
             yield
 
-    def _check_merge_allowed(self) -> None:
-        super()._check_merge_allowed()
-        # before the first layer is touched; a layer looks again, for adapters that are named and not active
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """Put `new_module` in the place of `child`; its tensors are where they belong (PEFT would move meta tensors)."""
+        setattr(parent, child_name, new_module)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """As PEFT has it, after every layer was asked, so that a refusal leaves every weight as it was.
+
+        Raises:
+            UserError: one of the adapters (the active ones where none is named) cannot be merged, or only approximately.
+        """
+        self._check_merge(adapter_names)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def _unload_and_optionally_merge(
+        self, merge: bool = True, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
+    ) -> nn.Module:
+        if merge:
+            self._check_merge(adapter_names)
+        return super()._unload_and_optionally_merge(merge, *args, adapter_names=adapter_names, **kwargs)
+
+    def _check_merge(self, adapter_names: list[str] | None) -> None:
         for module in self.model.modules():
             if isinstance(module, AdapterLayer):
-                module.check_merge([name for name in module.active_adapters if name in module.configs])
+                names = module.active_adapters if adapter_names is None else adapter_names
+                if own := [name for name in names if name in module.configs]:
+                    module.check_merge(own)
+                    module.check_takes_update()
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
         quantised = {
             m.quantization_backend.backend_name
             for m in self.model.modules()

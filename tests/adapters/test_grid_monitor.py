@@ -47,6 +47,17 @@ def test_evaluation_does_not_count(layer):
     assert monitor.take() is None
 
 
+def test_a_compiled_layer_counts_without_starting_again(layer):
+    monitor, x = GridMonitor(layer), torch.tensor([[0.5, -1.5]])
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    with torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True):
+        for _ in range(3):  # of logging, with passes in between
+            for _ in range(4):
+                compiled(x).sum().backward()
+            assert monitor.take() == {"beyond_grid": 1 / 2, "beyond_support": 0}
+
+
 def test_it_changes_no_number(layer):
     x = torch.randn(4, 2)
     before = layer(x)

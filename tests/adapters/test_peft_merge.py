@@ -99,13 +99,14 @@ def test_a_bf16_base_is_summed_in_fp32_and_rounded_once(loran_layer):
     assert layer.base_layer.weight.dtype == torch.bfloat16 and torch.equal(layer.base_layer.weight, expected)
 
 
-def test_safe_merge_refuses_what_is_not_finite(loran_layer):
+@pytest.mark.parametrize(("dtype", "value"), [(torch.float32, float("nan")), (torch.float16, 1e7)])
+def test_safe_merge_refuses_what_is_not_finite(loran_layer, dtype, value):
+    """Also where the sum is finite in fp32 and not in the base's own dtype."""
     layer = loran_layer(37, 53, r=3)
+    layer.base_layer.to(dtype)
     weight = layer.base_layer.weight.clone()
-    layer.factors("default")[1].data[0, 0] = float("nan")
-    with pytest.raises(
-        ValueError, match=r"\['default'\] into module 'layer' gives NaN or infinite weights; nothing was merged"
-    ):
+    layer.factors("default")[1].data[0, 0] = value
+    with pytest.raises(ValueError, match=r"\['default'\] into module 'layer' gives NaN or infinite weights"):
         layer.merge(safe_merge=True)
     assert torch.equal(layer.base_layer.weight, weight) and not layer.merged
 

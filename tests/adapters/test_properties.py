@@ -20,6 +20,15 @@ def test_variants_of_lora_train_as_many_entries_as_declared(llama, options):
     assert count == sum(METHODS["lora"].trainable_parameters(config, *shape) for shape in ADAPTED)
 
 
+@pytest.mark.parametrize("init", [True, False, "gaussian", "olora", "orthogonal", "pissa", "pissa_niter_4"])
+def test_starts_of_lora_are_as_declared(llama, token_ids, init):
+    config = METHODS["lora"].build_config(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=init)
+    with torch.no_grad():
+        base = llama()(token_ids).logits
+        shift = (get_peft_model(llama(), config).eval()(token_ids).logits - base).norm() / base.norm()
+    assert shift < 1e-5 if METHODS["lora"].identity_at_init(config) else shift > 0.1
+
+
 def test_linear_probing_trains_the_head_alone_and_starts_as_the_base(bert, token_ids):
     method = METHODS["linear_probing"]
     config = method.build_config(modules_to_save=["classifier"])

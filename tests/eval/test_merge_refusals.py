@@ -151,5 +151,5 @@ def test_an_adapter_with_nan_is_not_merged(world: World, capsys: pytest.CaptureF
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     before = world.files()
     assert merged(world) == 2
-    check_message(capsys.readouterr().err, ["NaN or infinite weights; nothing was merged"])
+    check_message(capsys.readouterr().err, ["NaN or infinite weights"])
     assert world.files() == before

@@ -81,6 +81,8 @@ VARIANTS = [
     Case("aurora", {"r": 3, "activation": "sigmoid", "grid_size": 3, "spline_order": 2, "grid_limit": 2.0}),
 ]
 CASES = [*MAIN, *VARIANTS]
+# the main cases of this package's own methods
+OURS = [case for case in MAIN if case.entry.provided_by == "curvelora"]
 
 # Methods of the registry that put no layer into the model; they have tests of their own.
 WITHOUT_LAYERS = {"linear_probing"}

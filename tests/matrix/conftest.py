@@ -86,6 +86,14 @@ def adapted(base: Callable[[Case], nn.Module]) -> Callable[..., PeftModel]:
 
 
 @pytest.fixture
+def two(case, adapted):
+    """A model with the adapters "default" (active) and "second", which is of another rank and on k_proj too."""
+    model = adapted(case)
+    model.add_adapter("second", case.config(r=2, target_modules=["q_proj", "k_proj"]))
+    return models.train_a_little(model, seed=5, adapter="second").eval()
+
+
+@pytest.fixture
 def measure(record_property: Callable[[str, object], None]) -> Callable[[str, float], None]:
     """-> measure(name, value): put a figure on the matrix page."""
     return lambda name, value: record_property("measured", (name, value))

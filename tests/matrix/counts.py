@@ -49,7 +49,7 @@ TARGETS = {"llama": QV_LLAMA, "roberta": ["query", "value"], "vit": ["q_proj", "
 PUBLISHED = [
     *(("llama3-8b", "lora", {"r": r, "target_modules": FIVE_LLAMA}, 1_769_472 * r) for r in (2, 4, 8, 16, 32)),
     ("llama3-8b", "aurora", {"r": 2, "target_modules": FIVE_LLAMA}, 3_542_144),
-    ("llama3-8b", "ranlora", {"r": 2, "target_modules": FIVE_LLAMA}, 3_539_264),
+    *(("llama3-8b", "ranlora", {"r": r, "target_modules": FIVE_LLAMA}, 1_769_632 * r) for r in (2, 4, 8, 16)),
     ("llama2-7b", "loran", {"r": 64}, 33_554_432),
     ("llama2-7b", "lora", {"r": 64}, 33_554_432),
     ("llama2-7b", "qlora", {"r": 64}, 33_554_432),

@@ -47,7 +47,8 @@ def loran(t: Tensors, config: Any, x: Tensor) -> Tensor:
 
 def ranlora(t: Tensors, config: Any, x: Tensor) -> Tensor:
     """s B(v * phi(A x)) - B0 A0 x."""
-    s = {"none": 1.0}.get(config.scale_position, config.alpha / config.r)
+    alpha = 2 * config.r if config.alpha is None else config.alpha
+    s = {"none": 1.0}.get(config.scale_position, alpha / config.r)
     phi, v = F[config.activation], t.get("v", 1.0)
     z = x @ t["A"].T
     added = (v * (phi(s * z) if config.scale_position == "inside" else s * phi(z))) @ t["B"].T

@@ -12,6 +12,15 @@ from torch import Tensor, nn
 IDS = torch.randint(1, 96, (2, 7), generator=torch.Generator().manual_seed(1))
 PIXELS = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
 
+# how a base is stored: -> (quantisation, dtype in which it computes)
+STORAGE = {
+    "fp32": ("none", torch.float32),
+    "bf16": ("none", torch.bfloat16),
+    "fp16": ("none", torch.float16),
+    "NF4, double quantisation": ("nf4", torch.float32),
+    "int8": ("int8", torch.float32),
+}
+
 
 def llama(seed: int = 0) -> nn.Module:
     """A decoder with grouped-query attention: k and v are narrower than q. 128 wide, so that NF4 packs it."""

@@ -40,6 +40,26 @@ MIXED_TRAINING = Refusal(
     "`adapter_names` chooses an adapter for each row at inference only, as PEFT has it for LoRA",
     "adapter_names.*(training mode|inference only)",
 )
+MIXED_NAMES = Refusal(
+    "rows with an adapter that does not exist, or not one name a row",
+    "a row without its adapter would silently be the base model's",
+    "thrid|names for a batch of 2 rows|Length of `adapter_names`",
+)
+MIXED_MERGED = Refusal(
+    "rows with adapters of their own while an adapter is merged",
+    "a merged adapter is in the weight, and so in every row; `unmerge_adapter()` takes it out",
+    "adapter_names.*(not merged|merged adapters)",
+)
+LAYERS_OF_A_PATTERN = Refusal(
+    "`layers_to_transform` with a pattern or `all-linear`, `layers_pattern` without `layers_to_transform`",
+    "layers are counted among listed names; a pattern can say them itself",
+    "layers_to_transform.*(target_modules as a list|is a str)|layers_pattern.*layers_to_transform",
+)
+NOTHING_LEFT = Refusal(
+    "RanLoRA's init K with v of zeros; AuroRA with neither F nor L",
+    "the first would never train (A, B and v have no gradient), the second is LoRA",
+    "nothing would ever train|leave no nonlinearity",
+)
 NOT_LINEAR = Refusal(
     "embeddings, norms, convolutions as targets of this package's methods",
     "the methods are defined for linear layers; PEFT's LoRA adapts embeddings and convolutions too",
@@ -55,13 +75,41 @@ QUANTISED_WITHOUT_WEIGHT = Refusal(
     "its factors come from the unquantised weight; `svd_source: dequantised` allows the other",
     "is quantised, and its factors come from the unquantised weight.*svd_source: dequantised",
 )
+UNREADABLE_WEIGHT = Refusal(
+    "RanLoRA (init R, P) on a base whose quantiser cannot be read back (GPTQ, AWQ and others that PEFT only runs forward)",
+    "its factors come from the weight, and there is none to take or to compare with; init K and the other methods work",
+    "is quantised with .*cannot be read back",
+)
+FORWARD_ONLY = Refusal(
+    "merging into such a base",
+    "the quantiser cannot store a changed weight; the adapter merges into the unquantised base (`curvelora merge`)",
+    "which cannot take an update.*unquantised base",
+)
+REORDERED = Refusal(
+    "merging into, or taking factors from, a 4-bit layer that was evaluated on a CPU with AVX512-BF16 before it had an adapter",
+    "bitsandbytes stores its codes in another order then, which cannot be read back; add the adapter first",
+    "stores its 4-bit weight in another order",
+)
+WEIGHT_WITH_ANOTHER = Refusal(
+    "RanLoRA (init R, P) while another adapter is merged",
+    "its factors would be those of the changed weight; `unmerge_adapter()` first",
+    "adapters are merged into it.*unmerge_adapter",
+)
 REFUSALS = [
     IMPOSSIBLE_MERGE,
     UNASKED_APPROXIMATION,
     MIXED_TRAINING,
+    MIXED_NAMES,
+    MIXED_MERGED,
+    LAYERS_OF_A_PATTERN,
     NOT_LINEAR,
     RANK_ABOVE_LAYER,
+    NOTHING_LEFT,
     QUANTISED_WITHOUT_WEIGHT,
+    UNREADABLE_WEIGHT,
+    FORWARD_ONLY,
+    REORDERED,
+    WEIGHT_WITH_ANOTHER,
 ]
 
 

@@ -6,23 +6,18 @@ import copy
 
 import pytest
 import torch
-from cases import MAIN
+from cases import MAIN, OURS, Case
 from formulas import FORMULAS
-from models import adapted_layers, gpt2, llama, logits, relative, tensors_of, train_a_little, trainable
+from models import STORAGE, adapted_layers, gpt2, llama, logits, relative, tensors_of, train_a_little, trainable
 from peft import get_peft_model
+from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend
+from refusals import FORWARD_ONLY, REORDERED, UNREADABLE_WEIGHT, merge_refusal
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from curvelora.merging import Merge
 
 every_method = pytest.mark.parametrize("case", MAIN, ids=str)
-STORAGE = {
-    "fp32": ("none", torch.float32),
-    "bf16": ("none", torch.bfloat16),
-    "fp16": ("none", torch.float16),
-    "NF4, double quantisation": ("nf4", torch.float32),
-    "int8": ("int8", torch.float32),
-}
 # Relative error of logits against the same model in fp32 with the base's stored weights: bf16 and fp16 round every layer, int8
 # evaluates with quantised activations. The page has what is measured; the adapter alone moves the logits by 0.3 to 0.7.
 BOUNDS = {"fp32": 1e-5, "bf16": 3e-2, "fp16": 5e-3, "NF4, double quantisation": 1e-5, "int8": 5e-2}
@@ -126,7 +121,7 @@ def test_conv1d(case, ids, device):
 
 
 @pytest.mark.cell("bases", "on a bf16 base the tensors are never rounded to bf16, not even on the way")
-@pytest.mark.parametrize("case", [c for c in MAIN if c.entry.provided_by == "curvelora"], ids=str)
+@pytest.mark.parametrize("case", OURS, ids=str)
 def test_never_rounded(case):
     """PEFT casts bf16 tensors up again, but what rounding lost would not come back."""
     torch.manual_seed(0)
@@ -135,3 +130,60 @@ def test_never_rounded(case):
         tensors = tensors_of(layer)
         assert all(t.dtype == torch.float32 for t in tensors.values())
         assert not torch.equal(tensors["A"], tensors["A"].bfloat16().float())
+
+
+@pytest.mark.cell("bases", "the whole model cast to {dtype} after training: runs, near fp32, and merges as before")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("case", [c for c in MAIN if not c.entry.required_quantization], ids=str)
+def test_cast(case, dtype, adapted, ids):
+    model = adapted(case)
+    wanted = logits(model, ids)
+    model.to(getattr(torch, dtype))
+    found = logits(model, ids)
+    assert found.dtype == getattr(torch, dtype) and relative(found, wanted) < {"bfloat16": 0.03, "float16": 5e-3}[dtype]
+    if case.entry.merge(case.config()) is Merge.EXACT:
+        model.merge_adapter()
+        assert relative(logits(model, ids), wanted) < {"bfloat16": 0.03, "float16": 5e-3}[dtype]
+
+
+class Packed(nn.Module):
+    """Stands for a layer of GPTQ (qweight) or HQQ (W_q), whose weight has another name and cannot be read back."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.in_features, self.out_features = 32, 16
+        self.register_buffer(name, torch.zeros(4, 16, dtype=torch.int32))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x[..., :16]
+
+
+@pytest.mark.cell("bases", "a base that PEFT only runs forward (GPTQ, AWQ and others; stands in): right, never merged")
+@pytest.mark.parametrize("name", ["qweight", "W_q"])
+@pytest.mark.parametrize("case", [*OURS, Case("ranlora", {"r": 4, "init": "K"})], ids=str)
+def test_forward_only(case, name, monkeypatch, refused):
+    backend = ForwardOnlyQuantizationBackend("gptq")
+    monkeypatch.setattr("curvelora.layers.adapter_layer.resolve_quantization_backend", lambda base: backend)
+    if getattr(case.config(), "init", "K") != "K":
+        for source in ("unquantised", "dequantised"):
+            with refused(UNREADABLE_WEIGHT):
+                one_layer(case, Packed(name), svd_source=source)
+        return
+    layer = one_layer(case, Packed(name)).double()
+    x = torch.randn(3, 32, dtype=torch.float64)
+    torch.testing.assert_close(layer(x), x[:, :16] + FORMULAS[case.method](tensors_of(layer), case.config(), x))
+    with refused(merge_refusal(case) or FORWARD_ONLY):
+        layer.merge()
+
+
+@pytest.mark.cell("bases", "a 4-bit layer that bitsandbytes has reordered before (simulated): no merge, no factors from it")
+@pytest.mark.parametrize("case", [*OURS[:2], Case("aurora", {"r": 4, "mode": "static"})], ids=str)
+def test_reordered(case, load_llama, refused):
+    base = load_llama("nf4")
+    for layer in base.model.layers:  # v_proj: the first to be adapted is as it should be
+        layer.self_attn.v_proj.weight.quant_state.packing_format_for_cpu = True
+    before = {name: p.detach().clone() for name, p in base.named_parameters()}
+    with refused(REORDERED):
+        get_peft_model(base, case.config()).merge_adapter()
+    after = {name.replace(".base_layer", ""): p for name, p in base.named_parameters()}
+    assert all(torch.equal(after[name], value) for name, value in before.items())

@@ -5,13 +5,18 @@ from __future__ import annotations
 import models
 import pytest
 import torch
-from cases import MAIN
+from cases import MAIN, OURS
 from models import IDS, PIXELS, adapted_layers, llama, logits, relative, tensors_of, train_a_little, trainable
 from peft import PeftModel, get_peft_model
-from refusals import NOT_LINEAR, QUANTISED_WITHOUT_WEIGHT, RANK_ABOVE_LAYER
+from refusals import (
+    LAYERS_OF_A_PATTERN,
+    NOT_LINEAR,
+    NOTHING_LEFT,
+    QUANTISED_WITHOUT_WEIGHT,
+    RANK_ABOVE_LAYER,
+)
 
 every_method = pytest.mark.parametrize("case", MAIN, ids=str)
-OURS = [case for case in MAIN if case.entry.provided_by == "curvelora"]
 our_methods = pytest.mark.parametrize("case", OURS, ids=str)
 Q = [f"model.layers.{i}.self_attn.q_proj" for i in range(2)]
 V = [f"model.layers.{i}.self_attn.v_proj" for i in range(2)]
@@ -138,6 +143,54 @@ def test_rank_above_the_layer(case, refused):
     assert "r=65" in str(caught.value) and "=64 of module 'model.layers.0.self_attn.v_proj'" in str(caught.value)
 
 
+@pytest.mark.cell("bad input", "a refused adapter leaves nothing behind, and the next one trains alone")
+@our_methods
+def test_after_a_refusal(case, ids, refused):
+    """q_proj takes rank 65 and v_proj does not; PEFT would find q_proj adapted already and keep the whole base training."""
+    base, before = llama(), logits(llama(), ids)
+    with refused(RANK_ABOVE_LAYER):
+        get_peft_model(base, case.config(r=65))
+    assert not adapted_layers(base) and torch.equal(logits(base, ids), before)
+    model = get_peft_model(base, case.config())
+    assert all(".default" in name for name in trainable(model))
+    state, names = {n: t.clone() for n, t in model.state_dict().items()}, set(trainable(model))
+    with refused(RANK_ABOVE_LAYER):
+        model.add_adapter("second", case.config(r=65, target_modules=["k_proj", "q_proj", "v_proj"]))
+    after = model.state_dict()
+    assert after.keys() == state.keys() and all(torch.equal(after[n], t) for n, t in state.items())
+    assert set(trainable(model)) == names and list(model.peft_config) == ["default"]
+
+
+@pytest.mark.cell("bad input", "layers counted in a pattern, or counted nowhere")
+@every_method
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": "all-linear", "layers_to_transform": [0]},
+        {"target_modules": r".*q_proj", "layers_to_transform": [0]},
+        {"layers_pattern": "layers"},
+    ],
+    ids=str,
+)
+def test_layers_of_a_pattern(case, options, refused):
+    with refused(LAYERS_OF_A_PATTERN):
+        case.config(**options)
+
+
+@pytest.mark.cell("bad input", "settings that leave nothing to train, or nothing nonlinear")
+@pytest.mark.parametrize(
+    ("case", "options"),
+    [
+        (next(c for c in MAIN if c.method == "ranlora"), {"init": "K", "v_init": "zeros"}),
+        (next(c for c in MAIN if c.method == "aurora"), {"fixed": False, "learnable": False}),
+    ],
+    ids=str,
+)
+def test_nothing_left(case, options, refused):
+    with refused(NOTHING_LEFT):
+        case.config(**options)
+
+
 VALUES = {
     "rank 0": ({"r": 0}, "at least 1, not 0"),
     "rank of a half": ({"r": 2.5}, "whole number of at least 1, not 2.5"),
@@ -147,7 +200,8 @@ VALUES = {
     "dropout 1": ({"dropout": 1.0}, "below 1, not 1.0"),
     "dropout negative": ({"dropout": -0.1}, "not -0.1"),
     "rank pattern": ({"rank_pattern": {"q": -1}}, "not -1"),
-    "layers for a pattern": ({"target_modules": "all-linear", "layers_to_transform": [0]}, "target_modules as a list"),
+    "rank pattern of a list": ({"rank_pattern": [4]}, "rank_pattern must map"),
+    "alpha beyond floats": ({"alpha": 10**400}, "positive number"),
     "activation": ({"activation": "tahn"}, "unknown activation 'tahn'; did you mean 'tanh'"),
     "unknown option": ({"rnak": 4}, "has no option 'rnak'; did you mean 'rank_pattern'|has no option 'rnak'"),
 }

@@ -7,6 +7,7 @@ the output (`adapter_output`), and, where it merges, what it adds to the weight 
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -15,7 +16,13 @@ from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
 
 from curvelora.errors import UserError
-from curvelora.layers.base_weight import is_transposed, linear_shape, refuse_reordered_4bit, snapshot
+from curvelora.layers.base_weight import (
+    device_of_weight,
+    is_transposed,
+    linear_shape,
+    refuse_reordered_4bit,
+    snapshot,
+)
 from curvelora.merging import Merge, approximate_is_allowed
 from curvelora.precision import at_least_fp32
 
@@ -79,14 +86,27 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
                 f"rank r={config.r} is above min(d_in, d_out)={limit} of module {self.name!r} "
                 f"({self.out_features} x {self.in_features}): write r <= {limit} or leave this module out"
             )
+        for name in (*self.adapter_layer_names, *self.other_param_names):
+            if adapter in (own := getattr(self, name)):  # one that had this name may have had other tensors
+                del own[adapter]
         self.create_parameters(adapter, config, model)
         self.configs[adapter] = config
-        for name in (*self.adapter_layer_names, *self.other_param_names):
-            tensor = getattr(self, name)[adapter] if name != "configs" and adapter in getattr(self, name) else None
-            # meta: PEFT's low_cpu_mem_usage, or a model of which only the shapes are wanted
-            if tensor is not None and "meta" not in (tensor.device.type, self.weight.device.type):
-                tensor.data = tensor.data.to(self.weight.device)
+        self._move_adapter_to_device_of_base_layer(adapter)
         self.set_adapter(self.active_adapters or [adapter], inference_mode=config.inference_mode)
+
+    def tensors(self, adapter: str) -> Iterator[Tensor]:
+        """The tensors of `adapter`, trainable and frozen."""
+        for name in (*self.adapter_layer_names, *self.other_param_names):
+            if name != "configs" and adapter in getattr(self, name):
+                yield getattr(self, name)[adapter]
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """PEFT's own casts to the base's dtype too, which would round what must stay fp32."""
+        device = device or device_of_weight(self.get_base_layer())
+        for tensor in self.tensors(adapter_name):
+            # meta: PEFT's low_cpu_mem_usage, or a model of which only the shapes are wanted
+            if "meta" not in (tensor.device.type, device.type):
+                tensor.data = tensor.data.to(device)
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         """x: (..., d_in) -> (..., d_out), in the base layer's output dtype; see `mixed_batch` for `adapter_names`."""
@@ -119,6 +139,16 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
                 output[rows] += self.adapter_output(name, x[rows]).to(output.dtype)
         return output
 
+    def check_takes_update(self) -> None:
+        """Raise `UserError` where the base weight cannot be written."""
+        backend = self.quantization_backend
+        if backend is not None and not backend.supports_merge:
+            raise UserError(
+                f"module {self.name!r} is quantised with {backend.backend_name}, which cannot take an update: keep the adapter, "
+                "or merge it into the unquantised base"
+            )
+        refuse_reordered_4bit(self.get_base_layer(), self.name)
+
     def check_merge(self, adapters: list[str]) -> None:
         """Raise `UserError` where one of `adapters` cannot be merged, or only approximately and nobody has allowed that."""
         for adapter in adapters:
@@ -140,7 +170,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         """Add the adapters' weights to the base weight: summed in fp32, rounded once to the base's own dtype.
 
         Args:
-            safe_merge: refuse, and leave the base as it was, where the sum has NaN or infinite entries.
+            safe_merge: refuse, and leave this layer as it was, where the sum has NaN or infinite entries.
             adapter_names: which adapters; the active ones by default.
 
         Raises:
@@ -151,24 +181,20 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         if not names:
             return
         self.check_merge(names)
-        backend = self.quantization_backend
-        if backend is not None and not backend.supports_merge:
-            raise UserError(
-                f"module {self.name!r} is quantised with {backend.backend_name}, which cannot take an update"
-            )
+        self.check_takes_update()
         base_layer = self.get_base_layer()
-        refuse_reordered_4bit(base_layer, self.name)
         restore = snapshot(base_layer)
         weight = self.get_base_weight()
         total = weight.to(at_least_fp32(weight.dtype))
         for adapter in names:
             delta = self.delta_weight(adapter)
             total = total + (delta.T if is_transposed(base_layer) else delta)
+        total = total.to(weight.dtype)
         if safe_merge and not torch.isfinite(total).all():
             raise ValueError(
-                f"merging {names} into module {self.name!r} gives NaN or infinite weights; nothing was merged"
+                f"merging {names} into module {self.name!r} gives NaN or infinite weights, so it was left as it was"
             )
-        self.set_base_weight(total.to(weight.dtype))
+        self.set_base_weight(total)
         self.merged_adapters.extend(names)
         self._restore_base = self._restore_base or restore
 

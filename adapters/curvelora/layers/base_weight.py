@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from itertools import chain
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -36,6 +38,34 @@ def linear_shape(base_layer: nn.Module, name: str) -> tuple[int, int]:
     return d_in, d_out
 
 
+def device_of_weight(base_layer: nn.Module) -> torch.device:
+    """Where the weight of a linear layer lies, under whichever name its quantiser keeps it (GPTQ qweight, HQQ W_q)."""
+    named = (getattr(base_layer, name, None) for name in ("qweight", "W_q", "weight"))
+    tensors = chain((t for t in named if t is not None), base_layer.parameters(), base_layer.buffers())
+    return next(tensors).device
+
+
+def requantised(base_layer: nn.Module, weight: Tensor) -> Tensor | None:
+    """What the quantiser of a bitsandbytes layer makes of `weight` (d_out, d_in), dequantised; None for other quantisers."""
+    kind = type(base_layer).__name__
+    if kind not in ("Linear4bit", "Linear8bitLt"):
+        return None
+    from bitsandbytes import functional as bnb
+
+    if kind == "Linear8bitLt":
+        codes, row_scales, _ = bnb.int8_vectorwise_quant(weight.half())
+        return codes.float() * row_scales.float()[:, None] / 127
+    own = base_layer.weight.quant_state
+    return bnb.dequantize_4bit(
+        *bnb.quantize_4bit(
+            weight.to(own.dtype),
+            blocksize=own.blocksize,
+            quant_type=own.quant_type,
+            compress_statistics=own.nested,
+        )
+    )
+
+
 def keep_4bit_layout(model: nn.Module) -> None:
     """Stop bitsandbytes (0.50) from reordering 4-bit codes when a layer is first evaluated on a CPU with AVX512-BF16.
 
@@ -49,7 +79,8 @@ def keep_4bit_layout(model: nn.Module) -> None:
 
 def refuse_reordered_4bit(base_layer: nn.Module, name: str) -> None:
     """Raise `UserError` where that has happened already: the layer was evaluated before `keep_4bit_layout`."""
-    if getattr(getattr(base_layer.weight, "quant_state", None), "packing_format_for_cpu", False):
+    state = getattr(getattr(base_layer, "weight", None), "quant_state", None)
+    if getattr(state, "packing_format_for_cpu", False):
         raise UserError(
             f"module {name!r} was evaluated on the CPU before the adapter was added, and bitsandbytes then stores its 4-bit "
             "weight in another order, which cannot be read back: load the base model again and add the adapter first"
@@ -76,10 +107,12 @@ def _restore(
     attributes: dict[str, Any],
     state_attributes: dict[str, Any],
 ) -> None:
-    device = base_layer.weight.device
+    current = base_layer.weight
     vars(weight).update(attributes)
     if state_attributes:
         vars(base_layer.state).update(state_attributes)
     if vars(base_layer).get("_parameters", {}).get("weight") is not weight:  # a quantiser replaced the parameter
         base_layer.weight = weight
-    weight.data = data if data.device == device else data.to(device)
+    # the model may have been moved or cast while it was merged; packed weights are integers, which are never cast
+    cast = data.is_floating_point() and current.is_floating_point()
+    weight.data = data.to(current.device, current.dtype if cast else data.dtype)

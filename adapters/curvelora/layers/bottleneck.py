@@ -104,6 +104,7 @@ class BottleneckLayer(AdapterLayer):
     def delta_weight(self, adapter: str) -> Tensor:
         """B m(A) - B0 A0: (d_out, d_in), fp32 or wider; the update itself where m is linear, AuroRA's merged form where not."""
         (_, B), removed = self.factors(adapter), self.removed(adapter)
+        work = at_least_fp32(B.dtype)
         with exact_products(B.device):
-            delta = B.to(at_least_fp32(B.dtype)) @ self.mapped_A(adapter)
-            return delta if removed is None else delta - removed[1] @ removed[0]
+            delta = B.to(work) @ self.mapped_A(adapter)
+            return delta if removed is None else delta - removed[1].to(work) @ removed[0].to(work)

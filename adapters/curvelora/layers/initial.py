@@ -10,10 +10,13 @@ from torch import Tensor, nn
 from curvelora.checkpoint import unquantised_weight
 from curvelora.errors import UserError
 from curvelora.layers.adapter_layer import AdapterLayer
-from curvelora.layers.base_weight import is_transposed, refuse_reordered_4bit
+from curvelora.layers.base_weight import is_transposed, refuse_reordered_4bit, requantised
 
 SOURCES = ("unquantised", "dequantised")
-# Relative distance between a weight and its quantised form: NF4 about 0.1, int8 about 0.01; another weight of that shape 1.4.
+# Relative distance of a quantised weight to the checkpoint's, quantised once more in the same way. In NF4: 0 for the right one,
+# up to 0.03 where one of the two was rounded to bf16 before; 0.05 for one that differs by 1 %, 0.11 by 5 % (int8: 0.01, 0.05) ...
+SAME_WHEN_REQUANTISED = 0.04
+# ... and to the checkpoint's own where the quantiser cannot be asked: NF4 about 0.1, another weight of that shape 1.4.
 SAME_WEIGHT = 0.3
 
 
@@ -28,7 +31,7 @@ def zero_B(d_out: int, r: int) -> Tensor:
 
 
 @torch.no_grad()
-def initial_weight(layer: AdapterLayer, source: str, model: nn.Module | None) -> Tensor:
+def initial_weight(layer: AdapterLayer, source: str, model: nn.Module | None, revision: str | None = None) -> Tensor:
     """The weight (d_out, d_in) from which an init takes its factors, on the layer's device.
 
     Args:
@@ -36,15 +39,29 @@ def initial_weight(layer: AdapterLayer, source: str, model: nn.Module | None) ->
         source: on a quantised layer, "unquantised" for the weight in the checkpoint of `model`, "dequantised" for what the
             quantiser left of it.
         model: the base model, which names its checkpoint.
+        revision: of that checkpoint on the hub, where it is not the newest.
 
     Raises:
-        UserError: a quantised layer whose unquantised weight cannot be had.
+        UserError: another adapter is merged into the layer, or a quantised layer whose unquantised weight cannot be had.
     """
     base_layer = layer.get_base_layer()
-    if layer.quantization_backend is None and base_layer.weight.is_floating_point():
-        return base_layer.weight.T if is_transposed(base_layer) else base_layer.weight
+    if layer.merged:
+        raise UserError(
+            f"the factors come from the weight of module {layer.name!r}, and adapters are merged into it "
+            f"({', '.join(layer.merged_adapters)}): call model.unmerge_adapter() first"
+        )
+    weight = getattr(base_layer, "weight", None)
+    if layer.quantization_backend is None and weight is not None and weight.is_floating_point():
+        return weight.T if is_transposed(base_layer) else weight
     refuse_reordered_4bit(base_layer, layer.name)
-    dequantised = layer.get_base_weight()
+    try:
+        dequantised = layer.get_base_weight()
+    except (TypeError, NotImplementedError, AttributeError) as error:  # PEFT's backends of GPTQ, AWQ and others
+        kind = getattr(layer.quantization_backend, "backend_name", None) or type(base_layer).__name__
+        raise UserError(
+            f"module {layer.name!r} is quantised with {kind}, and its factors come from the unquantised weight: this one cannot "
+            "be read back, so no other can be compared with it; take another base, or an init that needs no weight"
+        ) from error
     if source == "dequantised":
         return dequantised
     remedy = (
@@ -52,18 +69,23 @@ def initial_weight(layer: AdapterLayer, source: str, model: nn.Module | None) ->
         "svd_source: dequantised to start from the dequantised weight"
     )
     try:
-        weight = unquantised_weight(model, layer.name).to(dequantised.device)
+        weight = unquantised_weight(model, layer.name, revision).to(dequantised.device)
     except UserError as error:
         raise UserError(
             f"module {layer.name!r} is quantised, and its factors come from the unquantised weight: {error}; {remedy}"
         ) from error
     # transformers quantises a Conv1D as the transposed linear layer
     for candidate in (weight, weight.T):
-        if candidate.shape == dequantised.shape:
-            difference = (candidate.float() - dequantised.float()).norm() / dequantised.float().norm()
-            if difference < SAME_WEIGHT:
-                return candidate
+        if candidate.shape == dequantised.shape and _is_same(base_layer, dequantised.float(), candidate):
+            return candidate
     raise UserError(
         f"module {layer.name!r} is quantised, and the checkpoint has another weight under its name (of shape "
-        f"{' x '.join(map(str, weight.shape))}): {remedy}"
+        f"{' x '.join(map(str, weight.shape))}; another revision, perhaps): {remedy}"
     )
+
+
+def _is_same(base_layer: nn.Module, dequantised: Tensor, weight: Tensor) -> bool:
+    """Whether `dequantised` is what quantisation left of `weight`."""
+    again = requantised(base_layer, weight)
+    other, bound = (weight, SAME_WEIGHT) if again is None else (again, SAME_WHEN_REQUANTISED)
+    return ((other.float() - dequantised).norm() <= bound * dequantised.norm()).item()

@@ -28,7 +28,7 @@ from curvelora.merging import Merge
 from curvelora.method import Method
 from curvelora.peft_registration import extend_peft_type
 from curvelora.spline import Grid, basis_sum
-from curvelora.tuner import AdapterModel, LowRankConfig, check_choice, is_number
+from curvelora.tuner import AdapterModel, LowRankConfig, check_choice, check_switch, is_number
 
 MODES = ("dynamic", "static")
 ACTIVATIONS = ("tanh", "leaky_relu", "sigmoid")
@@ -72,6 +72,8 @@ class AuroraConfig(LowRankConfig):
         self.activation = canonical_name(self.activation, ACTIVATIONS)
         check_choice("mode", self.mode, MODES)
         check_choice("init_A", self.init_A, A_INITS)
+        check_switch("fixed", self.fixed)
+        check_switch("learnable", self.learnable)
         for name in ("grid_size", "spline_order"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -122,11 +124,11 @@ class AuroraLayer(BottleneckLayer):
         config, total = self.configs[adapter], 0.0
         if config.fixed:
             activation = Activation(config.activation)
-            total = total + activation.value(F.linear(activation.value(z), self.aurora_H[adapter]))
+            total = total + activation.value(F.linear(activation.value(z), self.aurora_H[adapter].to(z.dtype)))
         if config.learnable:
             if self.grid_monitor is not None and self.training:
                 self.grid_monitor.see(adapter, z, config.grid())
-            total = total + F.linear(basis_sum(z, config.grid()), self.aurora_spline[adapter])
+            total = total + F.linear(basis_sum(z, config.grid()), self.aurora_spline[adapter].to(z.dtype))
         return config.scale * total
 
 

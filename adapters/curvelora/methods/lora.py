@@ -14,7 +14,8 @@ def _merge(config: LoraConfig) -> Merge:
 
 
 def _identity_at_init(config: LoraConfig) -> bool:
-    return config.init_lora_weights in (True, "gaussian")
+    # False draws B too, and LoftQ changes the base; the others start with B = 0 or take out of the base what they add
+    return config.init_lora_weights not in (False, "loftq")
 
 
 def _trainable_parameters(config: LoraConfig, d_out: int, d_in: int) -> int:

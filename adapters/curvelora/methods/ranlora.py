@@ -21,13 +21,14 @@ from torch import Tensor, nn
 
 from curvelora.activations import Activation, canonical_name
 from curvelora.errors import UserError
+from curvelora.layers.base_weight import device_of_weight
 from curvelora.layers.bottleneck import BottleneckLayer
 from curvelora.layers.initial import SOURCES, initial_weight, kaiming_A, zero_B
 from curvelora.merging import Merge
 from curvelora.method import Method
 from curvelora.peft_registration import extend_peft_type
 from curvelora.svd import singular_triplets
-from curvelora.tuner import AdapterModel, LowRankConfig, check_choice
+from curvelora.tuner import AdapterModel, LowRankConfig, check_choice, check_switch
 
 ACTIVATIONS = ("gelu", "relu", "tanh", "identity")
 ENDS = {"R": "last", "P": "first"}
@@ -41,7 +42,7 @@ class RanloraConfig(LowRankConfig):
     """Config of RanLoRA; the defaults are the published ones where the paper has them (r 2, alpha 2 r, dropout 0.05, GELU, R).
 
     Args:
-        alpha: None for 2 r, the paper's.
+        alpha: None for 2 r, the paper's, with each module's own r.
         activation: phi, one of gelu (exact, with erf), relu, tanh, identity (the paper's "w/o act").
         init: "R", "P" or "K" (the paper's "w/o rai").
         use_v: whether v exists (False is the paper's "w/o v").
@@ -74,13 +75,13 @@ class RanloraConfig(LowRankConfig):
     factors_stored: bool = field(default=False, metadata={"help": "set by saving: the factors are in the file"})
 
     def __post_init__(self) -> None:
-        if self.alpha is None and isinstance(self.r, int):
-            self.alpha = 2 * self.r
         super().__post_init__()
         self.peft_type = extend_peft_type("ranlora")
         self.activation = canonical_name(self.activation, ACTIVATIONS)
         self.init = str(self.init).upper()
         check_choice("init", self.init, ("R", "P", "K"))
+        check_switch("use_v", self.use_v)
+        check_switch("factors_stored", self.factors_stored)
         check_choice("v_init", self.v_init, V_INITS)
         check_choice("scale_position", self.scale_position, SCALE_POSITIONS)
         check_choice("factor_scaling", self.factor_scaling, FACTOR_SCALINGS)
@@ -91,12 +92,15 @@ class RanloraConfig(LowRankConfig):
     @property
     def scale(self) -> float:
         """s = alpha / r, or 1 where the equation is taken as printed."""
-        return 1.0 if self.scale_position == "none" else self.alpha / self.r  # no super(): torch.compile stops there
+        if self.scale_position == "none":
+            return 1.0
+        return self.alpha_per_rank if self.alpha is None else self.alpha / self.r  # no super(): torch.compile stops there
 
     @property
     def merge(self) -> Merge:
         return Merge.EXACT if self.activation == "identity" else Merge.IMPOSSIBLE
 
+    alpha_per_rank: ClassVar[float] = 2.0
     why_not_exact: ClassVar[str] = "phi acts on A x, which makes the update nonlinear in the input"
 
     @property
@@ -107,7 +111,8 @@ class RanloraConfig(LowRankConfig):
     def is_base_at_start(self) -> bool:
         """Whether the untrained adapter adds what was removed: B = 0, or a linear adapter whose factors carry it exactly."""
         linear = self.activation == "identity" and not (self.use_v and self.v_init == "zeros")
-        return self.init == "K" or (linear and (self.factor_scaling == "divided" or self.scale == 1))
+        one = self.scale == 1 and (self.scale_position == "none" or not (self.rank_pattern or self.alpha_pattern))
+        return self.init == "K" or (linear and (self.factor_scaling == "divided" or one))
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """As PEFT does it; the file says that the factors lie beside it, so loading computes no singular vectors."""
@@ -141,13 +146,16 @@ class RanloraLayer(BottleneckLayer):
     def removed_factors(self, config: RanloraConfig, model: nn.Module | None) -> tuple[Tensor, Tensor]:
         """(A0, B0) = (S^1/2 V^T, U S^1/2) of the first or last r singular triplets; fp32, rounded once from fp64."""
         shapes = (config.r, self.in_features), (self.out_features, config.r)
-        device = self.weight.device
+        device = device_of_weight(self.get_base_layer())
         if device.type == "meta":
             return tuple(torch.empty(shape, device=device) for shape in shapes)
         if config.factors_stored:  # NaN, so that a tensor that no file fills cannot go unseen
             return tuple(torch.full(shape, math.nan, device=device) for shape in shapes)
-        weight = initial_weight(self, config.svd_source, model)
-        found = singular_triplets(weight, config.r, ENDS[config.init])
+        weight = initial_weight(self, config.svd_source, model, config.revision)
+        try:
+            found = singular_triplets(weight, config.r, ENDS[config.init])
+        except ValueError as error:
+            raise UserError(f"module {self.name!r} has no singular triplets to start from: {error}") from error
         root = found.S.sqrt()
         return (root[:, None] * found.V.T).float(), (found.U * root).float()
 
@@ -170,7 +178,7 @@ class RanloraModel(AdapterModel):
 METHOD = Method(
     name="ranlora",
     title="RanLoRA: an activation between factors that start from the weight's singular vectors",
-    formula="h = W0 x - C x + s B (v * phi(A x)),  s = alpha / r,  C = B0 A0 what the init took from W0 (nothing for init K)",
+    formula="h = W0 x - C x + s B (v * phi(A x)),  s = alpha / r, alpha = 2 r unless given,  C = B0 A0 what the init took out",
     paper="RanLoRA (Findings of ACL 2026 no. 852)",
     provided_by="curvelora",
     config_class=RanloraConfig,

@@ -1,0 +1,141 @@
+"""Where RanLoRA's factors come from: the layer's own weight, or the checkpoint of a quantised layer, and no other one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from torch import nn
+
+from curvelora import RanloraConfig, UserError
+from curvelora.methods.ranlora import RanloraLayer
+
+
+def adapted(model: nn.Module, **options) -> PeftModel:
+    return get_peft_model(model, RanloraConfig(**({"target_modules": ["q_proj", "v_proj"]} | options))).eval()
+
+
+@torch.no_grad()
+def logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    return model.eval()(ids).logits
+
+
+def quantisation(kind: str):
+    """The settings of a quantised base."""
+    pytest.importorskip("bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    if kind == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_use_double_quant=True)
+
+
+@pytest.fixture
+def quantised(llama, tmp_path):
+    """-> load(kind, dtype): the tiny Llama quantised while it is loaded from an fp32 checkpoint; `tmp_path / "base"`."""
+    from transformers import AutoModelForCausalLM
+
+    llama().save_pretrained(tmp_path / "base", max_shard_size="100KB")
+
+    def load(kind: str, dtype: torch.dtype = torch.float32):
+        return AutoModelForCausalLM.from_pretrained(
+            tmp_path / "base", quantization_config=quantisation(kind), dtype=dtype, device_map={"": "cpu"}
+        ).eval()
+
+    return load
+
+
+def first_removed(model: nn.Module) -> torch.Tensor:
+    """C of the first adapted layer."""
+    A0, B0 = next(m for m in model.modules() if isinstance(m, RanloraLayer)).removed("default")
+    return B0 @ A0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["nf4", "fp4", "int8"])
+def test_on_a_quantised_base_the_factors_are_those_of_the_checkpoint(llama, quantised, kind, dtype):
+    assert torch.equal(first_removed(adapted(quantised(kind, dtype))), first_removed(adapted(llama())))
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_checkpoint_keeps_the_names_of_before_a_renaming(kind, tmp_path):
+    """transformers 5 calls ViT's attention.attention.query q_proj, and its checkpoints keep the old name."""
+    from safetensors.torch import load_file
+    from transformers import AutoModelForImageClassification, ViTConfig, ViTForImageClassification
+
+    torch.manual_seed(0)
+    size = dict(hidden_size=64, num_hidden_layers=1, num_attention_heads=4, intermediate_size=128)
+    ViTForImageClassification(ViTConfig(**size, image_size=16, patch_size=8)).save_pretrained(tmp_path)
+    assert "vit.encoder.layer.0.attention.attention.query.weight" in load_file(tmp_path / "model.safetensors")
+    load = AutoModelForImageClassification.from_pretrained
+    base = load(tmp_path, quantization_config=quantisation(kind), dtype=torch.float32, device_map={"": "cpu"})
+    assert torch.equal(first_removed(adapted(base)), first_removed(adapted(load(tmp_path, dtype=torch.float32))))
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_another_revision_is_not_taken_for_the_one_that_was_loaded(llama, tmp_path, monkeypatch, kind):
+    """A model does not say its revision, and two revisions differ by a few per cent only."""
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--me--tiny"
+    (repository / "refs").mkdir(parents=True)
+    for commit, name in (("a" * 40, "main"), ("b" * 40, "v2")):
+        model, generator = llama(), torch.Generator().manual_seed(9)
+        for parameter in model.parameters() if name == "v2" else ():
+            parameter.data += 0.08 * parameter.std() * torch.randn(parameter.shape, generator=generator)
+        model.save_pretrained(repository / "snapshots" / commit)
+        (repository / "refs" / name).write_text(commit)
+
+    def load(**options):
+        return AutoModelForCausalLM.from_pretrained("me/tiny", revision="v2", dtype=torch.float32, **options)
+
+    packed = dict(quantization_config=quantisation(kind), device_map={"": "cpu"})
+    with pytest.raises(UserError, match=r"another weight under its name.*another revision"):
+        adapted(load(**packed))
+    exact = first_removed(adapted(load()))
+    assert torch.equal(first_removed(adapted(load(**packed), revision="v2")), exact)
+    config = RanloraConfig(target_modules=["q_proj", "v_proj"])
+    assert torch.equal(first_removed(get_peft_model(load(**packed), config, revision="v2")), exact)
+
+
+def test_dequantised_factors_are_other_ones_and_have_to_be_asked_for(llama, quantised):
+    exact = first_removed(adapted(llama()))
+    rough = first_removed(adapted(quantised("nf4"), svd_source="dequantised"))
+    assert (exact - rough).norm() / exact.norm() > 0.5  # measured: 0.97 (1.41 is no overlap at all)
+
+
+CHANGES = {
+    "the checkpoint is gone": lambda model, folder: setattr(model.config, "_name_or_path", str(folder / "nowhere")),
+    "the model names no checkpoint": lambda model, folder: setattr(model.config, "_name_or_path", ""),
+    "another model's weights": lambda model, folder: setattr(model.config, "_name_or_path", str(folder / "other")),
+    "quantised itself": lambda model, folder: setattr(model.config, "_name_or_path", str(folder / "packed")),
+}
+REASONS = {
+    "the checkpoint is gone": "nowhere",
+    "the model names no checkpoint": "does not say which checkpoint",
+    "another model's weights": "has another weight under its name",
+    "quantised itself": "is quantised itself",
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_quantised_base_without_its_unquantised_weight_is_refused(llama, quantised, tmp_path, change):
+    llama(seed=7).save_pretrained(tmp_path / "other")
+    base = quantised("nf4")
+    base.save_pretrained(tmp_path / "packed")
+    CHANGES[change](base, tmp_path)
+    with pytest.raises(UserError, match=REASONS[change]) as caught:
+        adapted(base)
+    assert "q_proj' is quantised" in str(caught.value) and "svd_source: dequantised" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    first_removed(adapted(base, svd_source="dequantised"))  # the remedy works
+
+
+def test_a_saved_adapter_loads_on_a_base_that_exists_only_quantised(quantised, token_ids, tmp_path):
+    model = adapted(quantised("nf4"))
+    model.save_pretrained(tmp_path / "adapter")
+    base = quantised("nf4")
+    base.config._name_or_path = ""
+    loaded = PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True, torch_device="cpu")
+    assert torch.equal(logits(loaded, token_ids), logits(model, token_ids))
