@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from curvelora import cli
+from curvelora_eval import models
 from curvelora_training import finetune
 from world import WEIGHTS, World, check_message, edited, lacking, pickled, truncated, without
 
@@ -88,6 +89,18 @@ TRAIN: dict[str, tuple[Callable[[World], dict[str, Any]], list[str]]] = {
     "an unknown mode (aurora)": (
         lambda w: {"adapter": {"method": "aurora", "mode": "statik", "target_modules": ["query"]}},
         ["mode must be one of dynamic, static", "did you mean 'static'"],
+    ),
+    "alpha 0 (qlora)": (
+        lambda w: {"adapter": {"method": "qlora", "alpha": 0}, "model.quantization": "nf4"},
+        ["alpha must be a positive number, not 0"],
+    ),
+    "a grid without end": (
+        lambda w: {"adapter": {"method": "aurora", "grid_size": 10**9, "target_modules": ["query"]}},
+        ["grid_size must be a whole number from 1 to 1000"],
+    ),
+    "a pattern that matches nothing": (
+        lambda w: {"adapter.rank_pattern": {"quary": 2}},
+        ["adapter.rank_pattern: 'quary' matches no adapted module; did you mean 'query'? (adapted: query, value)"],
     ),
     "an option that the code sets itself": (
         lambda w: {"adapter": {"method": "ranlora", "factors_stored": True, "target_modules": ["query"]}},
@@ -249,10 +262,14 @@ def test_train(case: str, world: World, capsys: pytest.CaptureFixture[str]) -> N
 
 
 @pytest.mark.parametrize("case", EVAL)
-def test_eval(case: str, world: World, capsys: pytest.CaptureFixture[str]) -> None:
+def test_eval(
+    case: str, world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     arguments, parts = EVAL[case]
     given = arguments(world)
     before = world.files()
+    if case != "a bare model without the head":  # which only its weights tell
+        monkeypatch.setattr(models, "_load_weights", lambda *_: pytest.fail("weights were loaded"))
     capsys.readouterr()  # what building the case printed
     assert cli.main(["eval", "--data", world.rows, "--out", world.path("scores"), *given]) == 2
     check_message(capsys.readouterr().err, parts)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -37,8 +38,8 @@ def read_adapter_config(folder: str | Path) -> PeftConfig:
         raise UserError(f"{path} is damaged ({error}): save the adapter again") from error
     try:
         return PeftConfig.from_pretrained(str(folder))
-    except UserError:
-        raise
+    except UserError as error:
+        raise UserError(f"{path} has a value that cannot be: {error}") from error
     except (KeyError, TypeError, ValueError) as error:
         hint = nearest(str(peft_type).lower(), METHODS)
         raise UserError(
@@ -83,8 +84,37 @@ def load_adapter(
         UserError: a file is missing, pickled, truncated or damaged, or names or shapes differ from what `model` needs.
     """
     config = read_adapter_config(folder)
-    stored = stored_shapes(folder)
     config.inference_mode = not trainable
+    wrapped = _put_on(model, config, folder, adapter_name)
+    from safetensors.torch import load_file
+
+    set_peft_model_state_dict(wrapped, load_file(str(Path(folder) / WEIGHTS_FILE)), adapter_name=adapter_name)
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()  # a head on a half-precision base would lose small updates
+    return wrapped
+
+
+def check_fits(shapes: nn.Module, folder: str | Path) -> None:
+    """Look for everything that `load_adapter` looks for, before the base's weights are loaded.
+
+    Args:
+        shapes: the base model on the meta device; it is wrapped.
+        folder: as for `load_adapter`.
+
+    Raises:
+        UserError: as `load_adapter`.
+    """
+    config = read_adapter_config(folder)
+    if hasattr(config, "init_lora_weights"):
+        config.init_lora_weights = True  # another init of PEFT's LoRA reads weights, and the shapes are the same
+    with torch.device("meta"):  # the adapter needs no memory either
+        _put_on(shapes, config, folder, "default")
+
+
+def _put_on(model: nn.Module, config: PeftConfig, folder: str | Path, adapter_name: str) -> PeftModel:
+    """`model` with an adapter whose tensors have the names and shapes of those in `folder`."""
+    stored = stored_shapes(folder)
     try:
         wrapped = PeftModel(model, config, adapter_name)
     except ValueError as error:
@@ -94,12 +124,6 @@ def load_adapter(
         for name, value in get_peft_model_state_dict(wrapped, adapter_name=adapter_name).items()
     }
     _compare(folder, stored, needed)
-    from safetensors.torch import load_file
-
-    set_peft_model_state_dict(wrapped, load_file(str(Path(folder) / WEIGHTS_FILE)), adapter_name=adapter_name)
-    for parameter in wrapped.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()  # a head on a half-precision base would lose small updates
     return wrapped
 
 

@@ -42,7 +42,8 @@ class Method:
         internal_options: fields of the config class that the code sets itself and no recipe may.
         required_quantization: the quantisation of the base that is part of the method's definition, or None.
         cost: cost class in words, beside LoRA.
-        caveats: what a user must know, in plain sentences.
+        caveats: what a user must know, in plain sentences; at least one.
+        check: raises `UserError` for values of a config that PEFT's own class accepts and no user means.
     """
 
     name: str
@@ -62,7 +63,8 @@ class Method:
     only_options: tuple[str, ...] | None = None
     internal_options: tuple[str, ...] = ()
     required_quantization: str | None = None
-    caveats: tuple[str, ...] = ()
+    caveats: tuple[str, ...]
+    check: Callable[[Any], None] = lambda config: None
 
     def option_types(self) -> dict[str, Any]:
         """Recipe option -> its type; PEFT's bookkeeping fields are left out and aliases replace what they stand for."""
@@ -87,7 +89,9 @@ class Method:
             )
         values = dict(self.defaults) | {self.aliases.get(name, name): value for name, value in options.items()}
         try:
-            return self.config_class(**values)
+            config = self.config_class(**values)
+            self.check(config)
+            return config
         except (TypeError, ValueError) as error:
             raise error if isinstance(error, UserError) else UserError(f"method {self.name!r}: {error}") from error
 

@@ -61,21 +61,8 @@ class LowRankConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list | tuple):
                 setattr(self, name, set(getattr(self, name)))
-        for name in ("rank_pattern", "alpha_pattern"):
-            if not isinstance(getattr(self, name) or {}, dict):
-                raise UserError(
-                    f"{name} must map module names to numbers, not be {getattr(self, name)!r}: write for example "
-                    f"{name}: {{q_proj: 4}}"
-                )
-        for rank in (self.r, *(self.rank_pattern or {}).values()):
-            if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-                raise UserError(f"rank must be a whole number of at least 1, not {rank!r}: write for example r=8")
-        alphas = [] if self.alpha is None and self.alpha_per_rank else [self.alpha]
-        for alpha in (*alphas, *(self.alpha_pattern or {}).values()):
-            if not is_number(alpha) or alpha <= 0:
-                raise UserError(f"alpha must be a positive number, not {alpha!r}: the adapter is scaled by alpha / r")
-        if not is_number(self.dropout) or not 0 <= self.dropout < 1:
-            raise UserError(f"dropout must be at least 0 and below 1, not {self.dropout!r}: it is a probability")
+        given = self.alpha_per_rank if self.alpha is None else self.alpha
+        check_low_rank(self.r, given, self.dropout, self.rank_pattern, self.alpha_pattern)
         if self.layers_pattern and self.layers_to_transform is None:
             raise UserError("layers_pattern says what layers_to_transform counts: give layers_to_transform as well")
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
@@ -111,6 +98,23 @@ class LowRankConfig(PeftConfig):
         own.r = (self.rank_pattern or {}).get(get_pattern_key(list(self.rank_pattern or {}), key), self.r)
         own.alpha = (self.alpha_pattern or {}).get(get_pattern_key(list(self.alpha_pattern or {}), key), self.alpha)
         return own
+
+
+def check_low_rank(r: Any, alpha: Any, dropout: Any, rank_pattern: Any, alpha_pattern: Any) -> None:
+    """Raise `UserError` where one of the values that all low-rank methods have is out of its range."""
+    for name, pattern in (("rank_pattern", rank_pattern), ("alpha_pattern", alpha_pattern)):
+        if not isinstance(pattern or {}, dict):
+            raise UserError(
+                f"{name} must map module names to numbers, not be {pattern!r}: write for example {name}: {{q_proj: 4}}"
+            )
+    for rank in (r, *(rank_pattern or {}).values()):
+        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+            raise UserError(f"rank must be a whole number of at least 1, not {rank!r}: write for example r=8")
+    for scale in (alpha, *(alpha_pattern or {}).values()):
+        if not is_number(scale) or scale <= 0:
+            raise UserError(f"alpha must be a positive number, not {scale!r}: the adapter is scaled by alpha / r")
+    if not is_number(dropout) or not 0 <= dropout < 1:
+        raise UserError(f"dropout must be at least 0 and below 1, not {dropout!r}: it is a probability")
 
 
 def is_number(value: Any) -> bool:

@@ -43,12 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check everything, then load, predict, score and write."""
-    from curvelora.loading import WEIGHTS_FILE, load_adapter, read_adapter_config, stored_shapes
+    from curvelora.loading import WEIGHTS_FILE, check_fits, load_adapter, read_adapter_config, stored_shapes
     from curvelora_eval.data import fingerprint, load_rows
     from curvelora_eval.environment import describe_environment
     from curvelora_eval.evaluator import evaluate_rows
     from curvelora_eval.files import check_folder, make_folder, write_json, write_text
-    from curvelora_eval.models import load_base, load_processor
+    from curvelora_eval.models import load_base, load_processor, shape_model
     from curvelora_eval.tasks import make_task
 
     for name in ("limit", "batch_size"):
@@ -69,6 +69,8 @@ def run(args: argparse.Namespace) -> int:
             "the class names are not known: give them in order of their index, for example --labels negative,positive"
         )
     task.check(rows, args.data)
+    if args.adapter:
+        check_fits(shape_model(model_spec, task), args.adapter)
     processor = load_processor(model_spec, task)
     model = load_base(model_spec, task, trained=trained)
     if args.adapter:

@@ -37,15 +37,18 @@ from curvelora_eval.models import load_base, load_config
 from curvelora_eval.spec import ModelSpec
 from curvelora_eval.tasks import Task
 from curvelora_eval.tasks.base import compute_context, device_of
+from curvelora_eval.trained_on import TrainedOn
 
 FULL = 1 << 20  # bytes; a disk with less is called full
 
 
-def method_of(config: PeftConfig) -> Method | None:
-    """The registry's entry for a saved config; None for a method that PEFT alone knows."""
+def method_of(config: PeftConfig, storage: str = "none") -> Method | None:
+    """The registry's entry for a saved config that was trained on a base in `storage`; None for one that PEFT alone knows."""
     if getattr(config, "target_modules", None) == DUMMY_TARGET_MODULES:
         return METHODS["linear_probing"]
-    return METHODS.get(str(config.peft_type.value).lower())
+    method = METHODS.get(str(config.peft_type.value).lower())
+    by_storage = (m for m in METHODS.values() if m.required_quantization == storage)  # QLoRA is LoRA on NF4
+    return next((m for m in by_storage if method and m.config_class is method.config_class), method)
 
 
 def check_mergeable(folder: Path, config: PeftConfig, approximate: bool) -> None:
@@ -89,7 +92,7 @@ class Plan:
     Args:
         adapter, config: the adapter's folder and its config.
         base: the unquantised base that takes the adapter.
-        trained_on: the base as it was in training, quantised or not; None where that is not known.
+        trained_on: the base as it was in training; None where that is not known.
         task: decides the model class.
         probe: the rows to compare on.
         processor: the base's tokenizer or image processor; it goes into the checkpoint.
@@ -99,7 +102,7 @@ class Plan:
     adapter: Path
     config: PeftConfig
     base: ModelSpec
-    trained_on: ModelSpec | None
+    trained_on: TrainedOn | None
     task: Task
     probe: Probe
     processor: Any
@@ -108,7 +111,7 @@ class Plan:
     @property
     def method(self) -> Method | None:
         """The registry's entry; None for a method that PEFT alone knows."""
-        return method_of(self.config)
+        return method_of(self.config, self.trained_on.storage if self.trained_on else "none")
 
     @property
     def name(self) -> str:
@@ -123,7 +126,12 @@ class Plan:
     @property
     def from_quantised(self) -> bool:
         """Whether the adapter was trained on a quantised base."""
-        return self.trained_on is not None and self.trained_on.quantization != "none"
+        return self.trained_on is not None and self.trained_on.quantised
+
+    @property
+    def approximate(self) -> bool:
+        """Whether merging gives another function."""
+        return self.method is not None and self.method.merge(self.config) is Merge.APPROXIMATE
 
     def load(self, spec: ModelSpec) -> PeftModel:
         """The adapter on the base that `spec` describes."""
@@ -137,7 +145,7 @@ def merge_into(plan: Plan, folder: Path) -> dict[str, OutputChange]:
     Only one model is in memory at a time; of the others there are the probe's logits.
 
     Returns:
-        The changes by name: gap (methods of this project only), merge, trained (an adapter of a quantised base only).
+        The changes by name: gap (approximate merges only), merge, trained (an adapter of a quantised base that is here).
 
     Raises:
         UserError: a model cannot be loaded, the adapter does not fit, the sum is not finite, or PEFT cannot merge it.
@@ -145,12 +153,12 @@ def merge_into(plan: Plan, folder: Path) -> dict[str, OutputChange]:
     batches = plan.probe.batches(plan.processor)
     before: dict[str, list[Outputs]] = {}
     changes: dict[str, OutputChange] = {}
-    if plan.from_quantised:
-        before["trained"] = list(_outputs(plan.load(plan.trained_on), batches))
+    if plan.from_quantised and plan.trained_on.readable:
+        before["trained"] = list(_outputs(plan.load(plan.trained_on.spec), batches))
         gc.collect()  # modules refer to each other, and the next model needs the memory
     model = plan.load(plan.base)
     before["merge"] = list(_outputs(model, batches))
-    if plan.method is not None and plan.method.provided_by == "curvelora":
+    if plan.approximate:
         with compute_context(model):
             changes["gap"] = merge_gap(model, _moved(batches, device_of(model)))
     merged = _merge(model, plan.adapter)

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from curvelora.errors import UserError
-from curvelora_eval.spec import DataSpec, ModelSpec, TaskKind, TaskSpec, read_task, write_task
+from curvelora_eval.spec import DataSpec, ModelSpec, TaskKind, TaskSpec, write_task
+from curvelora_eval.wording import percent
 
 if TYPE_CHECKING:
     from curvelora.output_change import OutputChange
@@ -58,12 +59,13 @@ def run(args: argparse.Namespace) -> int:
     """Check everything, then load, compare, merge, compare and write."""
     import torch
 
-    from curvelora.loading import read_adapter_config, stored_shapes
+    from curvelora.loading import check_fits, read_adapter_config, stored_shapes
     from curvelora_eval.eval_command import resolve
     from curvelora_eval.files import write_json, write_text
     from curvelora_eval.merge import Plan, check_base, check_mergeable, merge_into, whole_folder
-    from curvelora_eval.models import default_device, load_processor
+    from curvelora_eval.models import default_device, load_processor, shape_model
     from curvelora_eval.tasks import make_task
+    from curvelora_eval.trained_on import trained_on
 
     _check_numbers(args)
     model_spec, task_spec = resolve(args)
@@ -80,12 +82,13 @@ def run(args: argparse.Namespace) -> int:
         )
     base = dataclasses.replace(model_spec, quantization="none")
     check_base(base, task)
+    check_fits(shape_model(base, task), args.adapter)
     probe = _probe(args, task)
     plan = Plan(
         adapter=args.adapter,
         config=config,
         base=base,
-        trained_on=_trained_on(args.adapter, model_spec),
+        trained_on=trained_on(args.adapter, task, args.trust_remote_code),
         task=task,
         probe=probe,
         processor=load_processor(base, task),
@@ -140,12 +143,6 @@ def _probe(args: argparse.Namespace, task: Task) -> Probe:
     return Probe(task, rows, args.batch_size, source, labelled=True)
 
 
-def _trained_on(adapter: Path, used: ModelSpec) -> ModelSpec | None:
-    """How the base was stored in training, of the checkpoint that is used now; None where the adapter does not say."""
-    stored = read_task(adapter)
-    return dataclasses.replace(used, dtype=stored[0].dtype, quantization=stored[0].quantization) if stored else None
-
-
 def merge_record(plan: Plan, changes: dict[str, OutputChange]) -> dict[str, Any]:
     """The content of merge.json, as in `docs/results_format.md`."""
     from curvelora.loading import WEIGHTS_FILE
@@ -164,7 +161,13 @@ def merge_record(plan: Plan, changes: dict[str, OutputChange]) -> dict[str, Any]
         "method": plan.name,
         "settings": method.settings(plan.config) if method else {},
         "merge": method.merge(plan.config).value if method else None,
-        "trained_on": before and {"quantization": before.quantization, "dtype": before.dtype},
+        "trained_on": before
+        and {
+            "path": before.spec.path,
+            "revision": before.spec.revision,
+            "quantization": before.storage,
+            "dtype": before.spec.dtype,
+        },
         "merged_into": {"quantization": "none", "dtype": plan.base.dtype},
         "task": plan.task.spec.kind,
         "probe": plan.probe.source,
@@ -176,7 +179,9 @@ def merge_record(plan: Plan, changes: dict[str, OutputChange]) -> dict[str, Any]
 def summary(plan: Plan, changes: dict[str, OutputChange]) -> list[str]:
     """What was done and what it changed, in plain words."""
     dtype, before = plan.base.dtype, plan.trained_on
-    note = f"; the adapter was trained on it in {before.quantization}" if plan.from_quantised else ""
+    where = before and ("it" if before.spec.path == plan.base.path else before.spec.path)
+    note = f"; the adapter was trained on {where}" if before and (plan.from_quantised or where != "it") else ""
+    note += f" in {before.storage}" if plan.from_quantised else ""
     kind = f", merge {plan.method.merge(plan.config).value}" if plan.method else ""
     source = plan.probe.source
     lines = [
@@ -187,10 +192,12 @@ def summary(plan: Plan, changes: dict[str, OutputChange]) -> list[str]:
     words = {
         "gap": "adapter and its merged form, before any weight is rounded",
         "merge": f"adapter and merged checkpoint, in {dtype}",
-        "trained": f"as trained, on {before.quantization} in {before.dtype}, and merged checkpoint" if before else "",
+        "trained": f"as trained, on {before.storage} in {before.spec.dtype}, and merged checkpoint" if before else "",
     }
     unit = "tokens" if plan.task.spec.kind in ("causal_lm", "seq2seq") else "rows"
     lines += [f"{words[name]}: {describe_change(change, unit)}" for name, change in changes.items()]
+    if plan.from_quantised and "trained" not in changes:
+        lines.append(f"{words['trained']}: not measured, because {before.spec.path} is not here")
     far = [change for change in changes.values() if is_far(change)]
     if far:
         lines.append("warning: the merged model does not act as the adapter did, so evaluate it before it is used")
@@ -201,11 +208,9 @@ def describe_change(change: OutputChange, unit: str) -> str:
     """For example `logits differ by 0.31 % (at most 0.012), same answer on 99.2 % of 64 rows, loss 0.4312 -> 0.4315`."""
     if not math.isfinite(change.relative + change.largest):
         return f"the logits are not finite, over {change.positions} {unit}"
-    text = f"logits differ by {100 * change.relative:.2g} % (at most {change.largest:.2g})"
+    text = f"logits differ by {percent(change.relative)} (at most {change.largest:.2g})"
     where = f"{change.positions} {unit}"
-    text += (
-        f" over {where}" if change.agreement is None else f", same answer on {100 * change.agreement:.4g} % of {where}"
-    )
+    text += f" over {where}" if change.agreement is None else f", same answer on {percent(change.agreement)} of {where}"
     if change.reference_loss is not None:
         text += f", loss {change.reference_loss:.4f} -> {change.changed_loss:.4f}"
     return text

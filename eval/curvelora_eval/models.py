@@ -61,6 +61,18 @@ def load_config(spec: ModelSpec, task: Task) -> Any:
         ) from error
 
 
+def storage_of(spec: ModelSpec, config: Any) -> str:
+    """How the base's linear layers are stored: as `spec` says, or as the checkpoint with this config is quantised itself."""
+    own = getattr(config, "quantization_config", None)
+    if spec.quantization != "none" or not own:
+        return spec.quantization
+    settings = own if isinstance(own, dict) else own.to_dict()
+    method = str(getattr(settings.get("quant_method"), "value", settings.get("quant_method")))
+    if method != "bitsandbytes":
+        return method
+    return settings.get("bnb_4bit_quant_type", "fp4") if settings.get("load_in_4bit") else "int8"
+
+
 def shape_model(spec: ModelSpec, task: Task) -> PreTrainedModel:
     """The model without its weights (meta device): every name and shape, in a moment and without memory."""
     config = load_config(spec, task)
@@ -148,7 +160,7 @@ def _load_weights(spec: ModelSpec, task: Task, options: dict[str, Any], trained:
         shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         raise UserError(
             f"{spec.path} has no weights that fit {shown}: take a checkpoint of {type(model).__name__} that has, or train them "
-            "by naming their module in adapter.modules_to_save"
+            "(a recipe names such modules in adapter.modules_to_save)"
         )
     return model
 

@@ -13,9 +13,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from curvelora import LoranConfig
+from curvelora import AuroraConfig, LoranConfig, RanloraConfig
 from curvelora.errors import UserError
-from curvelora.loading import CONFIG_FILE, WEIGHTS_FILE, load_adapter, read_adapter_config, stored_shapes
+from curvelora.loading import CONFIG_FILE, WEIGHTS_FILE, check_fits, load_adapter, read_adapter_config, stored_shapes
 
 CONFIGS = {
     "loran": LoranConfig(r=4, alpha=8, target_modules=["q_proj", "v_proj"]),
@@ -150,14 +150,38 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_every_damage_is_one_sentence(saved, llama, damage):
+    """And it is the same before the weights of the base are loaded."""
     folder = saved()
     change, parts = DAMAGES[damage]
     change(folder)
     with pytest.raises(UserError) as caught:
         load_adapter(llama(), folder)
-    for part in (str(folder) if damage[:4] != "rank" else "rank", *parts):
+    for part in (str(folder), *parts):
         assert part in str(caught.value)
     assert "\n" not in str(caught.value)
+    with torch.device("meta"):
+        shapes = llama()
+    with pytest.raises(UserError) as early:
+        check_fits(shapes, folder)
+    assert str(early.value) == str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="pissa"),
+        LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="olora", use_dora=True),
+        RanloraConfig(r=4, target_modules=["q_proj"]),
+        AuroraConfig(r=4, target_modules=["q_proj"], learnable=False),
+    ],
+    ids=["pissa", "dora from olora", "ranlora", "aurora"],
+)
+def test_what_fits_fits_without_weights(llama, config, tmp_path):
+    get_peft_model(llama(), config).save_pretrained(tmp_path)
+    with torch.device("meta"):
+        shapes = llama()
+    check_fits(shapes, tmp_path)
+    assert all(p.is_meta for p in shapes.parameters())
 
 
 def test_an_adapter_of_another_architecture_names_what_it_looked_for(saved, bert):

@@ -9,6 +9,7 @@ from torch import nn
 
 from curvelora import RanloraConfig, UserError
 from curvelora.methods.ranlora import RanloraLayer
+from curvelora.svd import singular_triplets
 
 
 def adapted(model: nn.Module, **options) -> PeftModel:
@@ -103,6 +104,21 @@ def test_dequantised_factors_are_other_ones_and_have_to_be_asked_for(llama, quan
     exact = first_removed(adapted(llama()))
     rough = first_removed(adapted(quantised("nf4"), svd_source="dequantised"))
     assert (exact - rough).norm() / exact.norm() > 0.5  # measured: 0.97 (1.41 is no overlap at all)
+
+
+@pytest.mark.parametrize(("module", "expected"), [("query", 1.43), ("value", 1.45), ("intermediate.dense", 0.38)])
+def test_how_far_the_dequantised_tail_is_on_a_real_model(minilm, module, expected):
+    """The figures of docs/methods.md: MiniLM in NF4, r = 2, median over its layers."""
+    functional = pytest.importorskip("bitsandbytes.functional")
+    from safetensors.torch import load_file
+
+    distances = []
+    for name, weight in load_file(minilm / "model.safetensors").items():
+        if name.endswith(f"{module}.weight"):
+            packed = functional.quantize_4bit(weight.float(), quant_type="nf4", compress_statistics=True)
+            exact, rough = (singular_triplets(w, 2, "last").product() for w in (weight, functional.dequantize_4bit(*packed)))
+            distances.append((exact - rough).norm() / exact.norm())
+    assert len(distances) == 6 and torch.stack(distances).median().item() == pytest.approx(expected, abs=0.02)
 
 
 CHANGES = {

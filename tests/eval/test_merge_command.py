@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import shlex
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -134,10 +135,9 @@ def test_exact_methods_give_the_adapters_logits_without_peft(
     assert set(load_file(tmp_path / "merged/model.safetensors")) == set(
         load_file(Path(record["base"]["path"]) / "model.safetensors")
     )
-    gap, change = record["drift"]["gap"], record["drift"]["merge"]
-    assert gap is None if method == "lora" else gap["relative"] < EXACT
+    change = record["drift"]["merge"]
     assert change["relative"] < EXACT and change["agreement"] == 1.0 and change["positions"] > 100
-    assert record["drift"]["trained"] is None
+    assert record["drift"]["gap"] is record["drift"]["trained"] is None
     assert (record["method"], record["merge"], record["settings"]["r"]) == (method, "exact", 4)
 
 
@@ -154,7 +154,8 @@ def test_what_is_written_and_printed(
     assert record["adapter"]["sha256"] == hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
     assert record["probe"]["path"] == str(unseen) and record["probe"]["rows"] == 11
     assert record["probe"]["sha256"] == hashlib.sha256(unseen.read_bytes()).hexdigest()
-    assert record["trained_on"] == record["merged_into"] == {"quantization": "none", "dtype": "float32"}
+    assert record["merged_into"] == {"quantization": "none", "dtype": "float32"}
+    assert record["trained_on"] == {"path": record["base"]["path"], "revision": None, **record["merged_into"]}
     assert record["hardware"]["cpu_cores"] >= 1 and "transformers" in record["versions"]
     change = record["drift"]["merge"]
     assert change["changed_loss"] == pytest.approx(change["reference_loss"], rel=1e-5) and change["changed_loss"] > 1
@@ -163,7 +164,7 @@ def test_what_is_written_and_printed(
     card = (out / "README.md").read_text(encoding="utf-8")
     for text in (shown, card):
         assert record["base"]["path"] in text and "LoRAN, merge exact" in text and f"11 rows of {unseen}" in text
-        assert "same answer on 100 % of" in text and "warning" not in text
+        assert "same answer on 100.0 % of" in text and "warning" not in text
     assert METHODS["loran"].formula in card and f"written: {out}" in shown
 
 
@@ -208,13 +209,13 @@ def test_an_adapter_of_a_quantised_base_goes_into_the_unquantised_one(
 ) -> None:
     folder = adapter(METHOD_CONFIGS["loran"](LLAMA), quantization="nf4")
     record = merged("--adapter", folder, "--data", unseen, "--limit", "8")
-    assert record["trained_on"] == {"quantization": "nf4", "dtype": "float32"}
+    assert record["trained_on"] == record["base"] | {"quantization": "nf4", "dtype": "float32"}
     assert record["merged_into"] == {"quantization": "none", "dtype": "float32"}
     plain = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"), batch)
     as_trained = logits(load_adapter(base_of(folder), folder), batch)
     assert relative(plain, logits(load_adapter(base_of(folder, quantization="none"), folder), batch)) < EXACT
     drift = record["drift"]
-    assert drift["gap"]["relative"] == 0 and drift["merge"]["relative"] < EXACT
+    assert drift["gap"] is None and drift["merge"]["relative"] < EXACT
     assert drift["trained"]["relative"] == pytest.approx(relative(plain, as_trained), rel=1e-3) and (
         drift["trained"]["relative"] > 0.02
     )
@@ -223,6 +224,40 @@ def test_an_adapter_of_a_quantised_base_goes_into_the_unquantised_one(
     assert drift["trained"]["changed_loss"] == drift["merge"]["changed_loss"] != drift["trained"]["reference_loss"]
     shown = capsys.readouterr().out
     assert "unquantised, in float32; the adapter was trained on it in nf4" in shown and "warning" in shown
+
+
+def test_an_adapter_of_a_checkpoint_that_is_quantised_itself(
+    adapter: Any, merged: Any, batch: Any, tiny_models: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """task.json says `quantization: none` there; the merge goes into the unquantised checkpoint and says what that changes."""
+    spec = ModelSpec(path=str(tiny_models["llama"]), dtype="float32", quantization="nf4")
+    models.load_base(spec, make_task(TaskSpec(**TASKS["llama"]))).save_pretrained(tmp_path / "packed")
+    AutoTokenizer.from_pretrained(tiny_models["llama"]).save_pretrained(tmp_path / "packed")
+    folder = adapter(LoraConfig(r=4, target_modules=LLAMA), path=tmp_path / "packed")
+    merged("--adapter", folder, code=2)
+    check_message(capsys.readouterr().err, ["is quantised itself", "--model"])
+    as_trained = logits(load_adapter(base_of(folder), folder), batch)
+    record = merged("--adapter", folder, "--model", tiny_models["llama"])
+    trained_on = {"path": str(tmp_path / "packed"), "revision": None, "quantization": "nf4", "dtype": "float32"}
+    assert (record["method"], record["trained_on"]) == ("qlora", trained_on)
+    assert record["base"]["path"] == str(tiny_models["llama"])
+    plain = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"), batch)
+    assert relative(plain, as_trained) > 0.02 and record["drift"]["trained"]["relative"] > 0.02
+    assert f"the adapter was trained on {tmp_path / 'packed'} in nf4" in capsys.readouterr().out
+
+
+def test_the_base_of_the_training_is_not_here(
+    adapter: Any, merged: Any, tiny_models: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What cannot be measured is said, and no other checkpoint is measured in its place."""
+    shutil.copytree(tiny_models["llama"], tmp_path / "here")
+    folder = adapter(METHOD_CONFIGS["loran"](LLAMA), path=tmp_path / "here", quantization="nf4")
+    (tmp_path / "here").rename(tmp_path / "elsewhere")
+    record = merged("--adapter", folder, "--model", tmp_path / "elsewhere")
+    assert record["drift"]["trained"] is None and record["trained_on"]["path"] == str(tmp_path / "here")
+    shown = capsys.readouterr().out
+    assert f"the adapter was trained on {tmp_path / 'here'} in nf4" in shown
+    assert f"not measured, because {tmp_path / 'here'} is not here" in shown
 
 
 def test_bfloat16_is_rounded_once_and_the_rounding_reported(
@@ -252,7 +287,6 @@ def test_bfloat16_is_rounded_once_and_the_rounding_reported(
         after, before = (logits(m, batch).double() for m in (plain, model))
     change = record["drift"]["merge"]
     assert change["relative"] == pytest.approx(relative(after, before), rel=1e-9) and 1e-4 < change["relative"] < 0.05
-    assert record["drift"]["gap"]["relative"] == 0.0
     assert record["merged_into"]["dtype"] == "bfloat16" and record["trained_on"]["dtype"] == "float32"
 
 

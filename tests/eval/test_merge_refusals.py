@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from curvelora import cli
 from curvelora_eval import merge
-from world import WEIGHTS, World, check_message, truncated, without
+from world import WEIGHTS, World, check_message, edited, truncated, without
 
 pytestmark = pytest.mark.usefixtures("offline")
 
@@ -57,6 +57,11 @@ REFUSED: dict[str, tuple[Callable[[SimpleNamespace], Any], list[str], list[str]]
         lambda w: None,
         ["--task", "sequence_classification"],
         ["class names are not known", "--labels"],
+    ),
+    "an adapter of another size": (
+        lambda w: edited("adapter_config.json", r=8)(w.adapter),
+        [],
+        ["belongs to another model", "4 x 64 in the file and 8 x 64 in the model"],
     ),
     "no GPU": (lambda w: None, ["--device", "cuda"], ["needs a GPU"]),
 }

@@ -6,10 +6,11 @@ import copy
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from cases import MAIN, OURS, Case
 from formulas import FORMULAS
 from models import STORAGE, adapted_layers, gpt2, llama, logits, relative, tensors_of, train_a_little, trainable
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend
 from refusals import FORWARD_ONLY, REORDERED, UNREADABLE_WEIGHT, merge_refusal
 from torch import nn
@@ -144,6 +145,31 @@ def test_cast(case, dtype, adapted, ids):
     if case.entry.merge(case.config()) is Merge.EXACT:
         model.merge_adapter()
         assert relative(logits(model, ids), wanted) < {"bfloat16": 0.03, "float16": 5e-3}[dtype]
+
+
+@pytest.mark.cell("bases", "a base whose weights are offloaded: the same start, loading, training and merging")
+@pytest.mark.parametrize("case", OURS, ids=str)
+def test_offloaded(case, ids, tmp_path):
+    """accelerate keeps the weights elsewhere and brings each for its pass; PEFT's LoRA loads nothing there (0.21)."""
+    torch.manual_seed(0)
+    model = get_peft_model(llama(), case.config())
+    start = logits(model, ids)
+    wanted = logits(train_a_little(model), ids)
+    model.save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    new = get_peft_model(cpu_offload(llama(), execution_device=torch.device("cpu")), case.config())
+    assert torch.equal(logits(new, ids), start)
+    base = cpu_offload(llama(), execution_device=torch.device("cpu"))
+    loaded = PeftModel.from_pretrained(base, tmp_path, is_trainable=True)
+    assert all(layer.base_layer.weight.is_meta for layer in adapted_layers(loaded).values())
+    assert torch.equal(logits(loaded, ids), wanted)
+    loaded(ids, labels=ids).loss.backward()
+    assert all(p.grad.abs().max() > 0 for p in trainable(loaded).values())
+    if case.entry.merge(case.config()) is Merge.EXACT:
+        loaded.merge_adapter()
+        assert relative(logits(loaded, ids), wanted) < 1e-5
+        loaded.unmerge_adapter()
+        assert torch.equal(logits(loaded, ids), wanted)
 
 
 class Packed(nn.Module):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from curvelora_eval.wording import percent
 from curvelora_training import effects
 from curvelora_training import run as run_module
 from run_files import metrics, result, start
@@ -38,10 +39,8 @@ def test_ranlora_starts_away_from_the_base_and_says_so(train: Callable, capsys: 
     assert shift["largest"] > 0 and shift["reference_loss"] > 0
     (line,) = start(folder)
     assert line["start_shift"] == shift
-    assert (
-        f"before training the adapter changes the outputs by {100 * shift['relative']:.2g} % (loss"
-        in capsys.readouterr().out
-    )
+    said = f"before training the adapter changes the outputs by {percent(shift['relative'])} (loss"
+    assert said in capsys.readouterr().out
     assert result(folder)["merge_gap"] is None and result(folder)["spline"] is None
     assert "merged_form" not in result(folder, "evaluation.json")
     card = (folder / "adapter/README.md").read_text(encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,6 +13,7 @@ from peft import PeftModel
 from curvelora.merging import Merge
 from curvelora.output_change import OutputChange, merge_gap, start_shift
 from curvelora_eval.tasks.base import compute_context, device_of
+from curvelora_eval.wording import percent
 from curvelora_training.config import Recipe
 from curvelora_training.run_folder import RunFolder
 
@@ -42,8 +44,10 @@ def describe_start(shift: OutputChange) -> str:
     """One line for people."""
     if shift.relative == 0:
         return "before training the model with its adapter is the base model"
+    if not math.isfinite(shift.relative):
+        return "before training the outputs are not finite"
     loss = "" if shift.reference_loss is None else f" (loss {shift.reference_loss:.4f} -> {shift.changed_loss:.4f})"
-    return f"before training the adapter changes the outputs by {100 * shift.relative:.2g} %{loss}"
+    return f"before training the adapter changes the outputs by {percent(shift.relative)}{loss}"
 
 
 def last_spline(folder: RunFolder) -> dict[str, float] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from curvelora_eval.eval_command import describe_interval
+from curvelora_eval.wording import percent
 from curvelora_training.config import Recipe
 
 
@@ -26,8 +27,8 @@ def model_card(recipe: Recipe, result: dict[str, Any], evaluation: dict[str, Any
         "",
         "| | |",
         "|---|---|",
-        f"| base | {recipe.model.path}, {recipe.model.dtype}, quantisation {recipe.model.quantization} |",
-        *(f"| {key} | {_plain(value)} |" for key, value in settings.items()),
+        f"| base | {recipe.model.path}, {recipe.model.dtype}, quantisation {result['quantization']} |",
+        *(f"| {key} | {_plain(value)} |" for key, value in settings.items() if value is not None),
         f"| trainable parameters | {result['trainable_parameters']:,} |",
         f"| steps, seed | {result['steps']}, {recipe.seed} |",
     ]
@@ -39,8 +40,8 @@ def model_card(recipe: Recipe, result: dict[str, Any], evaluation: dict[str, Any
     if result["resolvability"] is not None:
         share = result["resolvability"]
         lines.append(
-            f"| resolvability | forward {share['forward']:.2%} in {share['dtype']}, "
-            f"derivative {share['derivative']:.2%} in {share['derivative_dtype']}, std(BA) {share['std_u']:.2e} |"
+            f"| resolvability | forward {percent(share['forward'])} in {share['dtype']}, "
+            f"derivative {percent(share['derivative'])} in {share['derivative_dtype']}, std(BA) {share['std_u']:.2e} |"
         )
     lines += effects(recipe, result, evaluation)
     lines += ["", "## Load it", "", "```python", "import curvelora", "from curvelora.loading import load_adapter", ""]
@@ -54,17 +55,18 @@ def effects(recipe: Recipe, result: dict[str, Any], evaluation: dict[str, Any] |
     merge = recipe.method.merge(recipe.method.build_config(**recipe.adapter_options()))
     lines = [f"| merging | {merge.value}: {merge.meaning} |"]
     if (shift := result["start_shift"]) and (shift["relative"] or 0) > 0:
-        lines.append(f"| before training | outputs {100 * shift['relative']:.2g} % away from the base model's |")
+        lines.append(f"| before training | outputs {percent(shift['relative'])} away from the base model's |")
     if gap := result["merge_gap"]:
         merged = (evaluation or {}).get("merged_form", {}).get("metrics", {})
         scores = "".join(
             f", {name} {value['value']:.4f}" for name, value in merged.items() if value["value"] is not None
         )
-        lines.append(f"| merged form | outputs {100 * gap['relative']:.2g} % away from the adapter's{scores} |")
+        moved = "not finite" if gap["relative"] is None else f"{percent(gap['relative'])} away from the adapter's"
+        lines.append(f"| merged form | outputs {moved}{scores} |")
     if spline := result["spline"]:
         lines.append(
-            f"| spline inputs at the end | {spline['beyond_grid']:.2%} beyond the grid, {spline['beyond_support']:.2%} "
-            "beyond its support |"
+            f"| spline inputs at the end | {percent(spline['beyond_grid'])} beyond the grid, "
+            f"{percent(spline['beyond_support'])} beyond its support |"
         )
     return lines
 

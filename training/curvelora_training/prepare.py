@@ -13,6 +13,7 @@ from datasets import Dataset
 from peft import PeftConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -110,7 +111,8 @@ def prepare(recipe: Recipe, source: str = "the recipe") -> Prepared:
         peft_config = collect(adapter_config, recipe, task, base)
         if peft_config is not None:
             collect(_check_weights, base, peft_config)
-            shapes = collect(attach, base, peft_config)
+            with torch.device("meta"):  # the adapter needs no memory either
+                shapes = collect(attach, base, peft_config)
     if collect.problems:
         raise RecipeError(source, collect.problems)
     return Prepared(recipe, task, rows, peft_config, shapes)
@@ -127,6 +129,7 @@ def adapter_config(recipe: Recipe, task: Task, model: PreTrainedModel) -> PeftCo
     if heads:
         options["modules_to_save"] = list(dict.fromkeys([*(options.get("modules_to_save") or []), *heads]))
     config = recipe.method.build_config(**options)
+    config.revision = recipe.model.revision  # for factors that are read from the checkpoint
     config.task_type = PEFT_TASK[recipe.task.kind]
     known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     if config.target_modules is None and model.config.model_type not in known:
@@ -160,6 +163,7 @@ def attach(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
                 f"(its linear modules: {', '.join(names)})"
             ) from error
         raise UserError(f"the adapter does not fit this model: {' '.join(str(error).split())}") from error
+    _check_patterns(config, wrapped)
     if config.modules_to_save:
         config.modules_to_save = list(dict.fromkeys(config.modules_to_save))  # PEFT appends the heads that it knows
     for name, layer in wrapped.named_modules():
@@ -172,6 +176,18 @@ def attach(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
                     f"({layer.out_features} x {layer.in_features}): write r <= {limit} or leave this module out"
                 )
     return wrapped
+
+
+def _check_patterns(config: PeftConfig, wrapped: PeftModel) -> None:
+    """Raise `UserError` where a rank or alpha is given for modules that there are not."""
+    adapted = [name for name, layer in wrapped.named_modules() if isinstance(layer, BaseTunerLayer)]
+    for option in ("rank_pattern", "alpha_pattern"):
+        for key in getattr(config, option, None) or {}:
+            if not any(get_pattern_key([key], name) == key for name in adapted):
+                last = dict.fromkeys(name.rpartition(".")[2] for name in adapted)
+                raise UserError(
+                    f"adapter.{option}: {key!r} matches no adapted module{nearest(key, last)} (adapted: {', '.join(last)})"
+                )
 
 
 def linear_module_names(model: nn.Module) -> list[str]:

@@ -18,7 +18,7 @@ from curvelora_eval.data import fingerprint
 from curvelora_eval.environment import describe_environment
 from curvelora_eval.eval_command import prediction_lines
 from curvelora_eval.evaluator import evaluate_rows
-from curvelora_eval.models import load_base, load_processor
+from curvelora_eval.models import load_base, load_processor, storage_of
 from curvelora_eval.spec import write_task
 from curvelora_training.config import Recipe
 from curvelora_training.distributed import check_engine, engine_in_use, rank, trainer_arguments
@@ -216,7 +216,7 @@ def summary(prepared: Prepared, trainer: AdapterTrainer, timer: StepTimer, log: 
         "resolvability": log.measure(trainer.accelerator.unwrap_model(trainer.model)),
         "seed": recipe.seed,
         "compute_dtype": recipe.model.dtype,
-        "quantization": recipe.model.quantization,
+        "quantization": storage_of(recipe.model, prepared.shapes.config),
         "error": None,
     }
 

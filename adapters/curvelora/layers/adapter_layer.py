@@ -104,7 +104,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         """PEFT's own casts to the base's dtype too, which would round what must stay fp32."""
         device = device or device_of_weight(self.get_base_layer())
         for tensor in self.tensors(adapter_name):
-            # meta: PEFT's low_cpu_mem_usage, or a model of which only the shapes are wanted
+            # meta: PEFT's low_cpu_mem_usage, or a base of which only the shapes are wanted
             if "meta" not in (tensor.device.type, device.type):
                 tensor.data = tensor.data.to(device)
 

@@ -32,17 +32,25 @@ def linear_shape(base_layer: nn.Module, name: str) -> tuple[int, int]:
     # embeddings and convolutions have weights but no features; bilinear layers have in1_features
     if d_in is None or d_out is None:
         raise UserError(
-            f"module {name!r} is a {type(base_layer).__name__}, and this method is defined for linear layers only: "
+            f"module {name!r} is of type {type(base_layer).__name__}, and this method is defined for linear layers only: "
             "leave it out of target_modules"
         )
     return d_in, d_out
 
 
 def device_of_weight(base_layer: nn.Module) -> torch.device:
-    """Where the weight of a linear layer lies, under whichever name its quantiser keeps it (GPTQ qweight, HQQ W_q)."""
+    """Where a linear layer multiplies; its weight may have another name (GPTQ qweight, HQQ W_q), or be offloaded."""
+    if (hook := offloading_hook(base_layer)) is not None:
+        return torch.device(hook.execution_device)
     named = (getattr(base_layer, name, None) for name in ("qweight", "W_q", "weight"))
     tensors = chain((t for t in named if t is not None), base_layer.parameters(), base_layer.buffers())
     return next(tensors).device
+
+
+def offloading_hook(base_layer: nn.Module) -> Any | None:
+    """Accelerate's hook that brings the weight for each pass; None where the weight is here."""
+    hook = getattr(base_layer, "_hf_hook", None)
+    return hook if getattr(hook, "offload", False) and getattr(hook, "weights_map", None) is not None else None
 
 
 def requantised(base_layer: nn.Module, weight: Tensor) -> Tensor | None:

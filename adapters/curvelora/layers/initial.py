@@ -10,7 +10,13 @@ from torch import Tensor, nn
 from curvelora.checkpoint import unquantised_weight
 from curvelora.errors import UserError
 from curvelora.layers.adapter_layer import AdapterLayer
-from curvelora.layers.base_weight import is_transposed, refuse_reordered_4bit, requantised
+from curvelora.layers.base_weight import (
+    device_of_weight,
+    is_transposed,
+    offloading_hook,
+    refuse_reordered_4bit,
+    requantised,
+)
 
 SOURCES = ("unquantised", "dequantised")
 # Relative distance of a quantised weight to the checkpoint's, quantised once more in the same way. In NF4: 0 for the right one,
@@ -51,6 +57,8 @@ def initial_weight(layer: AdapterLayer, source: str, model: nn.Module | None, re
             f"({', '.join(layer.merged_adapters)}): call model.unmerge_adapter() first"
         )
     weight = getattr(base_layer, "weight", None)
+    if (hook := offloading_hook(base_layer)) is not None and layer.quantization_backend is None:
+        weight = hook.weights_map["weight"].to(device_of_weight(base_layer))
     if layer.quantization_backend is None and weight is not None and weight.is_floating_point():
         return weight.T if is_transposed(base_layer) else weight
     refuse_reordered_4bit(base_layer, layer.name)

@@ -33,6 +33,7 @@ from curvelora.tuner import AdapterModel, LowRankConfig, check_choice, check_swi
 MODES = ("dynamic", "static")
 ACTIVATIONS = ("tanh", "leaky_relu", "sigmoid")
 A_INITS = ("kaiming", "xavier")
+MOST_INTERVALS, MOST_ORDERS = 1000, 10
 SPLINE_NOISE = 0.1  # w starts as U(-0.1, 0.1)
 
 
@@ -74,10 +75,13 @@ class AuroraConfig(LowRankConfig):
         check_choice("init_A", self.init_A, A_INITS)
         check_switch("fixed", self.fixed)
         check_switch("learnable", self.learnable)
-        for name in ("grid_size", "spline_order"):
+        for name, limit in (("grid_size", MOST_INTERVALS), ("spline_order", MOST_ORDERS)):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise UserError(f"{name} must be a whole number of at least 1, not {value!r}")
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= limit:
+                raise UserError(
+                    f"{name} must be a whole number from 1 to {limit}, not {value!r}: grid_size + spline_order functions are "
+                    "evaluated for every token"
+                )
         if not is_number(self.grid_limit) or self.grid_limit <= 0:
             raise UserError(
                 f"grid_limit must be a positive number, not {self.grid_limit!r}: the grid covers +-grid_limit"

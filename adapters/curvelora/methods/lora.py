@@ -6,11 +6,16 @@ from peft import LoraConfig
 
 from curvelora.merging import Merge
 from curvelora.method import Method
+from curvelora.tuner import check_low_rank
 
 
 def _merge(config: LoraConfig) -> Merge:
     # activated LoRA changes its own activation point and cannot merge; every other variant is linear in x
     return Merge.IMPOSSIBLE if getattr(config, "alora_invocation_tokens", None) else Merge.EXACT
+
+
+def _check(config: LoraConfig) -> None:
+    check_low_rank(config.r, config.lora_alpha, config.lora_dropout, config.rank_pattern, config.alpha_pattern)
 
 
 def _identity_at_init(config: LoraConfig) -> bool:
@@ -39,6 +44,7 @@ LORA = Method(
     trainable_parameters=_trainable_parameters,
     cost="two thin products per layer",
     caveats=("With B = 0 the first step moves only B.",),
+    check=_check,
 )
 
 QLORA = Method(
@@ -57,5 +63,9 @@ QLORA = Method(
     trainable_parameters=LORA.trainable_parameters,
     required_quantization="nf4",
     cost="as LoRA, plus one dequantisation per layer and pass",
-    caveats=("Merging quantises the sum again, which is lossy: evaluate the merged model separately.",),
+    caveats=(
+        "Merging into the 4-bit base in memory quantises the sum again, which is lossy. `curvelora merge` takes the "
+        "unquantised base instead, which is not quite the one of training, and measures what that changes.",
+    ),
+    check=_check,
 )

@@ -52,8 +52,8 @@ class RanloraConfig(LowRankConfig):
         factor_scaling: "sqrt" for factors whose product is the removed part, the paper's; "divided" for that divided by s, so
             that the linear part of the adapter is the removed part (as PiSSA does).
         svd_source: "unquantised" takes the singular vectors from the layer's own weight or, on a quantised base, from the
-            checkpoint that it was loaded from; "dequantised" allows those of the dequantised weight, whose last singular vectors
-            are other ones (their spans overlap by about 3 %).
+            checkpoint that it was loaded from; "dequantised" allows those of the dequantised weight, whose last ones have little
+            to do with the weight's own (docs/methods.md has a figure).
         factors_stored: written by saving: the tensors come from the file beside the config, and nothing is computed.
 
     Raises:

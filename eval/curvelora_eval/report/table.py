@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from curvelora_eval.report.load import Run, number
+from curvelora_eval.wording import percent
 
 DASH = "–"
 
@@ -100,15 +101,6 @@ def _units(metric: str | None) -> tuple[int, int, str]:
 def show(value: object, form: Callable[[float], str]) -> str:
     """Return `form(value)` for a finite number and a dash for anything else."""
     return DASH if number(value) is None else form(value)
-
-
-def percent(share: float) -> str:
-    """Return a share as a percentage; one above 0 never shows as `0.0 %`, nor one below 1 as `100.0 %`."""
-    if 0 < share < 0.0005:
-        return "< 0.1 %"
-    if 0.9995 <= share < 1:
-        return "> 99.9 %"
-    return f"{share * 100:.1f} %"
 
 
 def interval_level(runs: list[Run]) -> str | None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from curvelora_eval.report.load import Run, number
-from curvelora_eval.report.table import interval_level, is_share, percent, score_text
+from curvelora_eval.report.table import interval_level, is_share, score_text
+from curvelora_eval.wording import percent
 
 # Below this share of entries the nonlinearity rounds away almost everywhere, and the layer is a plain linear one.
 ABSENT = 0.01
