@@ -149,18 +149,18 @@ def test_cast(case, dtype, adapted, ids):
 
 @pytest.mark.cell("bases", "a base whose weights are offloaded: the same start, loading, training and merging")
 @pytest.mark.parametrize("case", OURS, ids=str)
-def test_offloaded(case, ids, tmp_path):
+def test_offloaded(case, ids, tmp_path, device):
     """accelerate keeps the weights elsewhere and brings each for its pass; PEFT's LoRA loads nothing there (0.21)."""
     torch.manual_seed(0)
-    model = get_peft_model(llama(), case.config())
+    model = get_peft_model(llama().to(device), case.config())
     start = logits(model, ids)
     wanted = logits(train_a_little(model), ids)
     model.save_pretrained(tmp_path)
     torch.manual_seed(0)
-    new = get_peft_model(cpu_offload(llama(), execution_device=torch.device("cpu")), case.config())
+    new = get_peft_model(cpu_offload(llama(), execution_device=device), case.config())
     assert torch.equal(logits(new, ids), start)
-    base = cpu_offload(llama(), execution_device=torch.device("cpu"))
-    loaded = PeftModel.from_pretrained(base, tmp_path, is_trainable=True)
+    base = cpu_offload(llama(), execution_device=device)
+    loaded = PeftModel.from_pretrained(base, tmp_path, is_trainable=True, torch_device=str(device))
     assert all(layer.base_layer.weight.is_meta for layer in adapted_layers(loaded).values())
     assert torch.equal(logits(loaded, ids), wanted)
     loaded(ids, labels=ids).loss.backward()

@@ -145,9 +145,9 @@ def test_rank_above_the_layer(case, refused):
 
 @pytest.mark.cell("bad input", "a refused adapter leaves nothing behind, and the next one trains alone")
 @our_methods
-def test_after_a_refusal(case, ids, refused):
+def test_after_a_refusal(case, base, ids, refused):
     """q_proj takes rank 65 and v_proj does not; PEFT would find q_proj adapted already and keep the whole base training."""
-    base, before = llama(), logits(llama(), ids)
+    base, before = base(case), logits(base(case), ids)
     with refused(RANK_ABOVE_LAYER):
         get_peft_model(base, case.config(r=65))
     assert not adapted_layers(base) and torch.equal(logits(base, ids), before)

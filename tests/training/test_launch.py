@@ -1,6 +1,7 @@
 """The launchers run the same module unchanged, on two CPU processes; that the engine asked for is in use is read back.
 
-One launched run costs some 20 seconds, mostly imports, so each launcher has one run and everything is asserted on it.
+One launched run costs some 20 seconds, mostly imports, so each launcher has one run, with one of the methods, and everything
+is asserted on it.
 """
 
 from __future__ import annotations
@@ -27,9 +28,17 @@ DDP, ZERO_2 = ("DistributedDataParallel", None), ("DeepSpeedEngine", 2)
 # name -> (command before the recipe, overrides, (engine, ZeRO stage))
 LAUNCHERS: dict[str, tuple[list[str], list[str], tuple[str, int | None]]] = {
     "torchrun": (TORCHRUN, QUANTISED, DDP),
-    "torchrun with ZeRO-2": (TORCHRUN, ["training.deepspeed=ds_configs/zero2.json", *QUANTISED], ZERO_2),
-    "accelerate": ([*ACCELERATE, "ds_configs/accelerate_ddp.yaml", *MODULE], [], DDP),
-    "accelerate with ZeRO-2": ([*ACCELERATE, "ds_configs/accelerate_zero2.yaml", *MODULE], [], ZERO_2),
+    "torchrun with ZeRO-2": (
+        TORCHRUN,
+        ["training.deepspeed=ds_configs/zero2.json", "adapter.method=ranlora", *QUANTISED],
+        ZERO_2,
+    ),
+    "accelerate": ([*ACCELERATE, "ds_configs/accelerate_ddp.yaml", *MODULE], ["adapter.method=ranlora"], DDP),
+    "accelerate with ZeRO-2": (
+        [*ACCELERATE, "ds_configs/accelerate_zero2.yaml", *MODULE],
+        ["adapter.method=aurora"],
+        ZERO_2,
+    ),
     "deepspeed": (
         ["deepspeed", "--num_gpus", "2", "--module", "curvelora_training.finetune", "--config"],
         [],
@@ -95,14 +104,14 @@ def test_launchers(
     own = [o for o in overrides if not o.startswith("training.")]
     straight = finetune(path, *own, "training.batch_size=8", f"output={tmp_path / 'straight'}")
     # with other batch shapes a bf16 product rounds otherwise
-    tolerance = 1e-5 if own == [] else 5e-3
+    tolerance = 5e-3 if "model.dtype=bfloat16" in own else 1e-5
     for kind in ("loss", "eval_loss"):
         losses, wanted = ([line[kind] for line in metrics(f) if kind in line] for f in (folder, straight))
         assert losses == pytest.approx(wanted, rel=tolerance)
         assert len(losses) == (4 if kind == "loss" else 1)
     weights = load_file(folder / "adapter/adapter_model.safetensors")
     assert all(tensor.dtype == torch.float32 and tensor.numel() > 0 for tensor in weights.values())
-    assert all(tensor.abs().max() > 0 for name, tensor in weights.items() if name.endswith("loran_B"))
+    assert all(tensor.abs().max() > 0 for name, tensor in weights.items() if name.endswith("_B"))
 
 
 def test_deepspeed_without_a_launcher_is_refused(

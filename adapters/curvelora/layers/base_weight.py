@@ -8,6 +8,7 @@ from itertools import chain
 from typing import Any
 
 import torch
+from peft.utils.integrations import dequantize_bnb_weight
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -55,23 +56,22 @@ def offloading_hook(base_layer: nn.Module) -> Any | None:
 
 def requantised(base_layer: nn.Module, weight: Tensor) -> Tensor | None:
     """What the quantiser of a bitsandbytes layer makes of `weight` (d_out, d_in), dequantised; None for other quantisers."""
-    kind = type(base_layer).__name__
-    if kind not in ("Linear4bit", "Linear8bitLt"):
-        return None
-    from bitsandbytes import functional as bnb
-
-    if kind == "Linear8bitLt":
-        codes, row_scales, _ = bnb.int8_vectorwise_quant(weight.half())
-        return codes.float() * row_scales.float()[:, None] / 127
-    own = base_layer.weight.quant_state
-    return bnb.dequantize_4bit(
-        *bnb.quantize_4bit(
-            weight.to(own.dtype),
-            blocksize=own.blocksize,
-            quant_type=own.quant_type,
-            compress_statistics=own.nested,
-        )
-    )
+    own = getattr(base_layer, "weight", None)
+    if type(own).__name__ == "Params4bit":
+        state = own.quant_state
+        # its parameters quantise themselves when they are put on a device
+        again = type(own)(
+            weight.to(state.dtype),
+            requires_grad=False,
+            blocksize=state.blocksize,
+            quant_type=state.quant_type,
+            compress_statistics=state.nested,
+        ).to(own.device)
+        return dequantize_bnb_weight(again, state=again.quant_state)
+    if type(own).__name__ == "Int8Params":
+        again = type(own)(weight.half().cpu(), requires_grad=False).to(own.device)
+        return again.CB.float() * again.SCB[:, None] / 127
+    return None
 
 
 def keep_4bit_layout(model: nn.Module) -> None:
