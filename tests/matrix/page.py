@@ -5,6 +5,7 @@ python -m pytest tests/matrix --record-matrix docs/matrix.md
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -22,8 +23,9 @@ HEAD = """# The matrix: what every method is held to
 
 Every registered method passes the same cells, PEFT's own LoRA and QLoRA too, which shows that the cells are fair. A number is how
 many checks stand behind a cell (variants, shapes, dtypes); – means that the cell does not apply. Cells, cases and bounds are in
-[tests/matrix](../tests/matrix); adding a method is described in [adding_a_method.md](adding_a_method.md).
+[tests/matrix]({root}/tests/matrix); adding a method is described in [adding_a_method.md]({root}/docs/adding_a_method.md).
 """
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass
@@ -53,9 +55,9 @@ class Record:
                 values[str(case)] = max(value[1], values.get(str(case), 0.0))
 
 
-def render(record: Record, environment: dict[str, Any], device: str) -> str:
-    """The page as Markdown."""
-    lines = [HEAD]
+def render(record: Record, environment: dict[str, Any], device: str, root: str = "..") -> str:
+    """The page as Markdown; `root` leads from it to the repository."""
+    lines = [HEAD.format(root=root)]
     for theme in dict.fromkeys(theme for theme, _ in record.outcomes):
         lines += [f"## {theme.capitalize()}", "", row(["cell", *METHODS]), row(["---"] + ["---:"] * len(METHODS))]
         for key, outcomes in record.outcomes.items():
@@ -123,4 +125,5 @@ def write(record: Record, path: Path, device: str) -> None:
     """Write the page."""
     from curvelora_eval.environment import describe_environment
 
-    path.write_text(render(record, describe_environment(), device), encoding="utf-8")
+    root = os.path.relpath(ROOT, path.resolve().parent)
+    path.write_text(render(record, describe_environment(), device, root), encoding="utf-8")
