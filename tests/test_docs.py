@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from curvelora_training.demo import MARKS
+from curvelora_training.demo import ARMS, MARKS
 from curvelora_training.reference import reference
 
 BIN = Path(sys.executable).parent
@@ -33,7 +33,8 @@ def test_the_readme_table_is_the_recorded_one(root: Path) -> None:
     block = (root / "README.md").read_text(encoding="utf-8").split(MARKS[0])[1].split(MARKS[1])[0].strip()
     report = (root / "docs/results/demo/report.md").read_text(encoding="utf-8")
     assert block == "\n".join(line for line in report.splitlines() if line.startswith("|"))
-    assert len(block.splitlines()) >= 7
+    titles = [line.split(" | ")[0].removeprefix("| ") for line in block.splitlines()[2:]]
+    assert titles == [title for title, _ in ARMS.values()], "record the demo again, with --record docs/results/demo"
 
 
 def test_links_in_documents_lead_somewhere(root: Path) -> None:

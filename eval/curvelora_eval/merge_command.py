@@ -243,7 +243,7 @@ def model_card(plan: Plan, record: dict[str, Any], lines: list[str], again: str)
         [
             *("---", f"base_model: {plan.base.path}", "library_name: transformers"),
             *(f"tags: [{plan.name}, curvelora]", "---", "", f"# {Path(plan.base.path).name} with a merged adapter", ""),
-            *([f"{method.title} ({method.paper}).", "", f"    {method.formula}", ""] if method else []),
+            *([f"{method.title}; {method.paper}.", "", f"    {method.formula}", ""] if method else []),
             *(
                 "A plain transformers checkpoint: it needs neither PEFT nor curvelora. merge.json has the same as numbers.",
                 "",

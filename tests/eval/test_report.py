@@ -199,6 +199,7 @@ def test_absent_nonlinearity_is_said_below_one_percent(tmp_path, forward, said):
 
 def test_page_stands_alone_and_holds_the_cells(tmp_path):
     lines = [line | {"resolvability_forward": 0.9, "resolvability_derivative": 0.95} for line in LOSSES]
+    lines = [line | {"spline_beyond_grid": 0.25, "spline_beyond_support": 0.01} for line in lines]
     lines.append({"step": 300, "eval_loss": 0.45})
     runs = [head_only(tmp_path / "runs" / "head"), make_run(tmp_path / "runs" / "qlora", "QLoRA", lines=lines)]
     (runs[1] / "config.yaml").write_text("method: lora  # <r>\n")
@@ -213,9 +214,11 @@ def test_page_stands_alone_and_holds_the_cells(tmp_path):
     assert page.text("h1") == ["A title"]
     assert page.text("td")[5] == "69.8 % [65.7, 73.7]" and "0.690 → 0.410" in page.text("td")
     assert page.text("h2")[:3] == ["accuracy on unseen rows", "Loss by step", "Resolvability by step"]
+    assert page.text("h2")[3] == "Spline inputs beyond the grid by step"
+    assert "QLoRA, beyond support, step 10: 1 %" in page.text("title")
     assert "QLoRA, step 10: 0.679" in page.text("title")
     assert "QLoRA, step 300, evaluation: 0.45" in page.text("title")
-    assert page.source.count('class="line dashed" d="M5') == 1
+    assert page.source.count('class="line dashed" d="M5') == 2
     assert "method: lora  # <r>\n" in page.text("pre") and "abc1234" in page.text("dd")
     assert markdown.read_text().splitlines()[0] == "# A title"
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["report.html", "report.md"]

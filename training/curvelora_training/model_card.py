@@ -21,7 +21,7 @@ def model_card(recipe: Recipe, result: dict[str, Any], evaluation: dict[str, Any
         "",
         f"# {result['name']}",
         "",
-        f"{method.title} ({method.paper}), trained on `{recipe.data.train.path}` for {recipe.task.kind}.",
+        f"{method.title}; {method.paper}. Trained on `{recipe.data.train.path}` for {recipe.task.kind}.",
         "",
         f"    {method.formula}",
         "",

@@ -59,7 +59,10 @@ def render_page(runs: list[Run], out: Path, title: str) -> str:
         headings=headings(runs),
         rows=[(_link(run.folder, out), cells(run, runs)) for run in runs],
         loss_chart=_loss_chart(runs),
-        resolvability_chart=_resolvability_chart(runs),
+        resolvability_chart=_shares_chart(runs, "resolvability", ("forward", "derivative"), "Resolvability by step"),
+        spline_chart=_shares_chart(
+            runs, "spline", ("beyond_grid", "beyond_support"), "Spline inputs beyond the grid by step"
+        ),
         score_charts=_score_charts(runs),
         baseline=baseline(runs).label,
         details=[_details(run) for run in runs],
@@ -74,15 +77,16 @@ def _loss_chart(runs: list[Run]) -> str | None:
     return line_chart(lines, "Loss by step") if lines else None
 
 
-def _resolvability_chart(runs: list[Run]) -> str | None:
+def _shares_chart(runs: list[Run], kind: str, parts: tuple[str, str], title: str) -> str | None:
+    """Two logged shares of every run that has them; the second one is dashed."""
     lines = [
-        Series(f"{run.label}, {part}", run.series(f"resolvability_{part}"), colour, dashed=part == "derivative")
+        Series(f"{run.label}, {part.replace('_', ' ')}", run.series(f"{kind}_{part}"), colour, dashed=part == parts[1])
         for colour, run in enumerate(runs)
-        for part in ("forward", "derivative")
+        for part in parts
     ]
     lines = [line for line in lines if line.points]
     percent = lambda share: f"{100 * share:.3g} %"  # noqa: E731
-    return line_chart(lines, "Resolvability by step", (0.0, 1.0), percent) if lines else None
+    return line_chart(lines, title, (0.0, 1.0), percent) if lines else None
 
 
 def _score_charts(runs: list[Run]) -> list[tuple[str, str]]:
