@@ -100,7 +100,7 @@ TRAIN: dict[str, tuple[Callable[[World], dict[str, Any]], list[str]]] = {
     ),
     "a pattern that matches nothing": (
         lambda w: {"adapter.rank_pattern": {"quary": 2}},
-        ["adapter.rank_pattern: 'quary' matches no adapted module; did you mean 'query'? (adapted: query, value)"],
+        ["adapter.rank_pattern: 'quary' matches nothing that is adapted; did you mean 'query'? (adapted: query, value)"],
     ),
     "an option that the code sets itself": (
         lambda w: {"adapter": {"method": "ranlora", "factors_stored": True, "target_modules": ["query"]}},

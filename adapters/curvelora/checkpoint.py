@@ -55,7 +55,7 @@ def _stored_name(model: PreTrainedModel, wanted: str, names: Iterable[str]) -> s
     renamings = [step for step in get_model_conversion_mapping(model) if isinstance(step, WeightRenaming)]
     stored = {rename_source_key(name, renamings, [])[0]: name for name in names}
     # a checkpoint of the bare model has no prefix, one with a head has it
-    prefix = f"{model.base_model_prefix}."
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
     found = (stored.get(name) for name in (wanted, wanted.removeprefix(prefix), prefix + wanted))
     return next((name for name in found if name is not None), None)
 

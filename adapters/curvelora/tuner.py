@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, onload_layer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import get_pattern_key
 from torch import nn
@@ -141,24 +141,40 @@ class AdapterModel(BaseTuner):
     tuner_layer_cls: type[AdapterLayer]
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        configs = getattr(model, "peft_config", None)  # of the adapters that it has already
+        before = dict(configs or {})
+        try:
+            super().__init__(model, *args, **kwargs)
+        except Exception:
+            if configs is not None:
+                configs.clear()
+                configs.update(before)
+            raise
+
     def _pre_injection_hook(self, model: nn.Module, config: PeftConfig, adapter_name: str) -> None:
         super()._pre_injection_hook(model, config, adapter_name)
         keep_4bit_layout(model)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """As PEFT has it, but a refusal leaves no adapter behind.
+        """As PEFT has it, but a refusal leaves no new layer behind, and what trained before trains again.
 
         PEFT would take the layers that were there before the refusal for an adapter of before, and on the next attempt keep
         what trained then: the whole base.
         """
+        layers = [m for m in model.modules() if isinstance(m, self.tuner_layer_cls)]
+        had_it = {id(layer) for layer in layers if adapter_name in layer.configs}
+        trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except Exception:
             for name, layer in list(model.named_modules()):
-                if isinstance(layer, self.tuner_layer_cls):
+                if isinstance(layer, self.tuner_layer_cls) and id(layer) not in had_it:
                     layer.delete_adapter(adapter_name)
                     if not layer.configs:
                         model.set_submodule(name, layer.base_layer)
+            for parameter, requires_grad in trained:
+                parameter.requires_grad = requires_grad
             raise
 
     def _create_and_replace(
@@ -194,13 +210,21 @@ class AdapterModel(BaseTuner):
         setattr(parent, child_name, new_module)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """As PEFT has it, after every layer was asked, so that a refusal leaves every weight as it was.
+        """As PEFT has it, but all or nothing: every layer is asked first, and where one fails the others are unmerged.
 
         Raises:
             UserError: one of the adapters (the active ones where none is named) cannot be merged, or only approximately.
+            ValueError: with `safe_merge`, a merged weight would not be finite.
         """
         self._check_merge(adapter_names)
-        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+        layers = [m for m in self.model.modules() if isinstance(m, AdapterLayer) and not m.merged]
+        try:
+            super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+        except Exception:
+            for layer in layers:
+                with onload_layer(layer):
+                    layer.unmerge()
+            raise
 
     def _unload_and_optionally_merge(
         self, merge: bool = True, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any

@@ -154,7 +154,8 @@ def merge_into(plan: Plan, folder: Path) -> dict[str, OutputChange]:
     before: dict[str, list[Outputs]] = {}
     changes: dict[str, OutputChange] = {}
     if plan.from_quantised and plan.trained_on.readable:
-        before["trained"] = list(_outputs(plan.load(plan.trained_on.spec), batches))
+        with contextlib.suppress(UserError):  # only its config is here: then this change is not measured
+            before["trained"] = list(_outputs(plan.load(plan.trained_on.spec), batches))
         gc.collect()  # modules refer to each other, and the next model needs the memory
     model = plan.load(plan.base)
     before["merge"] = list(_outputs(model, batches))

@@ -19,7 +19,7 @@ class TrainedOn:
     Args:
         spec: the checkpoint and its dtype.
         storage: "none", "nf4", "int8", or how the checkpoint is quantised itself.
-        readable: whether the checkpoint is here.
+        readable: whether the checkpoint's config is here.
     """
 
     spec: ModelSpec

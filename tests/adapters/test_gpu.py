@@ -120,6 +120,31 @@ def test_quantised_bases_train_save_and_load(quantization: str, tmp_path) -> Non
         assert torch.equal(model.eval()(input_ids=ids).logits, loaded.eval()(input_ids=ids).logits)
 
 
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_a_base_that_is_moved_while_merged(quantization: str, tmp_path) -> None:
+    """Scales and statistics of the weight that comes back move as well."""
+    pytest.importorskip("bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    torch.manual_seed(0)
+    shape = LlamaConfig(
+        vocab_size=64, hidden_size=256, intermediate_size=256, num_hidden_layers=1, num_attention_heads=4
+    )
+    LlamaForCausalLM(shape).save_pretrained(tmp_path)
+    kind = {"load_in_4bit": True, "bnb_4bit_use_double_quant": True} if quantization == "nf4" else {"load_in_8bit": True}
+    base = LlamaForCausalLM.from_pretrained(
+        tmp_path, quantization_config=BitsAndBytesConfig(**kind), dtype=torch.bfloat16, device_map={"": 0}
+    )
+    model = get_peft_model(base, curvelora.LoranConfig(r=8, init_B_std=0.1, target_modules=["q_proj"])).eval()
+    ids = torch.arange(8, device="cuda")[None]
+    with torch.no_grad():
+        before = model(input_ids=ids).logits
+        model.merge_adapter()
+        assert not torch.equal(model(input_ids=ids).logits, before)
+        model.to("cpu").unmerge_adapter()
+        assert torch.equal(model.to("cuda")(input_ids=ids).logits, before)
+
+
 def test_published_setting_is_nearly_absent_from_bf16_products() -> None:
     A, B = factors(1e-2)
     published = DeltaMap(Activation("sinter", 5e-5, 1e4), 0.25)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import BOFTConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from curvelora import AuroraConfig, LoranConfig, RanloraConfig
@@ -173,8 +173,9 @@ def test_every_damage_is_one_sentence(saved, llama, damage):
         LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="olora", use_dora=True),
         RanloraConfig(r=4, target_modules=["q_proj"]),
         AuroraConfig(r=4, target_modules=["q_proj"], learnable=False),
+        BOFTConfig(boft_block_size=4, target_modules=["q_proj"]),  # cannot be made without weights
     ],
-    ids=["pissa", "dora from olora", "ranlora", "aurora"],
+    ids=["pissa", "dora from olora", "ranlora", "aurora", "boft"],
 )
 def test_what_fits_fits_without_weights(llama, config, tmp_path):
     get_peft_model(llama(), config).save_pretrained(tmp_path)

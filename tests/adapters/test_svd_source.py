@@ -75,7 +75,7 @@ def test_a_checkpoint_keeps_the_names_of_before_a_renaming(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_another_revision_is_not_taken_for_the_one_that_was_loaded(llama, tmp_path, monkeypatch, kind):
-    """A model does not say its revision, and two revisions differ by a few per cent only."""
+    """A model does not say its revision, and two revisions may differ by a few per cent only."""
     from transformers import AutoModelForCausalLM
 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
@@ -84,7 +84,7 @@ def test_another_revision_is_not_taken_for_the_one_that_was_loaded(llama, tmp_pa
     for commit, name in (("a" * 40, "main"), ("b" * 40, "v2")):
         model, generator = llama(), torch.Generator().manual_seed(9)
         for parameter in model.parameters() if name == "v2" else ():
-            parameter.data += 0.08 * parameter.std() * torch.randn(parameter.shape, generator=generator)
+            parameter.data += 0.02 * parameter.std() * torch.randn(parameter.shape, generator=generator)
         model.save_pretrained(repository / "snapshots" / commit)
         (repository / "refs" / name).write_text(commit)
 
@@ -133,6 +133,26 @@ REASONS = {
     "another model's weights": "has another weight under its name",
     "quantised itself": "is quantised itself",
 }
+
+
+def test_a_quantiser_that_cannot_be_asked_is_compared_with_roughly(llama, quantised, tmp_path, monkeypatch):
+    """HQQ and others: another model is refused, and what quantisation costs is not."""
+    monkeypatch.setattr("curvelora.layers.initial.requantised", lambda *_: None)
+    assert torch.equal(first_removed(adapted(quantised("nf4"))), first_removed(adapted(llama())))
+    llama(seed=7).save_pretrained(tmp_path / "other")
+    base = quantised("nf4")
+    base.config._name_or_path = str(tmp_path / "other")
+    with pytest.raises(UserError, match="another weight under its name"):
+        adapted(base)
+
+
+def test_a_module_around_the_model(quantised):
+    """It is refused in a sentence where its names are not those of the checkpoint."""
+    holder = nn.Module()
+    holder.inner = quantised("nf4")
+    holder.config = holder.inner.config
+    with pytest.raises(UserError, match=r"has no tensor inner.*svd_source: dequantised"):
+        get_peft_model(holder, RanloraConfig(target_modules=["q_proj"]))
 
 
 @pytest.mark.parametrize("change", CHANGES)

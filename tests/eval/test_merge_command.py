@@ -246,13 +246,17 @@ def test_an_adapter_of_a_checkpoint_that_is_quantised_itself(
     assert f"the adapter was trained on {tmp_path / 'packed'} in nf4" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("left", ["nothing", "config"])
 def test_the_base_of_the_training_is_not_here(
-    adapter: Any, merged: Any, tiny_models: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    left: str, adapter: Any, merged: Any, tiny_models: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """What cannot be measured is said, and no other checkpoint is measured in its place."""
     shutil.copytree(tiny_models["llama"], tmp_path / "here")
     folder = adapter(METHOD_CONFIGS["loran"](LLAMA), path=tmp_path / "here", quantization="nf4")
     (tmp_path / "here").rename(tmp_path / "elsewhere")
+    if left == "config":
+        (tmp_path / "here").mkdir()
+        shutil.copy(tmp_path / "elsewhere/config.json", tmp_path / "here")
     record = merged("--adapter", folder, "--model", tmp_path / "elsewhere")
     assert record["drift"]["trained"] is None and record["trained_on"]["path"] == str(tmp_path / "here")
     shown = capsys.readouterr().out

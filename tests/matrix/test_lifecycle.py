@@ -118,7 +118,7 @@ def test_low_memory_on_other_bases(case, storage, load_llama, tmp_path, device):
                 assert torch.equal(tensors_of(layer)[tensor], value) and tensors_of(layer)[tensor].dtype == value.dtype
 
 
-@pytest.mark.cell("lifecycle", "put on again under the same name, with another rank: a fresh start")
+@pytest.mark.cell("lifecycle", "put on again under the same name, on the same modules with another rank: a fresh start")
 @every_method
 @pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time")
 def test_put_on_again(case, base, ids):

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from cases import CASES, MAIN, Case
-from models import logits, relative, train_a_little
+from models import adapted_layers, logits, relative, tensors_of, train_a_little
 from refusals import MIXED_MERGED, WEIGHT_WITH_ANOTHER, merge_refusal
 
 from curvelora.merging import Merge, allow_approximate, merged_form
@@ -136,6 +136,19 @@ def test_one_of_two(case, exact, adapted, ids, refused):
     assert relative(logits(model, ids), wanted) < EXACT
 
 
+@pytest.mark.cell("merging", "a weight that would not be finite, with `safe_merge`: refused, and no other one merged")
+@pytest.mark.parametrize("case", [c for c in MERGING if c.entry.provided_by == "curvelora"], ids=str)
+def test_safe_merge(case, adapted, ids):
+    """PEFT's LoRA leaves the layers before it merged."""
+    model = adapted(case)
+    before = weights(model)
+    last = list(adapted_layers(model).values())[-1]
+    tensors_of(last)["B"].data[0, 0] = torch.inf
+    with allow_approximate(), pytest.raises(ValueError, match="gives NaN or infinite weights"):
+        model.merge_adapter(safe_merge=True)
+    assert unchanged(model, before) and not any(layer.merged for layer in adapted_layers(model).values())
+
+
 @pytest.mark.cell("merging", "a merged adapter: no rows with adapters of their own, no factors of the changed weight")
 @merging
 def test_while_merged(case, two, ids, refused):
@@ -152,7 +165,7 @@ def test_while_merged(case, two, ids, refused):
     two.add_adapter("third", case.config())
 
 
-@pytest.mark.cell("merging", "merged, cast to bf16 and moved, unmerged: the base's weights in bf16")
+@pytest.mark.cell("merging", "merged, cast to bf16, unmerged: the base's weights in bf16")
 @pytest.mark.parametrize("case", [c for c in MERGING if not c.entry.required_quantization], ids=str)
 def test_cast_while_merged(case, adapted, base, ids):
     model = adapted(case)

@@ -159,6 +159,17 @@ def test_after_a_refusal(case, base, ids, refused):
     after = model.state_dict()
     assert after.keys() == state.keys() and all(torch.equal(after[n], t) for n, t in state.items())
     assert set(trainable(model)) == names and list(model.peft_config) == ["default"]
+    # a frozen adapter stays frozen, and one of the same name stays as it is
+    model.base_model.set_requires_grad("default", False)
+    with refused(RANK_ABOVE_LAYER):
+        model.add_adapter("second", case.config(r=65, target_modules=["q_proj", "v_proj"]))
+    assert not trainable(model)
+    own = model.peft_config["default"]
+    for name in ("default", "second"):
+        with pytest.raises(ValueError, match="typo"):
+            get_peft_model(base, case.config(target_modules=["typo"]), adapter_name=name)
+    assert list(model.peft_config) == ["default"] and model.peft_config["default"] is own
+    assert all(torch.equal(model.state_dict()[n], t) for n, t in state.items())
 
 
 @pytest.mark.cell("bad input", "layers counted in a pattern, or counted nowhere")

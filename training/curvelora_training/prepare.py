@@ -179,14 +179,14 @@ def attach(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
 
 
 def _check_patterns(config: PeftConfig, wrapped: PeftModel) -> None:
-    """Raise `UserError` where a rank or alpha is given for modules that there are not."""
-    adapted = [name for name, layer in wrapped.named_modules() if isinstance(layer, BaseTunerLayer)]
+    """Raise `UserError` where a rank or alpha is given for what is not adapted."""
+    adapted = [*wrapped.base_model.targeted_module_names, *wrapped.base_model.targeted_parameter_names]
     for option in ("rank_pattern", "alpha_pattern"):
         for key in getattr(config, option, None) or {}:
             if not any(get_pattern_key([key], name) == key for name in adapted):
                 last = dict.fromkeys(name.rpartition(".")[2] for name in adapted)
                 raise UserError(
-                    f"adapter.{option}: {key!r} matches no adapted module{nearest(key, last)} (adapted: {', '.join(last)})"
+                    f"adapter.{option}: {key!r} matches nothing that is adapted{nearest(key, last)} (adapted: {', '.join(last)})"
                 )
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge, onload_layer
 from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
 
@@ -111,7 +111,8 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         """x: (..., d_in) -> (..., d_out), in the base layer's output dtype; see `mixed_batch` for `adapter_names`."""
         if self.disable_adapters and self.merged:
-            self.unmerge()
+            with onload_layer(self):
+                self.unmerge()
         output = self.base_layer(x, *args, **kwargs)
         if adapter_names is not None and not self.disable_adapters:
             return self.mixed_output(x, output, adapter_names)

@@ -116,11 +116,20 @@ def _restore(
     state_attributes: dict[str, Any],
 ) -> None:
     current = base_layer.weight
-    vars(weight).update(attributes)
+    vars(weight).update({name: _on(current.device, value) for name, value in attributes.items()})
     if state_attributes:
-        vars(base_layer.state).update(state_attributes)
+        vars(base_layer.state).update({name: _on(current.device, value) for name, value in state_attributes.items()})
     if vars(base_layer).get("_parameters", {}).get("weight") is not weight:  # a quantiser replaced the parameter
         base_layer.weight = weight
     # the model may have been moved or cast while it was merged; packed weights are integers, which are never cast
     cast = data.is_floating_point() and current.is_floating_point()
     weight.data = data.to(current.device, current.dtype if cast else data.dtype)
+
+
+def _on(device: torch.device, value: Any) -> Any:
+    """`value` on `device`, where it is a tensor or the scales of a 4-bit weight, which move in place."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if type(value).__name__ == "QuantState":
+        value.to(device)
+    return value
