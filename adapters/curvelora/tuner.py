@@ -61,8 +61,8 @@ class LowRankConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list | tuple):
                 setattr(self, name, set(getattr(self, name)))
-        given = self.alpha_per_rank if self.alpha is None else self.alpha
-        check_low_rank(self.r, given, self.dropout, self.rank_pattern, self.alpha_pattern)
+        alphas = [] if self.alpha == self.alpha_rule else [self.alpha]
+        check_low_rank(self.r, alphas, self.dropout, self.rank_pattern, self.alpha_pattern)
         if self.layers_pattern and self.layers_to_transform is None:
             raise UserError("layers_pattern says what layers_to_transform counts: give layers_to_transform as well")
         if self.layers_to_transform is not None and isinstance(self.target_modules, str):
@@ -70,13 +70,12 @@ class LowRankConfig(PeftConfig):
                 "layers_to_transform needs target_modules as a list of names; write the layers into the pattern"
             )
 
-    # alpha = this times r where alpha is None, with the rank of each module; None where alpha has to be given
-    alpha_per_rank: ClassVar[float | None] = None
+    alpha_rule: ClassVar[str | None] = None  # a word that alpha may be instead of a number; `scale` knows what it means
 
     @property
     def scale(self) -> float:
         """s = alpha / r."""
-        return self.alpha_per_rank if self.alpha is None else self.alpha / self.r
+        return self.alpha / self.r
 
     @property
     def merge(self) -> Merge:
@@ -100,7 +99,7 @@ class LowRankConfig(PeftConfig):
         return own
 
 
-def check_low_rank(r: Any, alpha: Any, dropout: Any, rank_pattern: Any, alpha_pattern: Any) -> None:
+def check_low_rank(r: Any, alphas: list[Any], dropout: Any, rank_pattern: Any, alpha_pattern: Any) -> None:
     """Raise `UserError` where one of the values that all low-rank methods have is out of its range."""
     for name, pattern in (("rank_pattern", rank_pattern), ("alpha_pattern", alpha_pattern)):
         if not isinstance(pattern or {}, dict):
@@ -110,9 +109,9 @@ def check_low_rank(r: Any, alpha: Any, dropout: Any, rank_pattern: Any, alpha_pa
     for rank in (r, *(rank_pattern or {}).values()):
         if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
             raise UserError(f"rank must be a whole number of at least 1, not {rank!r}: write for example r=8")
-    for scale in (alpha, *(alpha_pattern or {}).values()):
-        if not is_number(scale) or scale <= 0:
-            raise UserError(f"alpha must be a positive number, not {scale!r}: the adapter is scaled by alpha / r")
+    for alpha in (*alphas, *(alpha_pattern or {}).values()):
+        if not is_number(alpha) or alpha <= 0:
+            raise UserError(f"alpha must be a positive number, not {alpha!r}: the adapter is scaled by alpha / r")
     if not is_number(dropout) or not 0 <= dropout < 1:
         raise UserError(f"dropout must be at least 0 and below 1, not {dropout!r}: it is a probability")
 

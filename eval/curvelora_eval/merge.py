@@ -145,7 +145,7 @@ def merge_into(plan: Plan, folder: Path) -> dict[str, OutputChange]:
     Only one model is in memory at a time; of the others there are the probe's logits.
 
     Returns:
-        The changes by name: gap (approximate merges only), merge, trained (an adapter of a quantised base that is here).
+        The changes by name: gap (approximate merges only), merge, trained (an adapter of a quantised base that can be loaded).
 
     Raises:
         UserError: a model cannot be loaded, the adapter does not fit, the sum is not finite, or PEFT cannot merge it.
@@ -153,8 +153,8 @@ def merge_into(plan: Plan, folder: Path) -> dict[str, OutputChange]:
     batches = plan.probe.batches(plan.processor)
     before: dict[str, list[Outputs]] = {}
     changes: dict[str, OutputChange] = {}
-    if plan.from_quantised and plan.trained_on.readable:
-        with contextlib.suppress(UserError):  # only its config is here: then this change is not measured
+    if plan.from_quantised:
+        with contextlib.suppress(UserError):  # that base cannot be loaded here: then this change is not measured
             before["trained"] = list(_outputs(plan.load(plan.trained_on.spec), batches))
         gc.collect()  # modules refer to each other, and the next model needs the memory
     model = plan.load(plan.base)
@@ -187,7 +187,7 @@ def _merge(model: PeftModel, adapter: Path) -> PreTrainedModel:
             return model.merge_and_unload(safe_merge=True)
     except UserError:
         raise
-    except (ValueError, NotImplementedError, TypeError, AttributeError) as error:
+    except (ValueError, NotImplementedError) as error:  # how PEFT says so of methods and layers that it cannot merge
         raise UserError(f"{adapter} cannot be merged: {' '.join(str(error).split())}") from error
 
 

@@ -197,7 +197,7 @@ def summary(plan: Plan, changes: dict[str, OutputChange]) -> list[str]:
     unit = "tokens" if plan.task.spec.kind in ("causal_lm", "seq2seq") else "rows"
     lines += [f"{words[name]}: {describe_change(change, unit)}" for name, change in changes.items()]
     if plan.from_quantised and "trained" not in changes:
-        lines.append(f"{words['trained']}: not measured, because {before.spec.path} is not here")
+        lines.append(f"{words['trained']}: not measured, because {before.spec.path} cannot be loaded here")
     far = [change for change in changes.values() if is_far(change)]
     if far:
         lines.append("warning: the merged model does not act as the adapter did, so evaluate it before it is used")

@@ -67,10 +67,12 @@ def storage_of(spec: ModelSpec, config: Any) -> str:
     if spec.quantization != "none" or not own:
         return spec.quantization
     settings = own if isinstance(own, dict) else own.to_dict()
-    method = str(getattr(settings.get("quant_method"), "value", settings.get("quant_method")))
-    if method != "bitsandbytes":
-        return method
-    return settings.get("bnb_4bit_quant_type", "fp4") if settings.get("load_in_4bit") else "int8"
+    if settings.get("load_in_4bit"):  # bitsandbytes, also where an old config does not name it
+        return settings.get("bnb_4bit_quant_type", "fp4")
+    if settings.get("load_in_8bit"):
+        return "int8"
+    method = settings.get("quant_method", "unknown")
+    return str(getattr(method, "value", method))
 
 
 def shape_model(spec: ModelSpec, task: Task) -> PreTrainedModel:

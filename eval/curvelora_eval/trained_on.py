@@ -19,12 +19,10 @@ class TrainedOn:
     Args:
         spec: the checkpoint and its dtype.
         storage: "none", "nf4", "int8", or how the checkpoint is quantised itself.
-        readable: whether the checkpoint's config is here.
     """
 
     spec: ModelSpec
     storage: str
-    readable: bool
 
     @property
     def quantised(self) -> bool:
@@ -43,6 +41,6 @@ def trained_on(adapter: Path, task: Task, trust_remote_code: bool) -> TrainedOn 
         return None
     spec = dataclasses.replace(stored[0], trust_remote_code=trust_remote_code)
     try:
-        return TrainedOn(spec, storage_of(spec, load_config(spec, task)), True)
-    except UserError:
-        return TrainedOn(spec, spec.quantization, False)
+        return TrainedOn(spec, storage_of(spec, load_config(spec, task)))
+    except UserError:  # it is not here
+        return TrainedOn(spec, spec.quantization)

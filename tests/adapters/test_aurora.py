@@ -204,6 +204,8 @@ def test_nothing_is_merged_where_one_of_two_adapters_refuses(llama):
         ({"init_A": "he"}, "init_A must be one of kaiming, xavier"),
         ({"grid_size": 0}, "grid_size must be a whole number from 1 to 1000, not 0"),
         ({"spline_order": 2.5}, "spline_order must be a whole number from 1 to 10, not 2.5"),
+        ({"fixed": "false"}, "fixed must be true or false, not 'false'"),
+        ({"learnable": 1}, "learnable must be true or false, not 1"),
         ({"grid_limit": 0}, "grid_limit must be a positive number, not 0"),
         ({"grid_limit": float("inf")}, "not inf"),
         ({"alpha": -1}, "alpha must be a positive number, not -1"),

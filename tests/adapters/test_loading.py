@@ -180,9 +180,13 @@ def test_every_damage_is_one_sentence(saved, llama, damage):
 def test_what_fits_fits_without_weights(llama, config, tmp_path):
     get_peft_model(llama(), config).save_pretrained(tmp_path)
     with torch.device("meta"):
-        shapes = llama()
-    check_fits(shapes, tmp_path)
-    assert all(p.is_meta for p in shapes.parameters())
+        fitting, other = llama(), llama(hidden_size=64)
+    check_fits(fitting, tmp_path)
+    assert all(p.is_meta for p in fitting.parameters())
+    if isinstance(config, BOFTConfig):
+        return
+    with pytest.raises(UserError, match="belongs to another model"):
+        check_fits(other, tmp_path)
 
 
 def test_an_adapter_of_another_architecture_names_what_it_looked_for(saved, bert):

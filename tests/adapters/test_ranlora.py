@@ -212,6 +212,9 @@ def test_a_weight_that_is_not_finite_is_named():
         ({"svd_source": "dequantized"}, "did you mean 'dequantised'"),
         ({"init": "K", "v_init": "zeros"}, "nothing would ever train"),
         ({"alpha": 0}, "alpha must be a positive number"),
+        ({"alpha": "3r"}, "alpha must be a positive number, not '3r'"),
+        ({"alpha": None}, "alpha must be a positive number, not None"),
+        ({"use_v": "no"}, "use_v must be true or false, not 'no'"),
         ({"r": "two"}, "rank must be a whole number"),
     ],
 )

@@ -8,6 +8,9 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from curvelora import RanloraConfig, UserError
+from curvelora.checkpoint import unquantised_weight
+from curvelora.layers.base_weight import requantised
+from curvelora.layers.initial import SAME_WHEN_REQUANTISED
 from curvelora.methods.ranlora import RanloraLayer
 from curvelora.svd import singular_triplets
 
@@ -98,6 +101,17 @@ def test_another_revision_is_not_taken_for_the_one_that_was_loaded(llama, tmp_pa
     assert torch.equal(first_removed(adapted(load(**packed), revision="v2")), exact)
     config = RanloraConfig(target_modules=["q_proj", "v_proj"])
     assert torch.equal(first_removed(get_peft_model(load(**packed), config, revision="v2")), exact)
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("nf4", 0.050), ("int8", 0.0145)])
+def test_how_far_a_weight_that_differs_by_one_per_cent_is(quantised, kind, expected):
+    """The figures of docs/decisions.md and the room on both sides of the bound: the right weight is at 0."""
+    layer = quantised(kind).model.layers[0].self_attn.q_proj
+    exact = unquantised_weight(quantised(kind), "model.layers.0.self_attn.q_proj")
+    noise = torch.randn(exact.shape, generator=torch.Generator().manual_seed(0))
+    right, other = requantised(layer, exact), requantised(layer, exact + 0.01 * exact.std() * noise)
+    assert torch.equal(right, requantised(layer, exact)) and SAME_WHEN_REQUANTISED == 0.01
+    assert ((other - right).norm() / right.norm()).item() == pytest.approx(expected, rel=0.1)
 
 
 def test_dequantised_factors_are_other_ones_and_have_to_be_asked_for(llama, quantised):

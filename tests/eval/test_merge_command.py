@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PeftConfig, PromptTuningConfig, get_peft_model
+from peft import IA3Config, LilyConfig, LoraConfig, PeftConfig, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
@@ -261,7 +261,7 @@ def test_the_base_of_the_training_is_not_here(
     assert record["drift"]["trained"] is None and record["trained_on"]["path"] == str(tmp_path / "here")
     shown = capsys.readouterr().out
     assert f"the adapter was trained on {tmp_path / 'here'} in nf4" in shown
-    assert f"not measured, because {tmp_path / 'here'} is not here" in shown
+    assert f"not measured, because {tmp_path / 'here'} cannot be loaded here" in shown
 
 
 def test_bfloat16_is_rounded_once_and_the_rounding_reported(
@@ -324,6 +324,14 @@ def test_an_adapter_without_task_and_a_method_of_peft_alone(adapter: Any, merged
     record = merged("--adapter", folder, *given)
     assert (record["method"], record["merge"], record["trained_on"]) == ("ia3", None, None)
     assert record["drift"]["merge"]["relative"] < EXACT and record["drift"]["gap"] is None
+
+
+def test_what_only_peft_knows_to_be_unmergeable(
+    adapter: Any, merged: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    merged("--adapter", adapter(LilyConfig(target_modules=LLAMA)), code=2)
+    check_message(capsys.readouterr().err, ["cannot be merged", "not supported for Lily"])
+    assert [p.name for p in tmp_path.iterdir()] == ["adapter"]
 
 
 @pytest.mark.usefixtures("nothing_heavy")

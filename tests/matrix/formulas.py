@@ -47,7 +47,7 @@ def loran(t: Tensors, config: Any, x: Tensor) -> Tensor:
 
 def ranlora(t: Tensors, config: Any, x: Tensor) -> Tensor:
     """s B(v * phi(A x)) - B0 A0 x."""
-    alpha = 2 * config.r if config.alpha is None else config.alpha
+    alpha = 2 * config.r if config.alpha == "2r" else config.alpha
     s = {"none": 1.0}.get(config.scale_position, alpha / config.r)
     phi, v = F[config.activation], t.get("v", 1.0)
     z = x @ t["A"].T

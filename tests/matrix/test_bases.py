@@ -186,7 +186,7 @@ class Packed(nn.Module):
         return x[..., :16]
 
 
-@pytest.mark.cell("bases", "a base that PEFT only runs forward (GPTQ, AWQ and others; stands in): right, never merged")
+@pytest.mark.cell("bases", "a base that PEFT only runs forward (a stand-in for GPTQ, AWQ and others): right, never merged")
 @pytest.mark.parametrize("name", ["qweight", "W_q"])
 @pytest.mark.parametrize("case", [*OURS, Case("ranlora", {"r": 4, "init": "K"})], ids=str)
 def test_forward_only(case, name, monkeypatch, refused):

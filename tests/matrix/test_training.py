@@ -79,7 +79,9 @@ def test_autocast(case, adapted, ids, device, measure):
     with torch.autocast(device.type, torch.bfloat16):
         found, found_logits = gradients(model, ids), logits(model, ids)
     assert all(g.dtype == torch.float32 for g in found.values())
-    assert relative(found_logits, exact_logits) < 0.03  # measured: 0.006
+    error = relative(found_logits, exact_logits)
+    measure("logits under bf16 autocast, against fp32", error)
+    assert error < 0.03
     worst = max(relative(found[name], gradient) for name, gradient in exact.items())
     measure("gradients under bf16 autocast, against fp32", worst)
     assert worst < 0.1  # measured: 0.02 to 0.06
@@ -108,11 +110,11 @@ def test_compile(case, adapted, backend):
     compiled_equals_eager(adapted(case), fullgraph=True, backend=backend)
 
 
-@pytest.mark.cell("training", "torch.compile over an NF4 base, whose own layer breaks the graph: eager's numbers")
+@pytest.mark.cell("training", "torch.compile of a layer over an NF4 base: no graph break, and eager's numbers")
 @every_method
 def test_compile_over_nf4(case, load_llama):
     model = train_a_little(get_peft_model(load_llama("nf4"), case.config()))
-    compiled_equals_eager(model, backend="aot_eager")
+    compiled_equals_eager(model, fullgraph=True, backend="aot_eager")
 
 
 @pytest.mark.cell("training", "torch.compile of a whole model with its adapters: no graph break, and eager's gradients")

@@ -62,15 +62,15 @@ def initial_weight(layer: AdapterLayer, source: str, model: nn.Module | None, re
         weight = hook.weights_map["weight"].to(device_of_weight(base_layer))
     if layer.quantization_backend is None and weight is not None and weight.is_floating_point():
         return weight.T if is_transposed(base_layer) else weight
-    refuse_reordered_4bit(base_layer, layer.name)
-    try:
-        dequantised = layer.get_base_weight()
-    except (TypeError, NotImplementedError, AttributeError) as error:  # PEFT's backends of GPTQ, AWQ and others
-        kind = getattr(layer.quantization_backend, "backend_name", None) or type(base_layer).__name__
+    backend = layer.quantization_backend
+    if backend is None or not backend.supports_merge:  # GPTQ, AWQ and others, which PEFT only runs forward
+        kind = backend.backend_name if backend is not None else f"{type(base_layer).__name__}, which PEFT does not know,"
         raise UserError(
-            f"module {layer.name!r} is quantised with {kind}, and its factors come from the unquantised weight: this one cannot "
+            f"module {layer.name!r} is quantised with {kind} and its factors come from the unquantised weight: this one cannot "
             "be read back, so no other can be compared with it; take another base, or an init that needs no weight"
-        ) from error
+        )
+    refuse_reordered_4bit(base_layer, layer.name)
+    dequantised = layer.get_base_weight()
     if source == "dequantised":
         return dequantised
     remedy = (

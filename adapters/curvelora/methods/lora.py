@@ -15,7 +15,7 @@ def _merge(config: LoraConfig) -> Merge:
 
 
 def _check(config: LoraConfig) -> None:
-    check_low_rank(config.r, config.lora_alpha, config.lora_dropout, config.rank_pattern, config.alpha_pattern)
+    check_low_rank(config.r, [config.lora_alpha], config.lora_dropout, config.rank_pattern, config.alpha_pattern)
 
 
 def _identity_at_init(config: LoraConfig) -> bool:

@@ -42,7 +42,7 @@ class RanloraConfig(LowRankConfig):
     """Config of RanLoRA; the defaults are the published ones where the paper has them (r 2, alpha 2 r, dropout 0.05, GELU, R).
 
     Args:
-        alpha: None for 2 r, the paper's, with each module's own r.
+        alpha: a number, or "2r", the paper's, which follows each module's own r.
         activation: phi, one of gelu (exact, with erf), relu, tanh, identity (the paper's "w/o act").
         init: "R", "P" or "K" (the paper's "w/o rai").
         use_v: whether v exists (False is the paper's "w/o v").
@@ -61,7 +61,7 @@ class RanloraConfig(LowRankConfig):
     """
 
     r: int = field(default=2, metadata={"help": "rank"})
-    alpha: float | None = field(default=None, metadata={"help": "scale s = alpha / r; None for alpha = 2 r"})
+    alpha: float | str = field(default="2r", metadata={"help": "scale s = alpha / r; a number, or 2r"})
     dropout: float = field(default=0.05, metadata={"help": "dropout on the adapter's input"})
     activation: str = field(default="gelu", metadata={"help": "phi: gelu, relu, tanh or identity"})
     init: str = field(default="R", metadata={"help": "R: last r singular triplets; P: first r; K: Kaiming, B = 0"})
@@ -94,13 +94,13 @@ class RanloraConfig(LowRankConfig):
         """s = alpha / r, or 1 where the equation is taken as printed."""
         if self.scale_position == "none":
             return 1.0
-        return self.alpha_per_rank if self.alpha is None else self.alpha / self.r  # no super(): torch.compile stops there
+        return 2.0 if self.alpha == self.alpha_rule else self.alpha / self.r  # no super(): torch.compile stops there
 
     @property
     def merge(self) -> Merge:
         return Merge.EXACT if self.activation == "identity" else Merge.IMPOSSIBLE
 
-    alpha_per_rank: ClassVar[float] = 2.0
+    alpha_rule: ClassVar[str] = "2r"
     why_not_exact: ClassVar[str] = "phi acts on A x, which makes the update nonlinear in the input"
 
     @property
@@ -178,7 +178,7 @@ class RanloraModel(AdapterModel):
 METHOD = Method(
     name="ranlora",
     title="RanLoRA: an activation between factors that start from the weight's singular vectors",
-    formula="h = W0 x - C x + s B (v * phi(A x)),  s = alpha / r, alpha = 2 r unless given,  C = B0 A0 what the init took out",
+    formula="h = W0 x - C x + s B (v * phi(A x)),  s = alpha / r,  C = B0 A0 what the init took from W0 (nothing for init K)",
     paper="RanLoRA (Findings of ACL 2026 no. 852)",
     provided_by="curvelora",
     config_class=RanloraConfig,
@@ -195,7 +195,8 @@ METHOD = Method(
         "takes the leading part of the weight out and changes a layer's output by a third to a half. Runs log the change.",
         "Does not merge unless activation is identity: serve it as an adapter.",
         "The adapter file holds the removed factors too, so it is twice as large as its trainable part (init R and P).",
-        "alpha None means 2 r, the paper's; tanh with s = 2 and unscaled factors starts at twice the removed part.",
+        "alpha 2r, the paper's, follows each module's own rank; tanh with s = 2 and unscaled factors starts at twice the "
+        "removed part.",
         "On a quantised base the factors come from the unquantised checkpoint; a base that exists only quantised needs "
         "svd_source: dequantised, whose last singular vectors are other ones.",
     ),
