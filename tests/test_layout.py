@@ -75,6 +75,7 @@ def test_imports_point_one_way(package: str) -> None:
 def test_packages_import_only_what_they_declare() -> None:
     """A package that works only because another one brought its dependency breaks when installed alone."""
     distributions = {"yaml": "pyyaml", "sklearn": "scikit-learn", "PIL": "pillow", "rouge_score": "rouge-score"}
+    distributions |= {"pynvml": "nvidia-ml-py"}
     # what comes with torch, transformers and jinja2, in every version of them
     implied = {"numpy", "tqdm", "safetensors", "tokenizers", "huggingface_hub", "markupsafe"}
     standard = sys.stdlib_module_names

@@ -1,4 +1,5 @@
-"""The command `curvelora`. Each sub-command is a module with `add_arguments(parser)` and `run(args) -> int`.
+"""The command `curvelora`. Each sub-command is a module with `add_arguments(parser)` and `run(args) -> int`, or a group of them:
+a module with `COMMANDS`, sub-command -> (module, what it does).
 
 Packages add sub-commands through the entry-point group `curvelora.commands`, so this package knows nothing of the others but
 which one to name when it is missing.
@@ -12,6 +13,7 @@ import os
 import sys
 import traceback
 import warnings
+from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from types import ModuleType
 
@@ -22,6 +24,8 @@ GROUP = "curvelora.commands"
 HOME = {
     "methods": ("curvelora", "list the methods, or explain one"),
     "train": ("curvelora-training", "fine-tune a model from a recipe"),
+    "bench": ("curvelora-training", "what a nonlinearity costs, whether it is stable and whether it is there, beside QLoRA"),
+    "sweep": ("curvelora-training", "train over a grid of amplitudes, frequencies, ranks or rates"),
     "eval": ("curvelora-eval", "score an adapter on labelled rows, offline"),
     "merge": ("curvelora-eval", "add an adapter to the weights of its base, and measure what that changes"),
     "report": ("curvelora-eval", "one page and one table from run folders"),
@@ -58,7 +62,24 @@ def _dispatch(name: str, rest: list[str], commands: dict[str, EntryPoint]) -> in
                 f"`curvelora {name}` is part of the package {package}: install it with `pip install {package}`"
             )
         raise UserError(f"unknown command {name!r}{nearest(name, HOME | commands)} (see `curvelora --help`)")
-    return run_module(commands[name].load(), f"curvelora {name}", rest)
+    command = commands[name].load()
+    if not hasattr(command, "COMMANDS"):
+        return run_module(command, f"curvelora {name}", rest)
+    if not rest or rest[0] not in command.COMMANDS:
+        return _group_help(name, command, rest)
+    return run_module(import_module(command.COMMANDS[rest[0]][0]), f"curvelora {name} {rest[0]}", rest[1:])
+
+
+def _group_help(name: str, group: ModuleType, rest: list[str]) -> int:
+    """Print what the group has. Raises `UserError` for a sub-command that it has not."""
+    if rest and not rest[0].startswith("-"):
+        raise UserError(
+            f"unknown command {f'{name} {rest[0]}'!r}{nearest(rest[0], group.COMMANDS)} (see `curvelora {name} --help`)"
+        )
+    lines = [f"usage: curvelora {name} COMMAND [options]", "", (group.__doc__ or "").strip(), "", "commands:"]
+    lines += [f"  {sub:<10} {text}" for sub, (_, text) in group.COMMANDS.items()]
+    print("\n".join(lines))
+    return 0
 
 
 def run_module(command: ModuleType, program: str, argv: list[str]) -> int:

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,10 @@ class Grid:
 
 
 class _BasisSum(torch.autograd.Function):
-    """Sum of the basis over the last dimension of z; saves z alone, which is G + k times smaller than the basis."""
+    """Sum of the basis over the last dimension of z; saves z alone, which is G + k times smaller than the basis.
+
+    The backward pass is made of plain operations on z, so it can be differentiated in its turn.
+    """
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, grid: Grid) -> Tensor:
@@ -77,12 +79,11 @@ class _BasisSum(torch.autograd.Function):
         return grid.basis(z).sum(-2)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (z,) = ctx.saved_tensors
         return (ctx.grid.slope(z) * grad[..., None, :]).sum(-1), None
 
 
 def basis_sum(z: Tensor, grid: Grid) -> Tensor:
-    """Sum_i b(z_i), over the last dimension of z: (..., r) -> (..., G + k). Differentiable once, in z."""
+    """Sum_i b(z_i), over the last dimension of z: (..., r) -> (..., G + k). Differentiable in z, also twice."""
     return _BasisSum.apply(z, grid)

@@ -1,0 +1,169 @@
+"""One base model under many arms: every arm has modules of its own on the same frozen tensors."""
+
+from __future__ import annotations
+
+import copy
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from peft import PeftModel, get_peft_model
+from peft.utils.integrations import dequantize_bnb_weight
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from curvelora.errors import UserError
+from curvelora.layers.adapter_layer import AdapterLayer
+from curvelora.layers.bottleneck import BottleneckLayer
+from curvelora.registry import METHODS
+from curvelora_eval.lab.updates import adapted_layers, factors
+from curvelora_training.bench.arms import FULL, Arm
+from curvelora_training.bench.full import FullLinear
+
+REMOVED_STD = 1e-3  # of C's entries where a base with random weights has no singular vectors worth computing
+
+
+def arm_model(
+    base: PreTrainedModel, arm: Arm, options: dict[str, Any], heads: list[str], seed: int, random: bool
+) -> nn.Module:
+    """`base` with the arm's adapter on it. The base's tensors are shared, its modules are copies.
+
+    Args:
+        options: the comparison's options, of which the arm takes those that its method has; its own ones win.
+        heads: modules with new weights, which train in full and start anew from the seed.
+        seed: of the adapter's start. Arms whose A is Kaiming-uniform start from the same A, layer by layer.
+        random: the base has random weights, so what an init would take from its singular vectors is drawn instead.
+
+    Raises:
+        UserError: the method refuses the options or a layer.
+    """
+    model = float32_copy(base) if arm.fp32 else shared_copy(base)
+    torch.manual_seed(seed)
+    if arm.method == FULL:
+        wrapped = _train_weights(model, options["target_modules"], heads)
+    else:
+        wrapped = get_peft_model(model, peft_config(arm, options, heads, random))
+        _draw_factors(wrapped, arm, seed, random)
+    for name, parameter in wrapped.named_parameters():
+        if parameter.requires_grad and any(f"{head}." in name for head in heads):
+            draw = torch.Generator().manual_seed(_key(seed, name))
+            start = torch.randn(parameter.shape, generator=draw) * base.config.initializer_range
+            parameter.data = (start * (parameter.dim() > 1)).to(parameter.device)
+        elif parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return wrapped
+
+
+def peft_config(arm: Arm, options: dict[str, Any], heads: list[str], random: bool) -> Any:
+    """The PEFT config of an arm. Raises `UserError` for options that the method refuses."""
+    method = METHODS[arm.method]
+    known = method.option_types()
+    chosen = {key: value for key, value in options.items() if key in known} | arm.options
+    if arm.method == "ranlora" and "alpha" not in arm.options:
+        chosen.pop("alpha", None)  # the paper's rule is 2r
+    if heads:
+        chosen["modules_to_save"] = heads
+    config = method.build_config(**chosen)
+    if random and getattr(config, "needs_unquantised_weight", False):
+        config.factors_stored = True  # no weight is worth a decomposition: `_draw_factors` fills them
+    return config
+
+
+def shared_copy(base: PreTrainedModel) -> PreTrainedModel:
+    """The same model in other modules: parameters and buffers are the base's own."""
+    memo = {id(t): t for t in (*base.parameters(), *base.buffers())}
+    for parameter in base.parameters():
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:
+            memo[id(state)] = state
+    return copy.deepcopy(base, memo)
+
+
+def float32_copy(base: PreTrainedModel) -> PreTrainedModel:
+    """The same numbers, multiplied in fp32: unquantised tensors as fp32 copies, NF4 weights shared and dequantised to fp32."""
+    model = shared_copy(base)
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.compute_dtype = torch.float32
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.dtype in (torch.bfloat16, torch.float16):
+                setattr(module, name, nn.Parameter(parameter.float(), requires_grad=False))
+    model.tie_weights()
+    model.config = copy.deepcopy(base.config)
+    model.config.dtype = torch.float32
+    return model
+
+
+def _train_weights(model: PreTrainedModel, targets: list[str], heads: list[str]) -> nn.Module:
+    found = [(n, m) for n, m in model.named_modules() if n.rpartition(".")[2] in targets]
+    if not found:
+        raise UserError(f"target_modules {', '.join(targets)} match no module of this model")
+    for name, module in found:
+        weight = module.weight
+        if isinstance(module, bnb.nn.Linear4bit):
+            weight = dequantize_bnb_weight(weight, state=weight.quant_state)
+        model.set_submodule(name, FullLinear(weight, module.bias))
+    for head in heads:
+        layer = copy.deepcopy(model.get_submodule(head)).float()
+        model.set_submodule(head, layer.requires_grad_(True))
+    return model
+
+
+def _draw_factors(model: PeftModel, arm: Arm, seed: int, random: bool) -> None:
+    """Start arms with a Kaiming-uniform A from the same A, and fill removed factors that were not computed."""
+    for name, layer in adapted_layers(model).items():
+        draw = torch.Generator().manual_seed(_key(seed, name))
+        A, B = factors(layer)
+        removed = layer.removed("default") if isinstance(layer, BottleneckLayer) else None
+        if removed is None:
+            bound = A.shape[1] ** -0.5
+            A.data.copy_((torch.rand(A.shape, generator=draw) * 2 - 1) * bound)
+        elif random:
+            # C = B0 A0 with orthogonal-like factors of the size of a tail component; A and B start from them, as in the method
+            A0, B0 = removed
+            for tensor in (A0, B0):
+                fresh = torch.randn(tensor.shape, generator=draw) * (REMOVED_STD**0.5 / A.shape[0] ** 0.25)
+                tensor.data.copy_(fresh)
+            A.data.copy_(A0)
+            B.data.copy_(B0)
+
+
+@torch.no_grad()
+def set_update_std(model: nn.Module, std: float, seed: int = 0) -> float | None:
+    """Draw B so that the entries of BA have this standard deviation (dimensionless); returns what was reached.
+
+    A cost measured at B = 0 would flatter methods whose work depends on the values. None where no layer has two factors.
+    """
+    for name, layer in adapted_layers(model).items():
+        if (pair := factors(layer)) is not None:
+            A, B = pair
+            draw = torch.Generator().manual_seed(_key(seed, name))
+            size = std / (A.shape[0] ** 0.5 * A.float().std().item())
+            B.data.copy_(torch.randn(B.shape, generator=draw) * size)
+    return update_std_of(model)
+
+
+@torch.no_grad()
+def update_std_of(model: nn.Module) -> float | None:
+    """Root mean square of the entries of BA (dimensionless), over all layers; exact. None where no layer has two factors."""
+    squares = entries = 0.0
+    for layer in adapted_layers(model).values():
+        if (pair := factors(layer)) is not None:
+            A, B = (factor.double() for factor in pair)
+            squares += ((A @ A.T) * (B.T @ B)).sum().item()  # ||BA||_F^2 without forming BA
+            entries += A.shape[1] * B.shape[0]
+    return (squares / entries) ** 0.5 if entries else None
+
+
+def arm_tensors(model: nn.Module) -> Iterator[Tensor]:
+    """Everything that is the arm's own: what trains, and the frozen tensors of its adapters."""
+    yield from (p for p in model.parameters() if p.requires_grad)
+    for module in model.modules():
+        if isinstance(module, AdapterLayer | FullLinear):
+            yield from (b for name, b in module.named_buffers() if not name.startswith("base_layer."))
+
+
+def _key(seed: int, name: str) -> int:
+    return (seed << 32) ^ zlib.crc32(name.encode())

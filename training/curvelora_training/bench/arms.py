@@ -1,0 +1,128 @@
+"""The arms of a comparison: which method, with which options, in which precision.
+
+An arm is named `method[:variant][@fp32]`, for example `qlora`, `loran:sinter`, `loran:identity@fp32`. `@fp32` means end to end:
+base, products and adapter in fp32 with TF32 off, as a control for what bf16 takes away. Own arms are given as
+`NAME=method,option=value,...`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from curvelora.activations import NAMES
+from curvelora.errors import UserError, nearest
+from curvelora.registry import METHODS
+from curvelora_training.config import read_yaml
+
+# variant -> options and how a reader calls it. `sinter-large` is the positive control: an amplitude that bf16 resolves.
+LORAN_VARIANTS: dict[str, tuple[dict[str, Any], str]] = {
+    name: ({"activation": name}, f"LoRAN {name}") for name in NAMES if name != "sinter"
+} | {
+    "sinter": ({"activation": "sinter"}, "LoRAN Sinter (a = 5e-5)"),
+    "sinter-large": ({"activation": "sinter", "amplitude": 2e-2}, "LoRAN Sinter (a = 2e-2)"),
+}
+FULL = "full"
+PLAIN = {"lora": "LoRA", "qlora": "QLoRA", "loran": "LoRAN Sinter (a = 5e-5)", "ranlora": "RanLoRA", "aurora": "AuroRA"}
+DEFAULT_ARMS = "qlora,loran:identity,loran:sinter,loran:sinter-large,ranlora,aurora"
+FP32 = "@fp32"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One arm.
+
+    Args:
+        key: its name in files and on the command line.
+        label: its name in reports.
+        method: a name of the registry, or `full` (fine-tuning of the adapted layers' weights themselves).
+        options: the method's options that make it this arm.
+        fp32: end to end in fp32.
+        learning_rate: its own, where a sweep varies it.
+    """
+
+    key: str
+    label: str
+    method: str
+    options: dict[str, Any] = field(default_factory=dict)
+    fp32: bool = False
+    learning_rate: float | None = None
+
+    @property
+    def slug(self) -> str:
+        """The name as a folder."""
+        return "".join(c if c.isalnum() or c in "-." else "_" for c in self.key)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return dataclasses.asdict(self)
+
+
+def parse_arms(names: str, own: list[str] = ()) -> list[Arm]:
+    """The arms that a command line names, in its order; the first one is the baseline of every ratio.
+
+    Args:
+        names: comma-separated names.
+        own: definitions `NAME=method,option=value,...`, appended.
+
+    Raises:
+        UserError: every name or option that is unknown, or a name that occurs twice.
+    """
+    arms, problems = [], []
+    for text, parse in [*((n, named_arm) for n in names.split(",") if n), *((d, own_arm) for d in own)]:
+        try:
+            arms.append(parse(text.strip()))
+        except UserError as error:
+            problems.append(str(error))
+    keys = [arm.slug for arm in arms]
+    problems += [f"arm {key!r} is named twice" for key in dict.fromkeys(keys) if keys.count(key) > 1]
+    if not arms and not problems:
+        problems.append(f"--arms names no arm: write for example {DEFAULT_ARMS}")
+    if problems:
+        raise UserError("; ".join(problems))
+    return arms
+
+
+def named_arm(text: str) -> Arm:
+    """`loran:sinter@fp32` -> its arm. Raises `UserError` where the name is unknown."""
+    name, fp32 = text.removesuffix(FP32), text.endswith(FP32)
+    method, _, variant = name.partition(":")
+    tail = " in fp32" if fp32 else ""
+    if method == FULL and not variant:
+        return Arm(text, f"full fine-tuning of these layers{tail}", FULL, {}, fp32)
+    known = [m for m in METHODS if m != "linear_probing"]
+    if method not in known:
+        raise UserError(f"unknown arm {text!r}{nearest(method, [*known, FULL])} (methods: {', '.join([*known, FULL])})")
+    if not variant:
+        return Arm(text, PLAIN.get(method, method) + tail, method, {}, fp32)
+    if method != "loran" or variant not in LORAN_VARIANTS:
+        raise UserError(
+            f"arm {text!r}: there is no such variant{nearest(variant, LORAN_VARIANTS)} (loran has {', '.join(LORAN_VARIANTS)}; "
+            "an arm with other options is written --arm NAME=method,option=value)"
+        )
+    options, label = LORAN_VARIANTS[variant]
+    return Arm(text, label + tail, method, dict(options), fp32)
+
+
+def own_arm(text: str) -> Arm:
+    """`mine=loran,amplitude=1e-3` -> its arm. Raises `UserError` for a method or an option that does not exist."""
+    name, separator, definition = text.partition("=")
+    method, *settings = definition.split(",")
+    if not separator or not name or not method:
+        raise UserError(
+            f"--arm {text!r} is not understood: write NAME=method,option=value, for example mine=loran,r=16"
+        )
+    start = named_arm(method)
+    options = dict(start.options)
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise UserError(f"--arm {text!r}: {setting!r} is no option=value")
+        options[key] = read_yaml(value)
+    if start.method == FULL and options:
+        raise UserError(f"--arm {text!r}: full fine-tuning has no options")
+    if start.method != FULL:
+        METHODS[start.method].build_config(**options)
+    label = f"{name} ({', '.join([PLAIN.get(start.method, start.method), *settings])})"
+    return Arm(name, label, start.method, options, start.fp32)

@@ -1,0 +1,16 @@
+"""Measure what a nonlinear adapter costs, whether it is stable and whether it is there at all, beside QLoRA.
+
+Everything is measured for several arms on the same base and the same batches; the first arm is the baseline. Built-in shapes
+(random weights): llama-1b, llama2-7b, llama2-13b, llama2-70b, llama3-8b, llama3-70b.
+"""
+
+_HERE = "curvelora_training.bench"
+COMMANDS = {
+    "layer": (f"{_HERE}.layer_command", "one linear layer, forward and backward"),
+    "step": (f"{_HERE}.step_command", "whole training steps on a model or a built-in shape"),
+    "compare": (
+        f"{_HERE}.compare_command",
+        "the cost, then training of every arm and seed, presence, spectra, and a report",
+    ),
+    "report": (f"{_HERE}.report_command", "the report of `compare` again, for example with another sweep"),
+}

@@ -1,0 +1,229 @@
+"""`curvelora bench compare`: cost first, then every arm with every seed, then one record and one page of it all.
+
+The folder: lab.json (settings), cost.json, runs/ARM/seed-N/ (see `single`), results.json, report.html.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from curvelora.errors import UserError
+from curvelora_eval.environment import describe_environment
+from curvelora_eval.files import make_folder, write_json
+from curvelora_eval.lab.folder import read_record
+from curvelora_eval.lab.path import pca_paths
+from curvelora_eval.lab.report import write_lab_report
+from curvelora_eval.lab.stability import StabilitySettings, pool, stability
+from curvelora_eval.lab.statistics import over_seeds
+from curvelora_eval.lab.verdict import verdict
+from curvelora_training.bench.cost import measure_steps, table
+from curvelora_training.bench.ground import Ground, build_ground
+from curvelora_training.bench.interleave import Rounds
+from curvelora_training.bench.pool import DONE, SETTINGS, jobs_of, run_all
+from curvelora_training.bench.processes import barrier, join, say
+from curvelora_training.bench.settings import LabSettings
+from curvelora_training.distributed import leave, rank, world_size
+
+COST, RESULTS = "cost.json", "results.json"
+CONTENTS = (SETTINGS, COST, "runs", "workers", RESULTS, "report.html")
+# what may differ between the comparison that DIR holds and the one that continues it
+FREE = ("title", "seeds")
+
+
+def compare(
+    settings: LabSettings,
+    out: Path,
+    rounds: Rounds | None,
+    update_std: float,
+    resume: bool,
+    overwrite: bool,
+    jobs: int,
+    sweep: Path | None,
+) -> int:
+    """Make the whole comparison in `out`; returns the exit code, 1 where a run failed.
+
+    Args:
+        rounds: how to measure the cost; None leaves it out.
+        update_std: standard deviation of BA's entries while measuring.
+        jobs: runs at a time on each device.
+
+    Raises:
+        UserError: `out` holds a comparison and neither `resume` nor `overwrite` was asked for, or another one than this.
+    """
+    device = join()
+    if jobs > 1 and world_size() > 1:
+        raise UserError("--jobs packs runs on the devices itself: start it without a launcher")
+    if rank() == 0:
+        open_folder(out, settings, resume, overwrite)
+    barrier()
+    ground: Ground | None = None
+    if rounds is not None and not (out / COST).is_file():
+        ground = build_ground(settings, device)
+        say(f"{settings.model} ({settings.base}) ready in {ground.seconds:.1f} s; timing {len(settings.arms)} arms")
+        record = measure_steps(ground, rounds, update_std, say)
+        if rank() == 0:
+            write_json(out / COST, record)
+            print(table(record))
+    if jobs > 1 and ground is not None:
+        ground = None  # the workers need the memory
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    failed = run_all(settings, out, jobs, ground) if settings.steps else []
+    if rank() == 0:
+        page = gather(out, sweep)
+        for sentences in json.loads((out / RESULTS).read_text(encoding="utf-8"))["verdict"].values():
+            for sentence in sentences:
+                print(f"- {sentence}")
+        print(f"results: {out / RESULTS}\nreport:  {page}")
+        if failed:
+            print(
+                f"{len(failed)} of {len(jobs_of(settings))} runs failed: {', '.join(failed)}; --resume makes them again"
+            )
+    leave()
+    return 1 if failed else 0
+
+
+def open_folder(out: Path, settings: LabSettings, resume: bool, overwrite: bool) -> None:
+    """Make the folder, or take over what it holds. Raises `UserError` as `compare` does."""
+    held = [name for name in CONTENTS if (out / name).exists()]
+    if held and not (resume or overwrite):
+        raise UserError(
+            f"{out} holds a comparison already ({', '.join(held)}): add --resume to continue it, --overwrite to replace it, or "
+            "name another --out"
+        )
+    if held and resume and (out / SETTINGS).is_file():
+        before, now = LabSettings.read(out / SETTINGS).as_dict(), settings.as_dict()
+        differing = [key for key in now if key not in (*FREE, "arms") and before[key] != now[key]]
+        kept = {arm["key"]: arm for arm in before["arms"]}
+        differing += [f"arm {arm['key']}" for arm in now["arms"] if kept.get(arm["key"], arm) != arm]
+        if before["arms"][0] != now["arms"][0]:
+            differing.append("the baseline")
+        if differing:
+            raise UserError(
+                f"{out} was started with other settings ({', '.join(differing)}), so it cannot be continued: name another --out"
+            )
+    make_folder(out)
+    if overwrite and not resume:
+        for name in held:
+            target = out / name
+            shutil.rmtree(target) if target.is_dir() else target.unlink()
+    write_json(out / SETTINGS, settings.as_dict())
+
+
+def gather(out: Path, sweep: Path | None = None) -> Path:
+    """Write results.json and report.html from what the folder holds; returns the page.
+
+    Raises:
+        UserError: the folder holds no comparison.
+    """
+    if not (out / SETTINGS).is_file():
+        raise UserError(
+            f"{out} holds no comparison (there is no {SETTINGS} in it): name a folder of `curvelora bench compare`"
+        )
+    settings = LabSettings.read(out / SETTINGS)
+    runs = read_runs(out, settings)
+    cost = json.loads((out / COST).read_text(encoding="utf-8")) if (out / COST).is_file() else None
+    results = {
+        "schema": 1,
+        "kind": "lab",
+        "title": settings.title,
+        "settings": settings.as_dict()
+        | {
+            "weights": "random" if settings.random else "pretrained",
+            "dtype": "float32" if settings.base == "fp32" else "bfloat16",
+            "sequence_length": settings.length,
+            "data": "random tokens"
+            if settings.random
+            else settings.recipe or settings.data or "Shakespeare (with the package)",
+            "baseline": settings.baseline,
+        },
+        "environment": describe_environment(),
+        "arms": {
+            arm.key: {
+                "label": arm.label,
+                "method": arm.method,
+                "options": arm.options,
+                "dtype": "float32" if arm.fp32 or settings.base == "fp32" else "bfloat16",
+                "trainable_parameters": _trainable(runs, cost, arm.key),
+            }
+            for arm in settings.arms
+        },
+        "cost": cost,
+        "runs": runs,
+        "pooled": {key: pooled(list(found.values())) for key, found in runs.items() if found},
+        "paths": paths(out, runs),
+        "approximation": _approximation(runs),
+        "sweep": None if sweep is None else str(sweep),
+    }
+    results["verdict"] = verdict(results, read_record(sweep, "sweep.json", "sweep") if sweep else None)
+    write_json(out / RESULTS, results)
+    return write_lab_report(out, sweep)
+
+
+def read_runs(out: Path, settings: LabSettings) -> dict[str, dict[str, Any]]:
+    """Arm -> seed -> what its run.json says, with the stability of its steps beside the baseline's of the same seed."""
+    runs: dict[str, dict[str, Any]] = {}
+    for job in jobs_of(settings):
+        path = out / job.folder / DONE
+        if not path.is_file():
+            continue
+        record = json.loads(path.read_text(encoding="utf-8"))
+        steps = read_lines(out / job.folder / "steps.jsonl")
+        baseline = out / "runs" / settings.arms[0].slug / f"seed-{job.seed}" / "steps.jsonl"
+        pair = read_lines(baseline) if job.arm.key != settings.baseline and baseline.is_file() else None
+        kept = ("status", "steps", "seconds", "heldout", "presence", "sharpness", "spectra", "approximation")
+        runs.setdefault(job.arm.key, {})[str(job.seed)] = {
+            "folder": job.folder,
+            "stability": stability(steps, pair, StabilitySettings()),
+            **{key: record.get(key) for key in kept},
+        }
+    return runs
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a .jsonl file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def pooled(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Means over seeds, with intervals, of one arm's runs."""
+    found = pool([run["stability"] for run in runs])
+    for name in ("loss", "accuracy"):
+        values = [run["heldout"][name] for run in runs]
+        if any(value is not None for value in values):
+            found[f"heldout_{name}"] = over_seeds(values)
+    if any(run["sharpness"] for run in runs):
+        found["sharpness"] = over_seeds([run["sharpness"] and run["sharpness"]["value"] for run in runs])
+    return found
+
+
+def paths(out: Path, runs: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
+    """PCA of dW over training: the runs of the first seed that all arms have, in common axes; None where nothing was sketched."""
+    found: dict[str, Any] = {}
+    for arm, seeds in runs.items():
+        for seed, run in list(seeds.items())[:1]:
+            path = out / run["folder"] / "path.safetensors"
+            if path.is_file():
+                tensors = load_file(path)
+                found[arm] = seed, tensors["steps"].tolist(), tensors["sketches"]
+    sizes = {sketches.shape[1] for _, _, sketches in found.values()}
+    if len(sizes) != 1:
+        return None
+    result = pca_paths({arm: (steps, sketches) for arm, (_, steps, sketches) in found.items()})
+    return result | {"runs": {arm: {found[arm][0]: points} for arm, points in result.pop("paths").items()}}
+
+
+def _trainable(runs: dict[str, dict[str, Any]], cost: dict[str, Any] | None, key: str) -> int | None:
+    return ((cost or {}).get("arms", {}).get(key) or {}).get("trainable_parameters")
+
+
+def _approximation(runs: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
+    return next(
+        (run["approximation"] for seeds in runs.values() for run in seeds.values() if run["approximation"]), None
+    )

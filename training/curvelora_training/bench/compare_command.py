@@ -1,0 +1,53 @@
+"""Compare arms on one model: what each costs, whether it is stable, whether its nonlinearity is there; with a report.
+
+The same weights, batches and seeds for all arms; times are measured with the arms interleaved, before anything trains. The first
+arm is the baseline. On a built-in shape (random weights) only cost, memory and numerics mean something. A folder that was
+interrupted is continued with --resume, finished runs are kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from curvelora.errors import UserError
+from curvelora_training.bench.arms import parse_arms
+from curvelora_training.bench.options import add_arm_arguments, add_timing_arguments, rounds_from
+from curvelora_training.bench.settings import add_model_arguments, add_training_arguments, settings_from
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    add_model_arguments(parser)
+    add_training_arguments(parser)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the comparison")
+    parser.add_argument("--resume", action="store_true", help="keep the runs that DIR has finished and make the others")
+    parser.add_argument("--overwrite", action="store_true", help="replace what DIR holds")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time on each device (default 1)")
+    parser.add_argument("--sweep", type=Path, metavar="DIR", help="show this sweep's map in the report")
+    parser.add_argument("--no-cost", action="store_true", help="leave the timing out")
+    parser.add_argument("--no-sharpness", action="store_true", help="leave the Hessian's eigenvalue out")
+    parser.add_argument("--no-spectra", action="store_true", help="leave the spectra out")
+    add_arm_arguments(parser)
+    add_timing_arguments(parser, 5, 2)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check everything, measure, train, report; exit code 1 where a run failed."""
+    rounds = rounds_from(args)
+    settings = settings_from(args, parse_arms(args.arms, args.arm), args.out)
+    settings.sharpness, settings.spectra = not args.no_sharpness, not args.no_spectra
+    if args.jobs < 1:
+        raise UserError("--jobs must be at least 1")
+    from curvelora_training.bench.compare import compare
+
+    return compare(
+        settings,
+        args.out,
+        rounds=None if args.no_cost else rounds,
+        update_std=args.std,
+        resume=args.resume,
+        overwrite=args.overwrite,
+        jobs=args.jobs,
+        sweep=args.sweep,
+    )

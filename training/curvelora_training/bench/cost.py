@@ -1,0 +1,161 @@
+"""What a step costs: time by phase, throughput, model FLOPs utilisation, memory, energy, and the overhead to the baseline.
+
+Model FLOPs of a step, the same number for every arm, so that an arm's extra work lowers its utilisation instead of raising it:
+
+    tokens * (4 N + 6 P) + 6 * layers * tokens * length * width
+
+N counts the weights of all linear layers (output layer included, embeddings not), which are frozen: a forward pass and the
+gradient of its input, 2 FLOPs each. P = sum r (d_in + d_out) is what a LoRA of this rank trains: 2 more for its own gradient.
+The last term is attention with causal masking: QK^T and AV over half of the pairs are 2 * tokens * length * width forward and
+twice that backward. Recomputation under activation checkpointing is not counted. MFU = model FLOPs of a process / step time /
+peak.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import bitsandbytes as bnb
+from torch import nn
+
+from curvelora_eval.environment import describe_environment
+from curvelora_training.bench.adapted import set_update_std, update_std_of
+from curvelora_training.bench.ground import Ground
+from curvelora_training.bench.interleave import Rounds, interleave, overheads
+from curvelora_training.bench.processes import barrier
+from curvelora_training.bench.trial import PhaseClock, Trial
+from curvelora_training.distributed import rank, world_size
+
+FORMULA = "tokens * (4 N + 6 P) + 6 * layers * tokens * length * width; N: linear weights, P: r (d_in + d_out)"
+
+
+class _StepTurn:
+    """A trial as the harness runs it: on the device in its turn only, one fixed sequence of batches."""
+
+    def __init__(self, trial: Trial, ground: Ground, seed: int) -> None:
+        self.trial, self.ground, self.seed = trial, ground, seed
+        self.clock = PhaseClock(ground.device)
+
+    def enter(self) -> None:
+        self.trial.unpark()
+        barrier()
+
+    def run(self) -> dict[str, float]:
+        batch = self.ground.source.batch(self.seed, self.trial.taken, rank(), world_size())
+        self.trial.step(batch, self.clock)
+        return self.clock.seconds()
+
+    def leave(self) -> None:
+        self.trial.park()
+
+
+def measure_steps(
+    ground: Ground, rounds: Rounds, update_std: float, say: Callable[[str], None] = print
+) -> dict[str, Any]:
+    """Whole training steps of every arm, interleaved: the record of cost.json.
+
+    Args:
+        update_std: standard deviation of the entries of BA at which every arm is measured; never 0.
+    """
+    settings, device = ground.settings, ground.device
+    seed, trials, reached = settings.seeds[0], {}, {}
+    for arm in settings.arms:
+        trial = ground.trial(arm, seed, steps=10**9)  # the rate stays at its peak
+        reached[arm.key] = set_update_std(trial.model, update_std, seed)
+        trial.park()
+        trials[arm.key] = trial
+        say(f"ready: {arm.key}, trains {trial.trainable_parameters:,} parameters")
+    before = device.clocks()
+    timings = interleave({k: _StepTurn(t, ground, seed) for k, t in trials.items()}, rounds, device, say)
+    gemm = device.gemm_tflops()
+    ratios = overheads(timings, settings.baseline)
+    tokens = ground.source.tokens or _mean_tokens(ground, seed, rounds)
+    flops = model_flops(ground, tokens)
+    processes = world_size()
+    arms = {}
+    for key, found in timings.items():
+        seconds = found.as_dict()["step_seconds"]["median"]
+        rate = flops / seconds / 1e12
+        arms[key] = {
+            "std_BA": reached[key],
+            "std_BA_at_the_end": update_std_of(trials[key].model),
+            "trainable_parameters": trials[key].trainable_parameters,
+            **found.as_dict(),
+            "tokens_per_second": tokens * processes / seconds,
+            "tokens_per_second_per_device": tokens / seconds,
+            "model_tflops_per_second_per_device": rate,
+            "mfu": rate / device.peak_tflops if device.peak_tflops else None,
+            "mfu_of_gemm": rate / gemm,
+            "overhead": ratios[key],
+        }
+    return {
+        "schema": 1,
+        "kind": "bench_step",
+        "file": "cost.json",
+        "settings": settings.as_dict(),
+        "environment": describe_environment(),
+        "device": device.name,
+        "processes": processes,
+        "base_ready_seconds": ground.seconds,
+        "std_BA_target": update_std,
+        "rounds": rounds.rounds,
+        "steps_per_round": rounds.steps,
+        "warmup_steps": rounds.warmup,
+        "tokens_per_step": tokens,
+        "model_flops_per_step": flops,
+        "flops_formula": FORMULA,
+        "peak_tflops": device.peak_tflops,
+        "gemm_tflops": gemm,
+        "clocks": {"before": before, "after": device.clocks()} if before else None,
+        "arms": arms,
+    }
+
+
+def model_flops(ground: Ground, tokens: int) -> float:
+    """FLOPs of one process's step by the formula above."""
+    weights = adapted = 0
+    targets = set(ground.settings.target_modules)
+    for name, module in ground.base.named_modules():
+        if isinstance(module, nn.Linear | bnb.nn.Linear4bit):
+            weights += module.in_features * module.out_features
+            if name.rpartition(".")[2] in targets:
+                adapted += ground.settings.rank * (module.in_features + module.out_features)
+    config = ground.base.config
+    attention = 6 * config.num_hidden_layers * tokens * ground.settings.length * config.hidden_size
+    if "CausalLM" not in type(ground.base).__name__:  # an encoder attends to all pairs
+        attention *= 2
+    return float(tokens * (4 * weights + 6 * adapted) + attention)
+
+
+def _mean_tokens(ground: Ground, seed: int, rounds: Rounds) -> int:
+    """Positions a batch has on average, padding included, where rows differ in length."""
+    steps = range(rounds.rounds * rounds.steps)
+    sizes = [ground.source.batch(seed, step, rank(), world_size())["input_ids"].numel() for step in steps]
+    return round(sum(sizes) / len(sizes))
+
+
+def table(record: dict[str, Any]) -> str:
+    """The arms as lines of text, for the terminal."""
+    head = ("arm", "step s", "[95 %]", "x", "[95 %]", "tokens/s", "peak GB", "J/step", "MFU")
+    rows = [head]
+    for key, arm in record["arms"].items():
+        step, ratio = arm["step_seconds"], arm.get("overhead")
+        mfu = arm.get("mfu") or arm.get("mfu_of_gemm")
+        peak, joules = arm.get("peak_allocated_bytes"), arm.get("joules_per_step")
+        rows.append(
+            (
+                key,
+                f"{step['median']:.4g}",
+                f"{step['low']:.4g}-{step['high']:.4g}",
+                "1" if ratio is None else f"{ratio['ratio']:.3f}",
+                "" if ratio is None else f"{ratio['low']:.3f}-{ratio['high']:.3f}",
+                f"{arm['tokens_per_second']:,.0f}" if "tokens_per_second" in arm else "–",
+                f"{peak / 1e9:.2f}" if peak else "–",
+                f"{joules:.0f}" if joules else "–",
+                f"{100 * mfu:.1f} %" if mfu else "–",
+            )
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    lines = ([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows)
+    return "\n".join(map("  ".join, lines))

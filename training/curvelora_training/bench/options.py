@@ -1,0 +1,39 @@
+"""Options that the commands of the lab share: the arms, and how often to measure."""
+
+from __future__ import annotations
+
+import argparse
+
+from curvelora.errors import UserError
+from curvelora_training.bench.arms import DEFAULT_ARMS
+from curvelora_training.bench.interleave import Rounds
+
+
+def add_arm_arguments(parser: argparse.ArgumentParser) -> None:
+    """`--arms` and `--arm`."""
+    group = parser.add_argument_group("arms")
+    group.add_argument(
+        "--arms", default=DEFAULT_ARMS, metavar="A,B,...", help=f"the first is the baseline (default {DEFAULT_ARMS})"
+    )
+    own = "one more arm, for example mine=loran,amplitude=1e-3 (repeatable)"
+    group.add_argument("--arm", action="append", default=[], metavar="NAME=METHOD,OPTION=VALUE", help=own)
+
+
+def add_timing_arguments(parser: argparse.ArgumentParser, rounds: int, timed: int) -> None:
+    """`--rounds`, `--timed` and `--std`, with these defaults."""
+    group = parser.add_argument_group("timing")
+    group.add_argument(
+        "--rounds", type=int, default=rounds, metavar="N", help="turns of every arm (default %(default)s)"
+    )
+    group.add_argument("--timed", type=int, default=timed, metavar="N", help="timed steps a turn (default %(default)s)")
+    std = "standard deviation of the entries of BA while timing (default %(default)s)"
+    group.add_argument("--std", type=float, default=1e-2, metavar="S", help=std)
+
+
+def rounds_from(args: argparse.Namespace) -> Rounds:
+    """Raises `UserError` for counts below 1, or an update of 0."""
+    if args.rounds < 1 or args.timed < 1:
+        raise UserError("--rounds and --timed must be at least 1")
+    if args.std <= 0:
+        raise UserError(f"--std must be positive, not {args.std}: at BA = 0 a method that skips zeros would look free")
+    return Rounds(args.rounds, args.timed)

@@ -1,0 +1,42 @@
+"""The processes that `accelerate launch`, `torchrun` or `deepspeed` started, for plain data parallelism."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from curvelora.errors import UserError
+from curvelora_training.distributed import accelerate_asks_for_deepspeed, rank, world_size
+
+
+def join() -> torch.device:
+    """Join the process group, where a launcher started one, and return this process's device.
+
+    Raises:
+        UserError: Accelerate was configured for DeepSpeed, which would not be used here.
+    """
+    if accelerate_asks_for_deepspeed():
+        raise UserError(
+            "this Accelerate configuration asks for DeepSpeed, and a comparison shares one frozen base between its arms in plain "
+            "data parallelism: take ds_configs/accelerate_ddp.yaml, or torchrun; the `deepspeed` launcher works too"
+        )
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    if world_size() > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl" if on_gpu else "gloo")
+    return device
+
+
+def say(text: str) -> None:
+    """Print on the first process only."""
+    if rank() == 0:
+        print(text, flush=True)
+
+
+def barrier() -> None:
+    """Wait for all processes."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()

@@ -1,0 +1,275 @@
+"""What a comparison or a sweep runs on, from the command line or a recipe, as one plain record that its workers read back."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import TypeAdapter, ValidationError
+
+from curvelora.errors import UserError
+from curvelora_eval.files import check_folder
+from curvelora_eval.models import check_checkpoint, shape_model
+from curvelora_eval.spec import ModelSpec, TaskSpec
+from curvelora_eval.tasks import make_task
+from curvelora_training.bench.arms import FULL, Arm
+from curvelora_training.bench.random_base import BASES
+from curvelora_training.bench.shapes import shape_config
+from curvelora_training.config import load_recipe
+from curvelora_training.prepare import linear_module_names
+
+# the seven linear layers of a Llama block, and what else architectures call theirs
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+ENCODER_LINEARS = ("query", "value")
+NOT_ADAPTED = ("lm_head", "embed_out", "classifier", "score", "pooler")
+
+
+@dataclass(kw_only=True)
+class LabSettings:
+    """One comparison. Lengths are in tokens, rates are AdamW's peaks."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    model: str
+    """A built-in shape, a config.json, or a checkpoint."""
+    base: Literal["nf4", "bf16", "fp32"] = "nf4"
+    """How the frozen linear layers are stored."""
+    recipe: str | None = None
+    """Where model, task, rows and rates come from, instead of a text."""
+    overrides: list[str] = field(default_factory=list)
+    data: str | None = None
+    """A text file for a causal language model; None takes the text that comes with the package."""
+    steps: int = 100
+    seeds: list[int] = field(default_factory=lambda: [42])
+    batch_size: int = 4
+    length: int = 128
+    rank: int = 64
+    alpha: float = 16
+    dropout: float = 0.0
+    target_modules: list[str] = field(default_factory=list)
+    learning_rate: float = 2e-4
+    head_learning_rate: float | None = None
+    warmup: float = 0.06
+    schedule: Literal["linear", "constant"] = "linear"
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    checkpointing: bool = False
+    held_out_batches: int = 16
+    looks: int = 20
+    """At about so many steps of a run presence is measured and the path of dW is recorded."""
+    sharpness: bool = True
+    spectra: bool = True
+    arms: list[Arm] = field(default_factory=list)
+    title: str = ""
+
+    @property
+    def random(self) -> bool:
+        """Whether the base has random weights."""
+        return shape_config(self.model) is not None
+
+    @property
+    def baseline(self) -> str:
+        """The arm that every ratio is taken to: the first one."""
+        return self.arms[0].key
+
+    def options(self) -> dict[str, Any]:
+        """The adapter options that all arms share, each as far as its method has them."""
+        shared = {
+            "r": self.rank,
+            "alpha": self.alpha,
+            "dropout": self.dropout,
+            "target_modules": list(self.target_modules),
+        }
+        return shared
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def read(cls, path: Path) -> LabSettings:
+        """Read back what `as_dict` gave. Raises `UserError` where the file is damaged."""
+        try:
+            return TypeAdapter(cls).validate_python(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, ValidationError) as error:
+            raise UserError(
+                f"{path} holds no settings of a comparison ({' '.join(str(error).split())[:200]})"
+            ) from error
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that say on what model and in what batches; shared by `bench step`, `bench compare` and `sweep`."""
+    group = parser.add_argument_group("model and batches")
+    group.add_argument("--model", metavar="SHAPE_OR_PATH", help="built-in shape, config.json, or checkpoint folder")
+    group.add_argument(
+        "--config", metavar="RECIPE", help="take model, task, rows and rates from a recipe of `curvelora train`"
+    )
+    group.add_argument(
+        "--base", choices=BASES, help="how frozen linear layers are stored (default nf4, with double quantisation)"
+    )
+    group.add_argument(
+        "--data", metavar="TEXT", help="UTF-8 text (also .gz) for a causal language model (default: Shakespeare)"
+    )
+    group.add_argument("--batch-size", type=int, metavar="N", help="rows a step and process (default 4)")
+    group.add_argument("--length", type=int, metavar="N", help="tokens a row (default 128 on weights, 2048 on shapes)")
+    group.add_argument("--rank", type=int, metavar="R", help="rank of every arm (default 64)")
+    group.add_argument(
+        "--alpha", type=float, metavar="A", help="scale s = alpha / r (default 16; RanLoRA keeps its own 2r)"
+    )
+    group.add_argument("--dropout", type=float, metavar="P", help="on the adapters' input (default 0)")
+    group.add_argument(
+        "--targets", metavar="NAMES", help="comma-separated modules to adapt (default: every linear layer)"
+    )
+    group.add_argument(
+        "--checkpointing", action=argparse.BooleanOptionalAction, help="recompute activations (default on shapes)"
+    )
+    group.add_argument("overrides", nargs="*", metavar="section.key=value", help="recipe values, with --config")
+
+
+def add_training_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that say how to train."""
+    group = parser.add_argument_group("training")
+    group.add_argument(
+        "--steps", type=int, metavar="N", help="optimiser steps of every run (default 100; 0: cost only)"
+    )
+    group.add_argument("--seeds", metavar="A-B", help="for example 42-46 or 42,43 (default 42)")
+    group.add_argument("--learning-rate", type=float, metavar="LR", help="of every arm (default 2e-4)")
+    group.add_argument("--max-grad-norm", type=float, metavar="G", help="clipping by global norm (default 1; 0: none)")
+    group.add_argument("--warmup", type=float, metavar="W", help="share of the steps, or their number (default 0.06)")
+    group.add_argument("--schedule", choices=("linear", "constant"), help="after the warm-up (default linear, to 0)")
+
+
+def settings_from(args: argparse.Namespace, arms: list[Arm], out: Path | None = None) -> LabSettings:
+    """Check the command line, all of it before any model is loaded, and return the settings.
+
+    Raises:
+        UserError: everything that is wrong, in one message.
+    """
+    problems: list[str] = []
+    values: dict[str, Any] = {"arms": arms, "overrides": list(args.overrides or [])}
+    if args.config:
+        problems += _take(lambda: values.update(_from_recipe(args.config, values["overrides"])))
+        values["recipe"] = args.config
+    elif args.overrides:
+        problems.append(f"{args.overrides[0]!r} is a recipe value, which needs --config")
+    if args.model:
+        values["model"] = args.model
+    if not values.get("model"):
+        problems.append("--model is missing: name a shape (see --help), a config.json or a checkpoint folder")
+    given = {
+        **{
+            name: getattr(args, name, None)
+            for name in ("base", "data", "batch_size", "length", "rank", "alpha", "dropout")
+        },
+        **{name: getattr(args, name, None) for name in ("checkpointing", "steps", "learning_rate", "max_grad_norm")},
+        **{name: getattr(args, name, None) for name in ("warmup", "schedule")},
+    }
+    values |= {name: value for name, value in given.items() if value is not None}
+    if getattr(args, "seeds", None):
+        problems += _take(lambda: values.update(seeds=parse_seeds(args.seeds)))
+    if args.targets:
+        values["target_modules"] = [t for t in args.targets.split(",") if t]
+    for name in ("batch_size", "length", "rank"):
+        if values.get(name, 1) < 1:
+            problems.append(f"--{name.replace('_', '-')} must be at least 1, not {values[name]}")
+    for name in ("steps", "max_grad_norm", "warmup"):
+        if values.get(name, 0) < 0:
+            problems.append(f"--{name.replace('_', '-')} must not be negative, not {values[name]}")
+    for name in ("learning_rate", "alpha"):
+        if values.get(name, 1) <= 0:
+            problems.append(f"--{name.replace('_', '-')} must be positive, not {values[name]}")
+    if not 0 <= values.get("dropout", 0) < 1:
+        problems.append(f"--dropout is a share from 0 to below 1, not {values['dropout']}")
+    if out is not None:
+        problems += _take(lambda: check_folder(out))
+    if values.get("model"):
+        problems += _take(lambda: _complete(values))
+    if problems:
+        raise UserError("; ".join(problems))
+    settings = LabSettings(**values)
+    settings.title = settings.title or f"{settings.baseline} and its rivals on {Path(settings.model).name}"
+    return settings
+
+
+def parse_seeds(text: str) -> list[int]:
+    """`42-46` or `1,2,5-7` -> the numbers. Raises `UserError` for anything else."""
+    seeds: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()) or (dash and int(last) < int(first)):
+            raise UserError(f"--seeds {text!r} is not understood: write 42-46, or 42,43")
+        seeds += range(int(first), int(last or first) + 1)
+    return list(dict.fromkeys(seeds))
+
+
+def _take(check: Any) -> list[str]:
+    try:
+        check()
+    except UserError as error:
+        return [str(error)]
+    return []
+
+
+def _from_recipe(path: str, overrides: list[str]) -> dict[str, Any]:
+    recipe = load_recipe(Path(path), overrides)
+    training, options = recipe.training, recipe.adapter_options()
+    base = "nf4" if recipe.model.quantization == "nf4" else "fp32" if recipe.model.dtype == "float32" else "bf16"
+    values = {
+        "model": recipe.model.path,
+        "base": base,
+        "batch_size": training.batch_size,
+        "length": recipe.task.max_length,
+        "learning_rate": training.learning_rate,
+        "head_learning_rate": training.head_learning_rate,
+        "weight_decay": training.weight_decay,
+        "warmup": training.warmup,
+        "schedule": "linear" if training.schedule == "linear" else "constant",
+        "max_grad_norm": training.max_grad_norm,
+        "checkpointing": training.gradient_checkpointing,
+        "title": f"{recipe.name}: {recipe.method.name} and its rivals" if recipe.name else "",
+    }
+    named = {"rank": options.get("r"), "alpha": options.get("alpha"), "dropout": options.get("dropout")}
+    values |= {name: value for name, value in named.items() if isinstance(value, int | float)}
+    if isinstance(options.get("target_modules"), list):
+        values["target_modules"] = options["target_modules"]
+    if training.max_steps:
+        values["steps"] = training.max_steps
+    return values
+
+
+def _complete(values: dict[str, Any]) -> None:
+    """Fill in what depends on the model, and check the arms against its shapes.
+
+    Raises:
+        UserError: no such model, no such modules, a text model without a text, or a rank above what a layer allows.
+    """
+    config = shape_config(values["model"])
+    if config is not None:
+        values.setdefault("length", 2048)
+        values.setdefault("checkpointing", True)
+        if values.get("recipe") or values.get("data"):
+            raise UserError(
+                f"--model {values['model']} has random weights, so there is nothing to learn from --config or --data"
+            )
+        names, kind = set(LINEARS), "causal_lm"
+    else:
+        spec = ModelSpec(path=values["model"])
+        check_checkpoint(spec)
+        kind = "recipe" if values.get("recipe") else "causal_lm"
+        if kind == "causal_lm":
+            names = set(linear_module_names(shape_model(spec, make_task(TaskSpec(kind="causal_lm")))))
+        else:
+            names = None
+    if not values.get("target_modules"):
+        if names is None:
+            values["target_modules"] = list(ENCODER_LINEARS)
+        else:
+            values["target_modules"] = [n for n in LINEARS if n in names] or sorted(names - set(NOT_ADAPTED))
+    elif names is not None and (unknown := [t for t in values["target_modules"] if t not in names]):
+        raise UserError(f"--targets {', '.join(unknown)}: this model's linear modules are {', '.join(sorted(names))}")
+    if any(arm.method == FULL for arm in values["arms"][:1]):
+        raise UserError("the first arm is what the others are compared with: name qlora or lora first, and full later")

@@ -1,0 +1,117 @@
+"""`curvelora sweep`: one arm over a grid of options, each cell a run like those of a comparison."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+from curvelora.registry import METHODS
+from curvelora_eval.environment import describe_environment
+from curvelora_eval.files import write_json
+from curvelora_eval.lab.report import write_sweep_report
+from curvelora_eval.lab.stability import stability
+from curvelora_training.bench.arms import Arm, named_arm
+from curvelora_training.bench.compare import open_folder, read_lines
+from curvelora_training.bench.pool import DONE, Job, jobs_of, run_all
+from curvelora_training.bench.processes import barrier, join
+from curvelora_training.bench.settings import LabSettings
+from curvelora_training.distributed import leave, rank
+
+SWEEP = "sweep.json"
+REFERENCES = ("qlora", "loran:identity")  # the first is the baseline; both run beside the grid
+
+
+def sweep_arms(method: str, axes: dict[str, list]) -> list[Arm]:
+    """The references, then an arm for every cell of the grid. Raises `UserError` for values that the method refuses."""
+    start = named_arm(method)
+    arms = [named_arm(name) for name in REFERENCES]
+    for values in itertools.product(*axes.values()):
+        cell = dict(zip(axes, values, strict=True))
+        options = {("r" if axis == "rank" else axis): value for axis, value in cell.items() if axis != "learning_rate"}
+        METHODS[start.method].build_config(**start.options | options)
+        name = ",".join(
+            f"{axis}={value:g}" if isinstance(value, float) else f"{axis}={value}" for axis, value in cell.items()
+        )
+        arms.append(
+            dataclasses.replace(
+                start,
+                key=f"{method},{name}",
+                label=name,
+                options=start.options | options,
+                learning_rate=cell.get("learning_rate"),
+            )
+        )
+    return arms
+
+
+def sweep(settings: LabSettings, axes: dict[str, list], out: Path, resume: bool, overwrite: bool, jobs: int) -> int:
+    """Make every run and write sweep.json and report.html; returns 1 where a run failed.
+
+    Raises:
+        UserError: as `compare` does for its folder.
+    """
+    join()
+    if rank() == 0:
+        open_folder(out, settings, resume, overwrite)
+    barrier()
+    failed = run_all(settings, out, jobs)
+    if rank() == 0:
+        write_json(out / SWEEP, gather_sweep(settings, axes, out))
+        print(f"results: {out / SWEEP}\nreport:  {write_sweep_report(out)}")
+        if failed:
+            print(
+                f"{len(failed)} of {len(jobs_of(settings))} runs failed: {', '.join(failed)}; --resume makes them again"
+            )
+    leave()
+    return 1 if failed else 0
+
+
+def gather_sweep(settings: LabSettings, axes: dict[str, list], out: Path) -> dict[str, Any]:
+    """The record of sweep.json."""
+    references, cells = {}, []
+    for job in jobs_of(settings):
+        found = _cell(job, out, settings)
+        if job.arm.key in REFERENCES:
+            references.setdefault(job.arm.key, []).append(found)
+            continue
+        options = job.arm.options | {"learning_rate": job.arm.learning_rate, "rank": job.arm.options.get("r")}
+        cells.append({"values": {axis: options[axis] for axis in axes}, **found})
+    return {
+        "schema": 1,
+        "kind": "sweep",
+        "settings": {k: v for k, v in settings.as_dict().items() if k != "arms"},
+        "environment": describe_environment(),
+        "axes": axes,
+        "baseline": references[REFERENCES[0]][0],
+        "references": references,
+        "cells": cells,
+    }
+
+
+def _cell(job: Job, out: Path, settings: LabSettings) -> dict[str, Any]:
+    empty = dict.fromkeys(
+        ("heldout_loss", "heldout_accuracy", "residual_std", "paired_residual_std", "spikes", "last_loss")
+    )
+    record: dict[str, Any] = {"seed": job.seed, "status": "missing", "diverged": False, "folder": job.folder, **empty}
+    path = out / job.folder / DONE
+    if not path.is_file():
+        return record
+    run = json.loads(path.read_text(encoding="utf-8"))
+    baseline = out / "runs" / settings.arms[0].slug / f"seed-{job.seed}" / "steps.jsonl"
+    pair = read_lines(baseline) if job.arm.key != settings.baseline and baseline.is_file() else None
+    stable = stability(read_lines(out / job.folder / "steps.jsonl"), pair)
+    presence = run.get("presence") or {}
+    return record | {
+        "status": run["status"],
+        "diverged": bool(run["status"] == "diverged" or stable["diverged"]),
+        "heldout_loss": run["heldout"]["loss"],
+        "heldout_accuracy": run["heldout"]["accuracy"],
+        **{key: stable[key] for key in ("residual_std", "paired_residual_std", "spikes", "last_loss")},
+        "resolvability_forward": presence.get("forward"),
+        "resolvability_derivative": presence.get("derivative"),
+        "output_ratio": (presence.get("output_ratio") or {}).get("exact"),
+        "std_u": presence.get("std_u"),
+    }

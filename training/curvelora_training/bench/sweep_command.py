@@ -1,0 +1,74 @@
+"""Train one method over a grid: amplitude x frequency, ranks, learning rates or activations; with heat maps.
+
+Every cell is a run of `curvelora bench compare` without its timing: same base, same batches, same seed. The baseline (QLoRA) and
+LoRAN's identity run beside the grid. Runs can be packed on a device (--jobs), and a sweep that was interrupted continues with
+--resume. --grid paper is the grid of the LoRAN paper's summary (3 x 3), --grid wide holds it within five decades (6 x 6).
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from curvelora.errors import UserError
+from curvelora_training.bench.settings import add_model_arguments, add_training_arguments, settings_from
+
+GRIDS = {
+    "paper": {"amplitude": [1e-5, 5e-5, 1e-4], "frequency": [5e3, 1e4, 5e4]},
+    "wide": {"amplitude": [1e-5, 5e-5, 1e-4, 1e-3, 1e-2, 1e-1], "frequency": [1e2, 1e3, 5e3, 1e4, 5e4, 1e5]},
+}
+AXES = {"amplitude": float, "frequency": float, "rank": int, "learning_rate": float, "activation": str}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    add_model_arguments(parser)
+    add_training_arguments(parser)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the sweep")
+    parser.add_argument("--resume", action="store_true", help="keep the runs that DIR has finished and make the others")
+    parser.add_argument("--overwrite", action="store_true", help="replace what DIR holds")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time on each device (default 1)")
+    group = parser.add_argument_group("grid")
+    group.add_argument("--method", default="loran", metavar="ARM", help="the arm that is varied (default loran)")
+    group.add_argument("--grid", choices=sorted(GRIDS), help="a ready-made amplitude x frequency grid")
+    for axis in AXES:
+        flag = "ranks" if axis == "rank" else "learning-rates" if axis == "learning_rate" else axis
+        group.add_argument(
+            f"--{flag}", dest=f"axis_{axis}", metavar="V,V,...", help=f"values of {axis.replace('_', ' ')}"
+        )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check everything, make the runs, write sweep.json and report.html; exit code 1 where a run failed."""
+    from curvelora_training.bench.sweep import sweep, sweep_arms
+
+    axes = axes_from(args)
+    arms = sweep_arms(args.method, axes)
+    settings = settings_from(args, arms, args.out)
+    settings.sharpness = settings.spectra = False
+    settings.looks = min(settings.looks, 4)
+    if settings.random:
+        raise UserError("a sweep compares what is learnt, and a built-in shape has random weights: name a checkpoint")
+    if args.jobs < 1:
+        raise UserError("--jobs must be at least 1")
+    return sweep(settings, axes, args.out, resume=args.resume, overwrite=args.overwrite, jobs=args.jobs)
+
+
+def axes_from(args: argparse.Namespace) -> dict[str, list]:
+    """Axis -> values. Raises `UserError` for values that are no numbers, and where no axis is given."""
+    axes: dict[str, list] = {axis: list(values) for axis, values in GRIDS.get(args.grid, {}).items()}
+    for axis, kind in AXES.items():
+        text = getattr(args, f"axis_{axis}")
+        if text is None:
+            continue
+        try:
+            axes[axis] = list(dict.fromkeys(kind(part) for part in text.split(",") if part.strip()))
+        except ValueError as error:
+            raise UserError(
+                f"--{axis.replace('_', '-')} {text!r} is no list of numbers: write for example 1e-5,1e-3"
+            ) from error
+    if not axes or not all(axes.values()):
+        raise UserError(
+            "a sweep needs values: write --grid paper, --grid wide, or for example --amplitude 1e-5,1e-3 --ranks 8,64"
+        )
+    return axes
