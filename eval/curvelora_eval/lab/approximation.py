@@ -32,7 +32,7 @@ from curvelora.precision import at_least_fp32, exact_products
 from curvelora_eval.lab.updates import factors
 
 KINDS = ("lora", "loran", "ranlora", "aurora")
-BOUND_BY_RANK = ("lora", "ranlora", "aurora")  # by Eckart and Young never below `floor`; see above
+BOUND_BY_RANK = ("lora", "ranlora", "aurora")  # by Eckart and Young never below the best linear map; see above
 BEATS_BY = 1e-3  # relative: less is the optimiser's and rounding's
 # Largest |z| over the inputs at the start. The smaller, the closer the method starts to the linear optimum; AuroRA's grid ends
 # at 1, and GELU is z / 2 + z^2 / sqrt(2 pi), whose second term fades slowly.

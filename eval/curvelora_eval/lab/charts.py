@@ -244,9 +244,9 @@ def stacked_bars(
     canvas.x_axis(axis, top, bottom, unit)
     for position, (arm, parts, total) in enumerate(rows):
         y, start = top + ROW * position, 0.0
-        canvas.text("name", left + 4, y + 14, arm.label)
-        canvas.text("value end", right, y + 14, total)
-        with canvas.link(href):
+        with canvas.arm(arm), canvas.link(href):
+            canvas.text("name", left + 4, y + 14, arm.label)
+            canvas.text("value end", right, y + 14, total)
             for name, value in parts.items():
                 x, width = axis(start), axis(start + value) - axis(start)
                 title_text = f"{arm.label}, {name}: {short(value)} {unit}"

@@ -46,22 +46,28 @@ def _cost(lab: Lab) -> Section:
         return section
     file = sources(lab, str(lab.cost.get("file") or "cost.json")) or sources(lab, "results.json")
     href = file[0][1] if file else None
+    steps = {arm: number(dig(records[arm.key], "step_seconds", "median")) for arm in arms}
+    unit, factor = ("s", 1.0) if max((step or 0.0 for step in steps.values()), default=0.0) >= 1 else ("ms", 1000.0)
     bars = []
     for arm in arms:
         phases = {name: number(dig(phase, "median")) for name, phase in (records[arm.key].get("phases") or {}).items()}
-        parts = {name: value for name, value in phases.items() if value is not None}
+        parts = {name: factor * value for name, value in phases.items() if value is not None}
         if parts:
-            step = number(dig(records[arm.key], "step_seconds", "median"))
-            bars.append((arm, parts, f"{short(step if step is not None else sum(parts.values()))} s"))
+            total = sum(parts.values()) if steps[arm] is None else factor * steps[arm]
+            bars.append((arm, parts, f"{short(total)} {unit}"))
     if bars:
-        chart = stacked_bars(bars, "Where a step's time goes", "s", href)
+        chart = stacked_bars(bars, "Where a step's time goes", unit, href)
         names = list(dict.fromkeys(name for _, parts, _ in bars for name in parts))
         caption = "Medians of each phase; on the right the median step."
         keys = [(f"part-{i}", name) for i, name in enumerate(names)]
         section.panels.append(Panel("Where a step's time goes", chart, caption, file, kind="phases", keys=keys))
+    known = any(number(records[arm.key].get("mfu")) is not None for arm in arms)
+    utilisation = (
+        ("Model FLOPs utilisation", "mfu") if known else ("Utilisation of a matrix product's rate", "mfu_of_gemm")
+    )
     for heading, key, unit, divide in (
         ("Peak memory", "peak_allocated_bytes", "GB", 1e9),
-        ("Model FLOPs utilisation", "mfu", "%", 0.01),
+        (*utilisation, "%", 0.01),
         ("Energy of a step", "joules_per_step", "J", 1.0),
     ):
         rows = [
@@ -71,7 +77,9 @@ def _cost(lab: Lab) -> Section:
         ]
         if rows:
             caption = (
-                f"Model FLOPs: {lab.cost['flops_formula']}" if key == "mfu" and lab.cost.get("flops_formula") else ""
+                f"Model FLOPs: {lab.cost['flops_formula']}"
+                if key.startswith("mfu") and lab.cost.get("flops_formula")
+                else ""
             )
             section.panels.append(Panel(heading, dot_rows(rows, heading, name=unit), caption, file))
     section.tables.append(cost_table(lab, arms, href))
@@ -110,14 +118,12 @@ def _stability(lab: Lab) -> Section:
     rows = _seed_rows(lab, ("sharpness", "value"))
     if rows:
         chart = dot_rows(rows, "Sharpness", name="largest eigenvalue of the loss' Hessian")
-        caption = (
-            "In the adapter's parameters, at the last step; 95 % interval over seeds. Compares arms of equal form only."
-        )
+        caption = f"In the adapter's parameters, at the last step. Compares arms of equal form only. {lab.bars}"
         section.panels.append(Panel("Sharpness", chart, caption, sources(lab, "results.json")))
     rows = _seed_rows(lab, ("heldout", "loss"), lambda loss: short(loss, 4))
     if rows:
         chart = dot_rows(rows, "Held-out loss", name="loss (nats)")
-        caption = "After the last step; 95 % interval over seeds (Student's t)."
+        caption = f"After the last step. {lab.bars}"
         section.panels.append(Panel("Held-out loss", chart, caption, sources(lab, "results.json")))
     for heading, key, caption in (
         ("Gradient norm per module type", "grad_norms", "Norm of the gradients of all modules of a type, log scale."),
@@ -154,7 +160,7 @@ def _span(lines: Sequence[Curve]) -> int:
 def _seed_rows(lab: Lab, path: Sequence[str], text: Callable[[float], str] = short, hollow: bool = False) -> list[Row]:
     rows = []
     for arm in lab.arms:
-        found = lab.over_seeds(arm, *path)
+        found = lab.spread(arm, *path)
         if found:
             bounds = "" if found["low"] is None else f" [{text(found['low'])}, {text(found['high'])}]"
             said = text(found["mean"]) + bounds

@@ -84,6 +84,23 @@ class Lab:
         values = self.values(arm, *path)
         return over_seeds(values) if values else None
 
+    def spread(self, arm: Arm, *path: str) -> dict | None:
+        """As `over_seeds`, for drawing: of two seeds low and high are the two values, since Student's t with one degree of
+        freedom (12.7 standard errors) would only draw how few they are; and what is never negative has no bound below 0."""
+        values = self.values(arm, *path)
+        found = self.over_seeds(arm, *path)
+        if found and found["n"] == 2:
+            found |= {"low": min(values), "high": max(values)}
+        if found and found["low"] is not None and min(values) >= 0:
+            found["low"] = max(found["low"], 0.0)
+        return found
+
+    @property
+    def bars(self) -> str:
+        """What the bars of `spread` are, as a sentence; empty for one seed."""
+        most = max((len(self.runs(arm)) for arm in self.arms), default=0)
+        return ("", "", "Bars: the two seeds.")[most] if most < 3 else "Bars: 95 % interval over seeds (Student's t)."
+
     def of_arm(self, arm: Arm, *path: str) -> float | None:
         """The mean over seeds of the number at `path`, or None."""
         values = self.values(arm, *path)

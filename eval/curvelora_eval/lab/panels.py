@@ -128,11 +128,10 @@ def stability_panel(lab: Lab) -> Panel:
             continue
         dots = []
         for key, hollow in (("residual_std", False), ("paired_residual_std", True)):
-            found = lab.over_seeds(arm, "stability", key)
+            found = lab.spread(arm, "stability", key)
             if found and not (arm.baseline and hollow):
                 text = f"{'paired ' if hollow else ''}noise {short(found['mean'])}{_bounds(found)}"
-                low = None if found["low"] is None else max(found["low"], 0.0)
-                dots.append(Row(arm, found["mean"], low, found["high"], text, hollow=hollow))
+                dots.append(Row(arm, found["mean"], found["low"], found["high"], text, hollow=hollow))
         spikes = {
             seed: dig(run, "stability", "spike_steps") or []
             for seed, run in lab.runs(arm).items()
@@ -148,7 +147,7 @@ def stability_panel(lab: Lab) -> Panel:
     panel.chart = noise_and_spikes(rows, steps, panel.heading)
     panel.caption = (
         "Filled: standard deviation of the loss around its running median. Hollow: the same of the difference to the "
-        "baseline on the same batches. Bars: 95 % interval over seeds. One lane a seed."
+        f"baseline on the same batches. {lab.bars} One lane a seed."
     )
     return panel
 

@@ -18,6 +18,9 @@ from curvelora_eval.lab.statistics import paired_difference
 from curvelora_eval.report.load import number
 from curvelora_eval.wording import percent
 
+# Fewer values than this have no 95 % interval of their median but their whole range (statistics.summarise).
+FEW_PAIRS = 6
+
 
 def verdict(results: dict[str, Any], sweep: dict[str, Any] | None = None) -> dict[str, list[str]]:
     """Return `{"cost", "stability", "presence", "limits"}`, each a list of sentences; only "limits" is never empty.
@@ -232,6 +235,10 @@ def _limits(lab: Lab) -> Iterator[str]:
                 f"Step times are of adapters whose BA has standard deviation {setting_text(target)}, "
                 "since a fresh one (B = 0) would make some kernels look faster than they are."
             )
+        pairs = [number(dig(record, "overhead", "pairs")) for record in (lab.cost.get("arms") or {}).values()]
+        fewest = min((count for count in pairs if count is not None), default=None)
+        if fewest is not None and fewest < FEW_PAIRS:
+            yield f"Step times come from {_plural(int(fewest), 'pair')} of rounds, so their intervals are likely too narrow."
         hardware = dig(lab.results, "environment", "hardware") or {}
         if not hardware.get("gpu"):
             yield "Step times are a CPU's; the ratios of a GPU are others."

@@ -406,6 +406,24 @@ def test_arm_without_seeds_is_empty(tmp_path):
     assert isinstance(arm, Arm) and lab.over_seeds(arm, "heldout", "loss") is None and lab.series(arm, "loss") == {}
 
 
+def test_bars_of_two_seeds_are_the_two_and_never_below_zero(tmp_path):
+    results = write_lab(tmp_path, seeds=(1, 2, 3), steps=8, arms=("qlora", "aurora"))
+    for value, run in zip((1.0, 2.0, 9.0), results["runs"]["aurora"].values(), strict=True):
+        run["sharpness"]["value"] = value
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    lab = read_lab(tmp_path)
+    aurora = lab.arms[1]
+    assert lab.spread(aurora, "sharpness", "value")["low"] == 0.0 and "Student" in lab.bars
+    # mean 4, sd 4.359, 4.303 * 4.359 / sqrt(3) = 10.83
+    assert lab.spread(aurora, "sharpness", "value")["high"] == pytest.approx(14.83, abs=0.01)
+    for runs in results["runs"].values():
+        del runs["3"]
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    lab = read_lab(tmp_path)
+    found = lab.spread(aurora, "sharpness", "value")
+    assert (found["mean"], found["low"], found["high"], lab.bars) == (1.5, 1.0, 2.0, "Bars: the two seeds.")
+
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 

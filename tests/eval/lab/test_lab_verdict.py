@@ -149,6 +149,13 @@ def test_one_seed_and_random_weights_are_limits():
     assert "distinguish" not in " ".join(said["stability"])
 
 
+def test_few_rounds_are_a_limit():
+    results = lab_results(arms=PAIR)
+    assert "too narrow" not in joined(results, "limits")
+    results["cost"]["arms"]["loran:sinter"]["overhead"]["pairs"] = 3
+    assert "Step times come from 3 pairs of rounds" in joined(results, "limits")
+
+
 def test_rule_of_three():
     """No event in n steps leaves rates up to 3 / n at 95 %: 3000 / 6000 in 1,000 steps."""
     assert "up to 0.5 times in 1,000 steps" in joined(lab_results(steps=2000, arms=PAIR), "limits")

@@ -44,13 +44,14 @@ def arm_model(
     if arm.method == FULL:
         wrapped = _train_weights(model, options["target_modules"], heads)
     else:
-        wrapped = get_peft_model(model, peft_config(arm, options, heads, random))
+        with next(model.parameters()).device:  # drawing 70B-sized adapters on the CPU takes minutes
+            wrapped = get_peft_model(model, peft_config(arm, options, heads, random))
         _draw_factors(wrapped, arm, seed, random)
     for name, parameter in wrapped.named_parameters():
         if parameter.requires_grad and any(f"{head}." in name for head in heads):
-            draw = torch.Generator().manual_seed(_key(seed, name))
-            start = torch.randn(parameter.shape, generator=draw) * base.config.initializer_range
-            parameter.data = (start * (parameter.dim() > 1)).to(parameter.device)
+            draw = _generator(parameter, seed, name)
+            start = torch.randn(parameter.shape, generator=draw, device=draw.device) * base.config.initializer_range
+            parameter.data = start * (parameter.dim() > 1)
         elif parameter.requires_grad:
             parameter.data = parameter.data.float()
     return wrapped
@@ -114,18 +115,17 @@ def _train_weights(model: PreTrainedModel, targets: list[str], heads: list[str])
 def _draw_factors(model: PeftModel, arm: Arm, seed: int, random: bool) -> None:
     """Start arms with a Kaiming-uniform A from the same A, and fill removed factors that were not computed."""
     for name, layer in adapted_layers(model).items():
-        draw = torch.Generator().manual_seed(_key(seed, name))
         A, B = factors(layer)
+        draw = _generator(A, seed, name)
         removed = layer.removed("default") if isinstance(layer, BottleneckLayer) else None
         if removed is None:
             bound = A.shape[1] ** -0.5
-            A.data.copy_((torch.rand(A.shape, generator=draw) * 2 - 1) * bound)
+            A.data.uniform_(-bound, bound, generator=draw)
         elif random:
             # C = B0 A0 with orthogonal-like factors of the size of a tail component; A and B start from them, as in the method
             A0, B0 = removed
             for tensor in (A0, B0):
-                fresh = torch.randn(tensor.shape, generator=draw) * (REMOVED_STD**0.5 / A.shape[0] ** 0.25)
-                tensor.data.copy_(fresh)
+                tensor.data.normal_(std=REMOVED_STD**0.5 / A.shape[0] ** 0.25, generator=draw)
             A.data.copy_(A0)
             B.data.copy_(B0)
 
@@ -139,9 +139,8 @@ def set_update_std(model: nn.Module, std: float, seed: int = 0) -> float | None:
     for name, layer in adapted_layers(model).items():
         if (pair := factors(layer)) is not None:
             A, B = pair
-            draw = torch.Generator().manual_seed(_key(seed, name))
             size = std / (A.shape[0] ** 0.5 * A.float().std().item())
-            B.data.copy_(torch.randn(B.shape, generator=draw) * size)
+            B.data.normal_(std=size, generator=_generator(B, seed, name))
     return update_std_of(model)
 
 
@@ -165,5 +164,6 @@ def arm_tensors(model: nn.Module) -> Iterator[Tensor]:
             yield from (b for name, b in module.named_buffers() if not name.startswith("base_layer."))
 
 
-def _key(seed: int, name: str) -> int:
-    return (seed << 32) ^ zlib.crc32(name.encode())
+def _generator(like: Tensor, seed: int, name: str) -> torch.Generator:
+    """Random numbers on the device of `like` that depend on the seed and on this name alone."""
+    return torch.Generator(like.device).manual_seed((seed << 32) ^ zlib.crc32(name.encode()))
