@@ -29,7 +29,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from curvelora.errors import UserError
@@ -38,10 +37,10 @@ from curvelora.layers.dense_delta import DeltaMap, DenseDeltaLayer
 from curvelora.precision import at_least_fp32, exact_products
 from curvelora.reference_path import evaluating
 from curvelora.resolvability import measure_resolvability
+from curvelora_eval.lab.updates import PEFT_PREFIX, adapted_layers
 
 QUANTILES = {"p05": 0.05, "p25": 0.25, "p50": 0.5, "p75": 0.75, "p95": 0.95, "max": 1.0}
 PRECISIONS = ("naive_bf16", "rounded_bf16", "fp32")
-PREFIX = "base_model.model."  # what PEFT puts before the base model's own names
 
 Record = dict[str, Any]
 
@@ -53,7 +52,7 @@ def capture_inputs(
     """Real inputs of the adapted layers, from one pass in evaluation mode; the model's mode is put back.
 
     Args:
-        model: a PEFT model, of any method, PEFT's LoRA too.
+        model: with adapters of any method, PEFT's LoRA too, or with layers under full fine-tuning.
         batch: keyword arguments of its forward pass, on its device.
         tokens: most rows a layer; evenly spaced over the positions of the batch, hence the same in every call. Positions that
             `attention_mask` marks as padding are left out of layers whose input has the mask's shape.
@@ -68,7 +67,7 @@ def capture_inputs(
     """
     if tokens < 1:
         raise UserError(f"tokens must be at least 1, not {tokens}: presence is measured on inputs")
-    adapted = {base_name(name): m for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
+    adapted = adapted_layers(model)
     unknown = sorted(set(layers or ()) - set(adapted))
     if unknown:
         raise UserError(
@@ -258,7 +257,7 @@ def summarise_presence(layers: Mapping[str, Record]) -> Record | None:
 
 def base_name(name: str) -> str:
     """A module's name in a PEFT model as it is in the base model."""
-    return name.removeprefix(PREFIX)
+    return name.removeprefix(PEFT_PREFIX)
 
 
 def _means(records: Sequence[Record]) -> Record:

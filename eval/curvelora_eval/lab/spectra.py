@@ -193,7 +193,7 @@ def spectra(
 
     Args:
         rank: r of energy_beyond_rank and of the overlaps.
-        inputs: layer -> x (tokens, d_in), for methods that are nonlinear in them; `updates.layer_inputs` collects them.
+        inputs: layer -> x (tokens, d_in), for methods that are nonlinear in them; `presence.capture_inputs` collects them.
         layers: names of the layers to look at; all adapted ones by default.
         base_overlap: whether to compare with the base weight, which costs two eigendecompositions per layer ...
         subspaces: ... unless they are given: layer -> `base_subspaces`.

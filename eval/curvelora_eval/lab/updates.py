@@ -13,9 +13,7 @@ output, which no weight can, so it is reported and left out.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -224,42 +222,3 @@ def base_weight(layer: nn.Module) -> Tensor:
     weight = (base_layer.weight if backend is None else backend.get_base_weight(base_layer)).detach()
     weight = weight.T if is_transposed(base_layer) else weight
     return weight.to(at_least_fp32(weight.dtype))
-
-
-@torch.no_grad()
-def layer_inputs(
-    model: nn.Module, batch: Mapping[str, Any], adapter: str = "default", limit: int = 2048
-) -> dict[str, Tensor]:
-    """Layer name -> x (tokens, d_in), what enters every adapted layer when `model` runs `batch` in evaluation mode.
-
-    Args:
-        batch: keyword arguments of the forward pass, on the model's device. Padding, by `attention_mask`, is left out.
-        limit: most tokens per layer; of more, evenly spaced ones are kept.
-
-    Its mode is put back. Inputs keep their dtype.
-    """
-    found: dict[str, Tensor] = {}
-    mask = batch.get("attention_mask")
-
-    def keep(name: str):
-        def hook(_: nn.Module, arguments: tuple) -> None:
-            x = arguments[0].detach()
-            # the keys of a decoder's cross-attention have the encoder's shape, which no mask of the decoder fits
-            padded = mask is not None and mask.ndim == 2 and x.shape[:-1] == mask.shape
-            x = x[mask.bool()] if padded else x.reshape(-1, x.shape[-1])
-            if len(x) > limit:
-                x = x[torch.linspace(0, len(x) - 1, limit, device=x.device).round().long()]
-            found[name] = x.clone()
-
-        return hook
-
-    hooks = [layer.register_forward_pre_hook(keep(n)) for n, layer in adapted_layers(model, adapter).items()]
-    was_training = model.training
-    model.eval()
-    try:
-        model(**batch)
-    finally:
-        model.train(was_training)
-        for hook in hooks:
-            hook.remove()
-    return found

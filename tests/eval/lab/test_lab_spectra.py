@@ -13,13 +13,13 @@ from transformers.pytorch_utils import Conv1D
 
 import curvelora
 from curvelora.errors import UserError
+from curvelora_eval.lab.presence import capture_inputs
 from curvelora_eval.lab.spectra import base_subspaces, by_module_type, spectra, spectrum, spectrum_of_factors
 from curvelora_eval.lab.updates import (
     adapted_layers,
     base_weight,
     best_linear_map,
     factors,
-    layer_inputs,
     update_factors,
     update_weight,
 )
@@ -221,13 +221,13 @@ def test_a_quantised_base_weight_is_dequantised(method):
 def test_inputs_are_collected_without_padding():
     model = adapted(NONLINEAR["aurora"]).train()
     x, mask = draw(2, 6, 13).float(), torch.tensor([[1] * 6, [0] * 4 + [1] * 2])
-    found = layer_inputs(model, {"x": x, "attention_mask": mask})
+    found = capture_inputs(model, {"x": x, "attention_mask": mask})
     assert torch.equal(found["q_proj"], torch.cat([x[0], x[1, 4:]])) and model.training
     with torch.no_grad():
         expected = torch.tanh(model.eval().base_model.model.q_proj(x[1, 4:]))
     assert torch.allclose(found["up_proj"][6:], expected, atol=1e-6)
-    assert torch.equal(layer_inputs(model, {"x": x}, limit=3)["q_proj"], x.reshape(12, 13)[[0, 6, 11]])
-    assert layer_inputs(model, {"x": x}).keys() == {"q_proj", "up_proj"}
+    assert torch.equal(capture_inputs(model, {"x": x}, tokens=3)["q_proj"], x.reshape(12, 13)[[0, 6, 11]])
+    assert capture_inputs(model, {"x": x}).keys() == {"q_proj", "up_proj"}
 
 
 # --- spectra -----------------------------------------------------------------------------------------------------------
@@ -362,7 +362,7 @@ def test_spectra_of_a_nonlinear_model():
     model = adapted(NONLINEAR["ranlora"])
     with pytest.raises(ValueError, match="give inputs"):
         spectra(model, 3)
-    inputs = layer_inputs(model, {"x": draw(40, 13).float()})
+    inputs = capture_inputs(model, {"x": draw(40, 13).float()})
     found = spectra(model, 3, inputs)["q_proj"]
     layer = adapted_layers(model)["q_proj"]
     exact = torch.linalg.svdvals(update_weight(layer, inputs["q_proj"]).double())

@@ -6,6 +6,7 @@ The folder: lab.json (settings), cost.json, runs/ARM/seed-N/ (see `single`), res
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from curvelora_training.bench.processes import barrier, join, say
 from curvelora_training.bench.settings import LabSettings
 from curvelora_training.distributed import leave, rank, world_size
 
-COST, RESULTS = "cost.json", "results.json"
+COST, RESULTS, SWEEP = "cost.json", "results.json", "sweep.json"
 CONTENTS = (SETTINGS, COST, "runs", "workers", RESULTS, "report.html")
 # what may differ between the comparison that DIR holds and the one that continues it
 FREE = ("title", "seeds")
@@ -66,7 +67,7 @@ def compare(
     if rounds is not None and not (out / COST).is_file():
         ground = build_ground(settings, device)
         say(f"{settings.model} ({settings.base}) ready in {ground.seconds:.1f} s; timing {len(settings.arms)} arms")
-        record = measure_steps(ground, rounds, update_std, say)
+        *_, record = measure_steps(ground, rounds, update_std, say)
         if rank() == 0:
             write_json(out / COST, record)
             print(table(record))
@@ -122,6 +123,9 @@ def gather(out: Path, sweep: Path | None = None) -> Path:
     Raises:
         UserError: the folder holds no comparison.
     """
+    if sweep is None and (out / RESULTS).is_file():  # a report that is written again keeps the map that it had
+        earlier = json.loads((out / RESULTS).read_text(encoding="utf-8")).get("sweep")
+        sweep = out / earlier if earlier and (out / earlier / SWEEP).is_file() else None
     if not (out / SETTINGS).is_file():
         raise UserError(
             f"{out} holds no comparison (there is no {SETTINGS} in it): name a folder of `curvelora bench compare`"
@@ -159,9 +163,9 @@ def gather(out: Path, sweep: Path | None = None) -> Path:
         "pooled": {key: pooled(list(found.values())) for key, found in runs.items() if found},
         "paths": paths(out, runs),
         "approximation": _approximation(runs),
-        "sweep": None if sweep is None else str(sweep),
+        "sweep": None if sweep is None else os.path.relpath(sweep, out),
     }
-    results["verdict"] = verdict(results, read_record(sweep, "sweep.json", "sweep") if sweep else None)
+    results["verdict"] = verdict(results, read_record(sweep, SWEEP, "sweep") if sweep else None)
     write_json(out / RESULTS, results)
     return write_lab_report(out, sweep)
 

@@ -13,7 +13,7 @@ peak.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import bitsandbytes as bnb
@@ -21,8 +21,9 @@ from torch import nn
 
 from curvelora_eval.environment import describe_environment
 from curvelora_training.bench.adapted import set_update_std, update_std_of
+from curvelora_training.bench.devices import Device
 from curvelora_training.bench.ground import Ground
-from curvelora_training.bench.interleave import Rounds, interleave, overheads
+from curvelora_training.bench.interleave import Rounds, Timings, interleave, overheads
 from curvelora_training.bench.processes import barrier
 from curvelora_training.bench.trial import PhaseClock, Trial
 from curvelora_training.distributed import rank, world_size
@@ -52,8 +53,8 @@ class _StepTurn:
 
 def measure_steps(
     ground: Ground, rounds: Rounds, update_std: float, say: Callable[[str], None] = print
-) -> dict[str, Any]:
-    """Whole training steps of every arm, interleaved: the record of cost.json.
+) -> Iterator[dict[str, Any]]:
+    """Whole training steps of every arm, interleaved: yields the record of cost.json, after each round anew.
 
     Args:
         update_std: standard deviation of the entries of BA at which every arm is measured; never 0.
@@ -66,49 +67,55 @@ def measure_steps(
         trial.park()
         trials[arm.key] = trial
         say(f"ready: {arm.key}, trains {trial.trainable_parameters:,} parameters")
-    before = device.clocks()
-    timings = interleave({k: _StepTurn(t, ground, seed) for k, t in trials.items()}, rounds, device, say)
-    gemm = device.gemm_tflops()
-    ratios = overheads(timings, settings.baseline)
+    before, gemm = device.clocks(), device.gemm_tflops(ground.base.config.dtype)
     tokens = ground.source.tokens or _mean_tokens(ground, seed, rounds)
     flops = model_flops(ground, tokens)
-    processes = world_size()
-    arms = {}
-    for key, found in timings.items():
-        seconds = found.as_dict()["step_seconds"]["median"]
-        rate = flops / seconds / 1e12
-        arms[key] = {
-            "std_BA": reached[key],
-            "std_BA_at_the_end": update_std_of(trials[key].model),
-            "trainable_parameters": trials[key].trainable_parameters,
-            **found.as_dict(),
-            "tokens_per_second": tokens * processes / seconds,
-            "tokens_per_second_per_device": tokens / seconds,
-            "model_tflops_per_second_per_device": rate,
-            "mfu": rate / device.peak_tflops if device.peak_tflops else None,
-            "mfu_of_gemm": rate / gemm,
-            "overhead": ratios[key],
+    turns = {key: _StepTurn(trial, ground, seed) for key, trial in trials.items()}
+    for done, timings in enumerate(interleave(turns, rounds, device, say), start=1):
+        ratios = overheads(timings, settings.baseline)
+        yield {
+            "schema": 1,
+            "kind": "bench_step",
+            "file": "cost.json",
+            "settings": settings.as_dict(),
+            "environment": describe_environment(),
+            "device": device.name,
+            "processes": world_size(),
+            "base_ready_seconds": ground.seconds,
+            "std_BA_target": update_std,
+            "rounds": done,
+            "steps_per_round": rounds.steps,
+            "warmup_steps": rounds.warmup,
+            "tokens_per_step": tokens,
+            "model_flops_per_step": flops,
+            "flops_formula": FORMULA,
+            "peak_tflops": device.peak_tflops,
+            "gemm_tflops": gemm,
+            "clocks": {"before": before, "after": device.clocks()} if before else None,
+            "arms": {
+                key: {
+                    "std_BA": reached[key],
+                    "std_BA_at_the_end": update_std_of(trials[key].model),
+                    "trainable_parameters": trials[key].trainable_parameters,
+                    **_rates(found, tokens, flops, gemm, device),
+                    "overhead": ratios[key],
+                }
+                for key, found in timings.items()
+            },
         }
-    return {
-        "schema": 1,
-        "kind": "bench_step",
-        "file": "cost.json",
-        "settings": settings.as_dict(),
-        "environment": describe_environment(),
-        "device": device.name,
-        "processes": processes,
-        "base_ready_seconds": ground.seconds,
-        "std_BA_target": update_std,
-        "rounds": rounds.rounds,
-        "steps_per_round": rounds.steps,
-        "warmup_steps": rounds.warmup,
-        "tokens_per_step": tokens,
-        "model_flops_per_step": flops,
-        "flops_formula": FORMULA,
-        "peak_tflops": device.peak_tflops,
-        "gemm_tflops": gemm,
-        "clocks": {"before": before, "after": device.clocks()} if before else None,
-        "arms": arms,
+
+
+def _rates(found: Timings, tokens: int, flops: float, gemm: float, device: Device) -> dict[str, Any]:
+    """Times of an arm, and what follows from their median."""
+    record = found.as_dict()
+    seconds = record["step_seconds"]["median"]
+    rate = flops / seconds / 1e12
+    return record | {
+        "tokens_per_second": tokens * world_size() / seconds,
+        "tokens_per_second_per_device": tokens / seconds,
+        "model_tflops_per_second_per_device": rate,
+        "mfu": rate / device.peak_tflops if device.peak_tflops else None,
+        "mfu_of_gemm": rate / gemm,
     }
 
 

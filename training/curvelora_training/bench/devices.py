@@ -85,10 +85,9 @@ class Device:
             return None
         return torch.cuda.max_memory_allocated(self.device), torch.cuda.max_memory_reserved(self.device)
 
-    def gemm_tflops(self, size: int | None = None, seconds: float = 0.4) -> float:
-        """What a plain bf16 matrix product reaches here, in TFLOP/s: the ceiling measured in the same run (fp32 on a CPU)."""
+    def gemm_tflops(self, dtype: torch.dtype, size: int | None = None, seconds: float = 0.4) -> float:
+        """What a plain matrix product in `dtype` reaches here, in TFLOP/s: the ceiling measured in the same run."""
         size = size or (8192 if self.is_gpu else 1024)
-        dtype = torch.bfloat16 if self.is_gpu else torch.float32
         a, b = (torch.randn(size, size, device=self.device, dtype=dtype) for _ in range(2))
         for _ in range(3):
             a @ b

@@ -7,7 +7,7 @@ taken within a round, and its interval is over rounds.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -68,8 +68,8 @@ class Timings:
 
 def interleave(
     arms: Mapping[str, Timed], rounds: Rounds, device: Device, say: Callable[[str], None] = lambda text: None
-) -> dict[str, Timings]:
-    """Give every arm its turns and return what each took, by name.
+) -> Iterator[dict[str, Timings]]:
+    """Give every arm its turns; after each round, yields what each arm took so far, by name, so that it can be written down.
 
     Args:
         say: is told of progress, a line a round.
@@ -101,7 +101,7 @@ def interleave(
                 )
         medians = ", ".join(f"{name} {timings[name].turns[-1]:.4g} s" for name in order)
         say(f"round {turn + 1} of {rounds.rounds}: {medians}")
-    return timings
+        yield timings
 
 
 def overheads(timings: Mapping[str, Timings], baseline: str) -> dict[str, dict[str, float] | None]:

@@ -100,7 +100,7 @@ def measure_layers(
             turns[arm.key] = _LayerTurn(model.train(), x, grad, arm, box)
         say(f"{d_out} x {d_in}, {tokens:,} tokens")
         resident = torch.cuda.memory_allocated(device) if box.is_gpu else None
-        timings = interleave(turns, rounds, box, say)
+        *_, timings = interleave(turns, rounds, box, say)
         ratios = overheads(timings, arms[0].key)
         rows = {k: {"std_BA": reached[k], **t.as_dict(), "overhead": ratios[k]} for k, t in timings.items()}
         for row in rows.values():
@@ -118,7 +118,7 @@ def measure_layers(
         "rounds": rounds.rounds,
         "steps_per_round": rounds.steps,
         "warmup_steps": rounds.warmup,
-        "gemm_tflops": box.gemm_tflops(),
+        "gemm_tflops": box.gemm_tflops(torch.float32 if base == "fp32" else torch.bfloat16),
         "peak_tflops": box.peak_tflops,
         "clocks": {"before": before, "after": box.clocks()} if before else None,
         "layers": measured,

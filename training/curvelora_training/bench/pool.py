@@ -86,8 +86,8 @@ def work(ground: Ground, jobs: Sequence[Job], out: Path) -> None:
                 make_run(ground, job.arm, job.seed, out / job.folder, progress)
             except torch.OutOfMemoryError as error:
                 _fail(out, job, f"out of device memory: use fewer --jobs or a smaller --batch-size ({error})")
-            except (RuntimeError, ValueError) as error:
-                _fail(out, job, f"{error}\n{traceback.format_exc()}")
+            except Exception as error:  # whatever it is, the other runs are worth having
+                _fail(out, job, f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 

@@ -33,7 +33,7 @@ from curvelora_training.distributed import rank, world_size
 
 DIVERGED_AFTER = 10  # losses in a row that are not finite end a run: nothing comes back from there
 FLUSH = 10  # steps between two writes, since reading a value waits for the device
-SHARPNESS_BATCHES = 2
+SHARPNESS_BATCHES, SHARPNESS_TOLERANCE = 2, 1e-2
 SPECTRA_LAYERS = 28  # at most so many, spread evenly: four blocks of seven
 APPROXIMATED_LAYERS, APPROXIMATION_TOKENS = 3, 1024
 
@@ -167,7 +167,7 @@ class _Notes:
         if settings.sharpness and not settings.random and arm.method != FULL:
             batches = (self.ground.source.held_out(SHARPNESS_BATCHES) or [self.probe])[:SHARPNESS_BATCHES]
             moved = [{k: v.to(self.ground.device.device) for k, v in batch.items()} for batch in batches]
-            found["sharpness"] = adapter_sharpness(model, moved)
+            found["sharpness"] = adapter_sharpness(model, moved, tolerance=SHARPNESS_TOLERANCE)
         if settings.spectra and self.sketches:
             chosen = spread(list(self.inputs), SPECTRA_LAYERS)
             layers = self.spectra(arm.options.get("r", settings.rank), chosen)
@@ -190,7 +190,7 @@ class _Notes:
         model, layers = self.trial.model, adapted_layers(self.trial.model)
         with self.trial.precision():
             inputs = capture_inputs(model, self.probe, tokens=APPROXIMATION_TOKENS, layers=names)
-        rank = min(self.ground.settings.rank, *(min(x.shape) // 4 for x in inputs.values()))
+        rank = min([self.ground.settings.rank, *(min(x.shape) // 4 for x in inputs.values())])
         return {name: approximation(update_weight(layers[name], x), x, rank) for name, x in inputs.items()}
 
 

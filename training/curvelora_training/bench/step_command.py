@@ -35,9 +35,10 @@ def run(args: argparse.Namespace) -> int:
 
     ground = build_ground(settings, join())
     say(f"{settings.model} ({settings.base}) ready in {ground.seconds:.1f} s")
-    record = measure_steps(ground, rounds, args.std, say)
+    for record in measure_steps(ground, rounds, args.std, say):
+        if rank() == 0:  # after every round: a run that is stopped keeps what it measured
+            write_json(args.out, record)
     if rank() == 0:
-        write_json(args.out, record)
         where = f"{record['processes']} x {record['device']}"
         print(f"\n{settings.model} on {where}, std(BA) = {args.std:g}\n{table(record)}\n\nwritten: {args.out}")
     leave()

@@ -14,13 +14,12 @@ from curvelora_eval.files import write_json
 from curvelora_eval.lab.report import write_sweep_report
 from curvelora_eval.lab.stability import stability
 from curvelora_training.bench.arms import Arm, named_arm
-from curvelora_training.bench.compare import open_folder, read_lines
+from curvelora_training.bench.compare import SWEEP, open_folder, read_lines
 from curvelora_training.bench.pool import DONE, Job, jobs_of, run_all
 from curvelora_training.bench.processes import barrier, join
 from curvelora_training.bench.settings import LabSettings
 from curvelora_training.distributed import leave, rank
 
-SWEEP = "sweep.json"
 REFERENCES = ("qlora", "loran:identity")  # the first is the baseline; both run beside the grid
 
 
@@ -85,10 +84,17 @@ def gather_sweep(settings: LabSettings, axes: dict[str, list], out: Path) -> dic
         "settings": {k: v for k, v in settings.as_dict().items() if k != "arms"},
         "environment": describe_environment(),
         "axes": axes,
-        "baseline": references[REFERENCES[0]][0],
+        "baseline": _mean(references[REFERENCES[0]]),
         "references": references,
         "cells": cells,
     }
+
+
+def _mean(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The mean of every number over the seeds that have it; None where none has."""
+    keys = [key for key, value in runs[0].items() if key not in ("seed", "folder", "status", "diverged")]
+    values = {key: [run[key] for run in runs if isinstance(run.get(key), int | float)] for key in keys}
+    return {key: sum(found) / len(found) if found else None for key, found in values.items()}
 
 
 def _cell(job: Job, out: Path, settings: LabSettings) -> dict[str, Any]:
