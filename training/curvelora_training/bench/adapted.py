@@ -18,9 +18,10 @@ from curvelora.errors import UserError
 from curvelora.layers.adapter_layer import AdapterLayer
 from curvelora.layers.bottleneck import BottleneckLayer
 from curvelora.registry import METHODS
-from curvelora_eval.lab.updates import adapted_layers, factors
+from curvelora_eval.lab.updates import PEFT_PREFIX, adapted_layers, factors
 from curvelora_training.bench.arms import FULL, Arm
 from curvelora_training.bench.full import FullLinear
+from curvelora_training.bench.random_base import STD
 
 REMOVED_STD = 1e-3  # of C's entries where a base with random weights has no singular vectors worth computing
 
@@ -49,8 +50,9 @@ def arm_model(
         _draw_factors(wrapped, arm, seed, random)
     for name, parameter in wrapped.named_parameters():
         if parameter.requires_grad and any(f"{head}." in name for head in heads):
-            draw = _generator(parameter, seed, name)
-            start = torch.randn(parameter.shape, generator=draw, device=draw.device) * base.config.initializer_range
+            draw = _generator(parameter, seed, name.removeprefix(PEFT_PREFIX).replace("modules_to_save.default.", ""))
+            start = torch.randn(parameter.shape, generator=draw, device=draw.device)
+            start *= getattr(base.config, "initializer_range", STD)  # T5 has none
             parameter.data = start * (parameter.dim() > 1)
         elif parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -88,6 +90,7 @@ def float32_copy(base: PreTrainedModel) -> PreTrainedModel:
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
             module.compute_dtype = torch.float32
+            module.weight = _dequantised_to_float32(module.weight)
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.dtype in (torch.bfloat16, torch.float16):
                 setattr(module, name, nn.Parameter(parameter.float(), requires_grad=False))
@@ -95,6 +98,16 @@ def float32_copy(base: PreTrainedModel) -> PreTrainedModel:
     model.config = copy.deepcopy(base.config)
     model.config.dtype = torch.float32
     return model
+
+
+def _dequantised_to_float32(weight: bnb.nn.Params4bit) -> bnb.nn.Params4bit:
+    """The same codes and scales in another parameter: bitsandbytes rounds to the dtype that the weight was quantised from."""
+    state = copy.copy(weight.quant_state)
+    state.dtype = torch.float32
+    given = {
+        name: getattr(weight, name) for name in ("blocksize", "compress_statistics", "quant_type", "quant_storage")
+    }
+    return bnb.nn.Params4bit(weight.data, requires_grad=False, quant_state=state, bnb_quantized=True, **given)
 
 
 def _train_weights(model: PreTrainedModel, targets: list[str], heads: list[str]) -> nn.Module:
@@ -166,4 +179,5 @@ def arm_tensors(model: nn.Module) -> Iterator[Tensor]:
 
 def _generator(like: Tensor, seed: int, name: str) -> torch.Generator:
     """Random numbers on the device of `like` that depend on the seed and on this name alone."""
-    return torch.Generator(like.device).manual_seed((seed << 32) ^ zlib.crc32(name.encode()))
+    # a crc of both: the generators of CPUs take no more than 32 bits, and would drop a seed that is in the others
+    return torch.Generator(like.device).manual_seed(zlib.crc32(f"{seed} {name}".encode()))

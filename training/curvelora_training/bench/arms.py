@@ -11,6 +11,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
+import yaml
+
 from curvelora.activations import NAMES
 from curvelora.errors import UserError, nearest
 from curvelora.registry import METHODS
@@ -75,8 +77,14 @@ def parse_arms(names: str, own: list[str] = ()) -> list[Arm]:
             arms.append(parse(text.strip()))
         except UserError as error:
             problems.append(str(error))
-    keys = [arm.slug for arm in arms]
-    problems += [f"arm {key!r} is named twice" for key in dict.fromkeys(keys) if keys.count(key) > 1]
+    named: dict[str, list[str]] = {}
+    for arm in arms:
+        named.setdefault(arm.slug, []).append(arm.key)
+    for keys in named.values():
+        if len(keys) > 1 and len(set(keys)) == 1:
+            problems.append(f"arm {keys[0]!r} is named twice")
+        elif len(keys) > 1:
+            problems.append(f"arms {', '.join(map(repr, keys))} would share one folder: give one of them another name")
     if not arms and not problems:
         problems.append(f"--arms names no arm: write for example {DEFAULT_ARMS}")
     if problems:
@@ -87,14 +95,14 @@ def parse_arms(names: str, own: list[str] = ()) -> list[Arm]:
 def named_arm(text: str) -> Arm:
     """`loran:sinter@fp32` -> its arm. Raises `UserError` where the name is unknown."""
     name, fp32 = text.removesuffix(FP32), text.endswith(FP32)
-    method, _, variant = name.partition(":")
+    method, colon, variant = name.partition(":")
     tail = " in fp32" if fp32 else ""
-    if method == FULL and not variant:
+    if method == FULL and not colon:
         return Arm(text, f"full fine-tuning of these layers{tail}", FULL, {}, fp32)
     known = [m for m in METHODS if m != "linear_probing"]
     if method not in known:
         raise UserError(f"unknown arm {text!r}{nearest(method, [*known, FULL])} (methods: {', '.join([*known, FULL])})")
-    if not variant:
+    if not colon:
         return Arm(text, PLAIN.get(method, method) + tail, method, {}, fp32)
     if method != "loran" or variant not in LORAN_VARIANTS:
         raise UserError(
@@ -109,7 +117,7 @@ def own_arm(text: str) -> Arm:
     """`mine=loran,amplitude=1e-3` -> its arm. Raises `UserError` for a method or an option that does not exist."""
     name, separator, definition = text.partition("=")
     method, *settings = definition.split(",")
-    if not separator or not name or not method:
+    if not separator or not any(c.isalnum() for c in name) or not method:
         raise UserError(
             f"--arm {text!r} is not understood: write NAME=method,option=value, for example mine=loran,r=16"
         )
@@ -119,7 +127,10 @@ def own_arm(text: str) -> Arm:
         key, equals, value = setting.partition("=")
         if not equals:
             raise UserError(f"--arm {text!r}: {setting!r} is no option=value")
-        options[key] = read_yaml(value)
+        try:
+            options[key] = read_yaml(value)
+        except yaml.YAMLError as error:
+            raise UserError(f"--arm {text!r}: {value!r} is no value that YAML can read") from error
     if start.method == FULL and options:
         raise UserError(f"--arm {text!r}: full fine-tuning has no options")
     if start.method != FULL:

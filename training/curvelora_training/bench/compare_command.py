@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from curvelora.errors import UserError
+from curvelora_eval.lab.folder import read_record
 from curvelora_training.bench.arms import parse_arms
 from curvelora_training.bench.options import add_arm_arguments, add_timing_arguments, rounds_from
 from curvelora_training.bench.settings import add_model_arguments, add_training_arguments, settings_from
@@ -37,8 +37,8 @@ def run(args: argparse.Namespace) -> int:
     rounds = rounds_from(args)
     settings = settings_from(args, parse_arms(args.arms, args.arm), args.out)
     settings.sharpness, settings.spectra = not args.no_sharpness, not args.no_spectra
-    if args.jobs < 1:
-        raise UserError("--jobs must be at least 1")
+    if args.sweep is not None:
+        read_record(args.sweep, "sweep.json", "sweep")  # not only after hours of training
     from curvelora_training.bench.compare import compare
 
     return compare(

@@ -62,7 +62,7 @@ def measure_steps(
     settings, device = ground.settings, ground.device
     seed, trials, reached = settings.seeds[0], {}, {}
     for arm in settings.arms:
-        trial = ground.trial(arm, seed, steps=10**9)  # the rate stays at its peak
+        trial = ground.trial(arm, seed, at_peak=True)
         reached[arm.key] = set_update_std(trial.model, update_std, seed)
         trial.park()
         trials[arm.key] = trial

@@ -39,23 +39,26 @@ class Ground:
     subspaces: dict[tuple[str, int], Subspaces] = field(default_factory=dict)
     """Of the base weights that were looked at: the same for every arm and seed, and dear."""
 
-    def trial(self, arm: Arm, seed: int, steps: int | None = None) -> Trial:
-        """A new trial of `arm`: its adapter at its start, its optimiser, its dropout stream."""
+    def trial(self, arm: Arm, seed: int, at_peak: bool = False) -> Trial:
+        """A new trial of `arm`: its adapter at its start, its optimiser, its dropout stream.
+
+        Args:
+            at_peak: the learning rate is at its peak from the first step to the last, as long as it may go on.
+        """
         s = self.settings
         model = arm_model(self.base, arm, s.options(), self.heads, seed, s.random)
         if s.checkpointing:
             inner = model.get_base_model() if hasattr(model, "get_base_model") else model
             inner.enable_input_require_grads()
             inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        steps = s.steps if steps is None else steps
-        warmup = round(s.warmup * steps) if s.warmup < 1 else round(s.warmup)
+        warmup = round(s.warmup * s.steps) if s.warmup < 1 else round(s.warmup)
         how = Optimisation(
             learning_rate=arm.learning_rate or s.learning_rate,
             head_learning_rate=s.head_learning_rate,
             weight_decay=s.weight_decay,
-            steps=steps,
-            warmup=warmup,
-            schedule=s.schedule,
+            steps=s.steps,
+            warmup=0 if at_peak else warmup,
+            schedule="constant" if at_peak else s.schedule,
             max_grad_norm=s.max_grad_norm,
         )
         return Trial(model, how, self.device, self.heads, arm.fp32, seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 
 from curvelora.errors import UserError
@@ -36,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure, write the record, print a table a layer."""
     arms, rounds, shapes = parse_arms(args.arms, args.arm), rounds_from(args), parse_shapes(args.shapes)
-    if args.tokens < 1 or args.rank < 1 or args.alpha <= 0 or not 0 <= args.dropout < 1:
+    if args.tokens < 1 or args.rank < 1 or not 0 < args.alpha < math.inf or not 0 <= args.dropout < 1:
         raise UserError("--tokens and --rank must be at least 1, --alpha positive, --dropout from 0 to below 1")
     if any(arm.method == FULL for arm in arms):
         raise UserError(
@@ -61,7 +62,7 @@ def parse_shapes(text: str) -> list[tuple[int, int]]:
     shapes = []
     for part in text.split(","):
         d_out, cross, d_in = part.strip().partition("x")
-        if not cross or not d_out.isdigit() or not d_in.isdigit() or 0 in (int(d_out), int(d_in)):
+        if not cross or not d_out.isdecimal() or not d_in.isdecimal() or 0 in (int(d_out), int(d_in)):
             raise UserError(f"--shapes {part!r} is not understood: write OUTxIN, for example 11008x4096")
         shapes.append((int(d_out), int(d_in)))
     return shapes

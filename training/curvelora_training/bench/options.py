@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 
 from curvelora.errors import UserError
 from curvelora_training.bench.arms import DEFAULT_ARMS
@@ -34,6 +35,6 @@ def rounds_from(args: argparse.Namespace) -> Rounds:
     """Raises `UserError` for counts below 1, or an update of 0."""
     if args.rounds < 1 or args.timed < 1:
         raise UserError("--rounds and --timed must be at least 1")
-    if args.std <= 0:
+    if not 0 < args.std < math.inf:
         raise UserError(f"--std must be positive, not {args.std}: at BA = 0 a method that skips zeros would look free")
     return Rounds(args.rounds, args.timed)

@@ -5,13 +5,17 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from pydantic import TypeAdapter, ValidationError
+from transformers import AutoModelForCausalLM
 
 from curvelora.errors import UserError
+from curvelora.layers.base_weight import linear_shape
 from curvelora_eval.files import check_folder
 from curvelora_eval.models import check_checkpoint, shape_model
 from curvelora_eval.spec import ModelSpec, TaskSpec
@@ -19,12 +23,14 @@ from curvelora_eval.tasks import make_task
 from curvelora_training.bench.arms import FULL, Arm
 from curvelora_training.bench.random_base import BASES
 from curvelora_training.bench.shapes import shape_config
+from curvelora_training.bench.sources import read_text
 from curvelora_training.config import load_recipe
 from curvelora_training.prepare import linear_module_names
 
 # the seven linear layers of a Llama block, and what else architectures call theirs
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ENCODER_LINEARS = ("query", "value")
+SEEDS = 1 << 31  # the generators of CPUs take 32 bits, and a higher seed would be one of the lower ones again
 NOT_ADAPTED = ("lm_head", "embed_out", "classifier", "score", "pooler")
 
 
@@ -158,7 +164,7 @@ def settings_from(args: argparse.Namespace, arms: list[Arm], out: Path | None = 
         problems.append(f"{args.overrides[0]!r} is a recipe value, which needs --config")
     if args.model:
         values["model"] = args.model
-    if not values.get("model"):
+    if not values.get("model") and not args.config:
         problems.append("--model is missing: name a shape (see --help), a config.json or a checkpoint folder")
     given = {
         **{
@@ -173,21 +179,18 @@ def settings_from(args: argparse.Namespace, arms: list[Arm], out: Path | None = 
         problems += _take(lambda: values.update(seeds=parse_seeds(args.seeds)))
     if args.targets:
         values["target_modules"] = [t for t in args.targets.split(",") if t]
-    for name in ("batch_size", "length", "rank"):
-        if values.get(name, 1) < 1:
-            problems.append(f"--{name.replace('_', '-')} must be at least 1, not {values[name]}")
-    for name in ("steps", "max_grad_norm", "warmup"):
-        if values.get(name, 0) < 0:
-            problems.append(f"--{name.replace('_', '-')} must not be negative, not {values[name]}")
-    for name in ("learning_rate", "alpha"):
-        if values.get(name, 1) <= 0:
-            problems.append(f"--{name.replace('_', '-')} must be positive, not {values[name]}")
-    if not 0 <= values.get("dropout", 0) < 1:
-        problems.append(f"--dropout is a share from 0 to below 1, not {values['dropout']}")
+    problems += _out_of_range(values)
+    if getattr(args, "jobs", 1) < 1:
+        problems.append("--jobs must be at least 1")
+    if values.get("data"):
+        problems += _take(lambda: read_text(values["data"]))
     if out is not None:
         problems += _take(lambda: check_folder(out))
+    if any(arm.method == FULL for arm in arms[:1]):
+        problems.append("the first arm is what the others are compared with: name qlora or lora first, and full later")
+    task = values.pop("task", TaskSpec(kind="causal_lm"))
     if values.get("model"):
-        problems += _take(lambda: _complete(values))
+        problems += _take(lambda: problems.extend(_complete(values, task)))
     if problems:
         raise UserError("; ".join(problems))
     settings = LabSettings(**values)
@@ -195,13 +198,39 @@ def settings_from(args: argparse.Namespace, arms: list[Arm], out: Path | None = 
     return settings
 
 
+def _out_of_range(values: dict[str, Any]) -> list[str]:
+    problems = []
+    for name in ("batch_size", "length", "rank"):
+        if values.get(name, 1) < 1:
+            problems.append(f"{_flag(name)} must be at least 1, not {values[name]}")
+    for name in ("steps", "max_grad_norm", "warmup"):
+        if not 0 <= values.get(name, 0) < math.inf:
+            problems.append(f"{_flag(name)} must not be negative, nor infinite, not {values[name]}")
+    for name in ("learning_rate", "alpha"):
+        if not 0 < values.get(name, 1) < math.inf:
+            problems.append(f"{_flag(name)} must be positive, not {values[name]}")
+    if not 0 <= values.get("dropout", 0) < 1:
+        problems.append(f"--dropout is a share from 0 to below 1, not {values['dropout']}")
+    if values.get("schedule", "linear") not in ("linear", "constant"):
+        problems.append(
+            f"the recipe's schedule {values['schedule']} is not one that is compared here: add --schedule linear or constant"
+        )
+    return problems
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
 def parse_seeds(text: str) -> list[int]:
     """`42-46` or `1,2,5-7` -> the numbers. Raises `UserError` for anything else."""
     seeds: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()) or (dash and int(last) < int(first)):
+        if not first.isdecimal() or (dash and not last.isdecimal()) or (dash and int(last) < int(first)):
             raise UserError(f"--seeds {text!r} is not understood: write 42-46, or 42,43")
+        if int(last or first) >= SEEDS:
+            raise UserError(f"--seeds {text!r}: a seed must be below {SEEDS}")
         seeds += range(int(first), int(last or first) + 1)
     return list(dict.fromkeys(seeds))
 
@@ -220,14 +249,15 @@ def _from_recipe(path: str, overrides: list[str]) -> dict[str, Any]:
     base = "nf4" if recipe.model.quantization == "nf4" else "fp32" if recipe.model.dtype == "float32" else "bf16"
     values = {
         "model": recipe.model.path,
+        "task": recipe.task,
         "base": base,
         "batch_size": training.batch_size,
         "length": recipe.task.max_length,
         "learning_rate": training.learning_rate,
         "head_learning_rate": training.head_learning_rate,
         "weight_decay": training.weight_decay,
-        "warmup": training.warmup,
-        "schedule": "linear" if training.schedule == "linear" else "constant",
+        "warmup": 0.0 if training.schedule == "constant" else training.warmup,
+        "schedule": training.schedule.removesuffix("_with_warmup"),
         "max_grad_norm": training.max_grad_norm,
         "checkpointing": training.gradient_checkpointing,
         "title": f"{recipe.name}: {recipe.method.name} and its rivals" if recipe.name else "",
@@ -241,35 +271,48 @@ def _from_recipe(path: str, overrides: list[str]) -> dict[str, Any]:
     return values
 
 
-def _complete(values: dict[str, Any]) -> None:
-    """Fill in what depends on the model, and check the arms against its shapes.
+def _complete(values: dict[str, Any], task: TaskSpec) -> list[str]:
+    """Fill in what depends on the model, and check it against the model's shapes; no weight is loaded.
+
+    Returns:
+        What is wrong: a text or a recipe for random weights, no such modules, a rank above what a layer allows.
 
     Raises:
-        UserError: no such model, no such modules, a text model without a text, or a rank above what a layer allows.
+        UserError: no such model.
     """
-    config = shape_config(values["model"])
-    if config is not None:
+    problems: list[str] = []
+    if (config := shape_config(values["model"])) is not None:
         values.setdefault("length", 2048)
         values.setdefault("checkpointing", True)
         if values.get("recipe") or values.get("data"):
-            raise UserError(
+            problems.append(
                 f"--model {values['model']} has random weights, so there is nothing to learn from --config or --data"
             )
-        names, kind = set(LINEARS), "causal_lm"
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
     else:
         spec = ModelSpec(path=values["model"])
         check_checkpoint(spec)
-        kind = "recipe" if values.get("recipe") else "causal_lm"
-        if kind == "causal_lm":
-            names = set(linear_module_names(shape_model(spec, make_task(TaskSpec(kind="causal_lm")))))
-        else:
-            names = None
-    if not values.get("target_modules"):
-        if names is None:
-            values["target_modules"] = list(ENCODER_LINEARS)
-        else:
-            values["target_modules"] = [n for n in LINEARS if n in names] or sorted(names - set(NOT_ADAPTED))
-    elif names is not None and (unknown := [t for t in values["target_modules"] if t not in names]):
-        raise UserError(f"--targets {', '.join(unknown)}: this model's linear modules are {', '.join(sorted(names))}")
-    if any(arm.method == FULL for arm in values["arms"][:1]):
-        raise UserError("the first arm is what the others are compared with: name qlora or lora first, and full later")
+        model = shape_model(spec, make_task(task))
+    names = linear_module_names(model)
+    targets = values.get("target_modules") or _default_targets(names)
+    values["target_modules"] = targets
+    if unknown := [target for target in targets if target not in names]:
+        return [
+            *problems,
+            f"--targets {', '.join(unknown)}: this model's linear modules are {', '.join(sorted(names))}",
+        ]
+    layers = ((n, m) for n, m in model.named_modules() if n.rpartition(".")[2] in targets)
+    limit, narrowest = min((min(linear_shape(module, name)), name) for name, module in layers)
+    for arm in values["arms"]:
+        r = arm.options.get("r", values.get("rank", LabSettings.rank))
+        if arm.method != FULL and r > limit:
+            problems.append(f"arm {arm.key!r}: rank {r} is above {limit}, which is all that {narrowest} allows")
+    return problems
+
+
+def _default_targets(names: list[str]) -> list[str]:
+    """The linear layers of a Llama block, or an encoder's query and value, or whatever is linear and no head."""
+    llama = [name for name in LINEARS if name in names]
+    encoder = [name for name in ENCODER_LINEARS if name in names]
+    return llama or encoder or sorted(set(names) - set(NOT_ADAPTED))

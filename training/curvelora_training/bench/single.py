@@ -28,6 +28,7 @@ from curvelora_eval.lab.spectra import base_subspaces, by_module_type, spectra
 from curvelora_eval.lab.updates import adapted_layers, base_weight, update_weight
 from curvelora_training.bench.arms import FULL, Arm
 from curvelora_training.bench.ground import Ground
+from curvelora_training.bench.step_graph import start_trial
 from curvelora_training.bench.trial import Trial
 from curvelora_training.distributed import rank, world_size
 
@@ -47,14 +48,14 @@ def make_run(
         progress: is told the step and the loss now and then.
     """
     settings, started = ground.settings, time.perf_counter()
-    trial = ground.trial(arm, seed)
+    trial, prepare = start_trial(ground, arm, seed)
     notes = _Notes(folder, trial, ground, seed) if rank() == 0 else None
     looks = look_steps(settings.steps, settings.looks)
     if notes and 0 in looks:
         notes.look(0)
     status, lost, pending = "completed", 0, []
     for step in range(settings.steps):
-        batch = ground.source.batch(seed, step, rank(), world_size())
+        batch = prepare(ground.source.batch(seed, step, rank(), world_size()))
         rate = trial.how.factor(step) * trial.how.learning_rate
         pending.append((step + 1, rate, trial.step(batch, observe=True)))
         last = step + 1 == settings.steps
@@ -80,6 +81,7 @@ def make_run(
         "status": status,
         "steps": trial.taken,
         "processes": world_size(),
+        "recorded": trial.graph is not None,
         "trainable_parameters": trial.trainable_parameters,
         "heldout": trial.held_out(ground.source.held_out(settings.held_out_batches)),
         "environment": describe_environment(),

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
 import math
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -117,19 +120,15 @@ def read_text(path: str | None) -> tuple[str, str]:
         UserError: the file cannot be read as UTF-8 text.
     """
     if path is None:
-        import gzip
-        from importlib.resources import files
-
         packed = (files("curvelora_training.bench") / "shakespeare.txt.gz").read_bytes()
         return gzip.decompress(packed).decode(), "Shakespeare (comes with the package)"
     try:
         raw = Path(path).read_bytes()
         if path.endswith(".gz"):
-            import gzip
-
             raw = gzip.decompress(raw)
         return raw.decode("utf-8"), path
-    except OSError as error:
-        raise UserError(f"--data {path} cannot be read ({error.strerror or error}): name a UTF-8 text file") from error
+    except (OSError, EOFError, zlib.error) as error:
+        why = getattr(error, "strerror", None) or error
+        raise UserError(f"--data {path} cannot be read ({why}): name a UTF-8 text file") from error
     except UnicodeDecodeError as error:
         raise UserError(f"--data {path} is no UTF-8 text ({error.reason} at byte {error.start}): convert it") from error

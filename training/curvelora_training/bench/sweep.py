@@ -8,12 +8,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+from curvelora.errors import UserError
 from curvelora.registry import METHODS
 from curvelora_eval.environment import describe_environment
 from curvelora_eval.files import write_json
 from curvelora_eval.lab.report import write_sweep_report
 from curvelora_eval.lab.stability import stability
-from curvelora_training.bench.arms import Arm, named_arm
+from curvelora_training.bench.arms import FULL, Arm, named_arm
 from curvelora_training.bench.compare import SWEEP, open_folder, read_lines
 from curvelora_training.bench.pool import DONE, Job, jobs_of, run_all
 from curvelora_training.bench.processes import barrier, join
@@ -21,16 +22,21 @@ from curvelora_training.bench.settings import LabSettings
 from curvelora_training.distributed import leave, rank
 
 REFERENCES = ("qlora", "loran:identity")  # the first is the baseline; both run beside the grid
+STABLE = ("residual_std", "paired_residual_std", "spikes", "last_loss")
+PRESENT = ("resolvability_forward", "resolvability_derivative", "output_ratio", "std_u")
 
 
 def sweep_arms(method: str, axes: dict[str, list]) -> list[Arm]:
     """The references, then an arm for every cell of the grid. Raises `UserError` for values that the method refuses."""
     start = named_arm(method)
-    arms = [named_arm(name) for name in REFERENCES]
+    arms, problems = [named_arm(name) for name in REFERENCES], []
     for values in itertools.product(*axes.values()):
         cell = dict(zip(axes, values, strict=True))
         options = {("r" if axis == "rank" else axis): value for axis, value in cell.items() if axis != "learning_rate"}
-        METHODS[start.method].build_config(**start.options | options)
+        try:
+            _check(start, options)
+        except UserError as error:
+            problems.append(str(error))
         name = ",".join(
             f"{axis}={value:g}" if isinstance(value, float) else f"{axis}={value}" for axis, value in cell.items()
         )
@@ -43,7 +49,18 @@ def sweep_arms(method: str, axes: dict[str, list]) -> list[Arm]:
                 learning_rate=cell.get("learning_rate"),
             )
         )
+    if problems:
+        raise UserError("; ".join(dict.fromkeys(problems)))
     return arms
+
+
+def _check(arm: Arm, options: dict[str, Any]) -> None:
+    if arm.method != FULL:
+        METHODS[arm.method].build_config(**arm.options | options)
+    elif options:
+        raise UserError(
+            f"full fine-tuning has no {', '.join(options)} to vary: vary --learning-rates, or name a method"
+        )
 
 
 def sweep(settings: LabSettings, axes: dict[str, list], out: Path, resume: bool, overwrite: bool, jobs: int) -> int:
@@ -98,9 +115,7 @@ def _mean(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _cell(job: Job, out: Path, settings: LabSettings) -> dict[str, Any]:
-    empty = dict.fromkeys(
-        ("heldout_loss", "heldout_accuracy", "residual_std", "paired_residual_std", "spikes", "last_loss")
-    )
+    empty = dict.fromkeys(("heldout_loss", "heldout_accuracy", *STABLE, *PRESENT))
     record: dict[str, Any] = {"seed": job.seed, "status": "missing", "diverged": False, "folder": job.folder, **empty}
     path = out / job.folder / DONE
     if not path.is_file():
@@ -115,7 +130,7 @@ def _cell(job: Job, out: Path, settings: LabSettings) -> dict[str, Any]:
         "diverged": bool(run["status"] == "diverged" or stable["diverged"]),
         "heldout_loss": run["heldout"]["loss"],
         "heldout_accuracy": run["heldout"]["accuracy"],
-        **{key: stable[key] for key in ("residual_std", "paired_residual_std", "spikes", "last_loss")},
+        **{key: stable[key] for key in STABLE},
         "resolvability_forward": presence.get("forward"),
         "resolvability_derivative": presence.get("derivative"),
         "output_ratio": (presence.get("output_ratio") or {}).get("exact"),

@@ -8,6 +8,7 @@ LoRAN's identity run beside the grid. Runs can be packed on a device (--jobs), a
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 
 from curvelora.errors import UserError
@@ -18,6 +19,7 @@ GRIDS = {
     "wide": {"amplitude": [1e-5, 5e-5, 1e-4, 1e-3, 1e-2, 1e-1], "frequency": [1e2, 1e3, 5e3, 1e4, 5e4, 1e5]},
 }
 AXES = {"amplitude": float, "frequency": float, "rank": int, "learning_rate": float, "activation": str}
+FLAGS = {axis: f"--{axis}" for axis in AXES} | {"rank": "--ranks", "learning_rate": "--learning-rates"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,11 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("grid")
     group.add_argument("--method", default="loran", metavar="ARM", help="the arm that is varied (default loran)")
     group.add_argument("--grid", choices=sorted(GRIDS), help="a ready-made amplitude x frequency grid")
-    for axis in AXES:
-        flag = "ranks" if axis == "rank" else "learning-rates" if axis == "learning_rate" else axis
-        group.add_argument(
-            f"--{flag}", dest=f"axis_{axis}", metavar="V,V,...", help=f"values of {axis.replace('_', ' ')}"
-        )
+    for axis, flag in FLAGS.items():
+        group.add_argument(flag, dest=f"axis_{axis}", metavar="V,V,...", help=f"values of {axis.replace('_', ' ')}")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -49,8 +48,6 @@ def run(args: argparse.Namespace) -> int:
     settings.looks = min(settings.looks, 4)
     if settings.random:
         raise UserError("a sweep compares what is learnt, and a built-in shape has random weights: name a checkpoint")
-    if args.jobs < 1:
-        raise UserError("--jobs must be at least 1")
     return sweep(settings, axes, args.out, resume=args.resume, overwrite=args.overwrite, jobs=args.jobs)
 
 
@@ -64,9 +61,10 @@ def axes_from(args: argparse.Namespace) -> dict[str, list]:
         try:
             axes[axis] = list(dict.fromkeys(kind(part) for part in text.split(",") if part.strip()))
         except ValueError as error:
-            raise UserError(
-                f"--{axis.replace('_', '-')} {text!r} is no list of numbers: write for example 1e-5,1e-3"
-            ) from error
+            example = "8,64" if kind is int else "1e-5,1e-3"
+            raise UserError(f"{FLAGS[axis]} {text!r} is no list of numbers: write for example {example}") from error
+    if any(not 0 < rate < math.inf for rate in axes.get("learning_rate", [])):
+        raise UserError("--learning-rates must be positive")
     if not axes or not all(axes.values()):
         raise UserError(
             "a sweep needs values: write --grid paper, --grid wide, or for example --amplitude 1e-5,1e-3 --ranks 8,64"

@@ -10,7 +10,7 @@ import contextlib
 import itertools
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,13 +104,17 @@ class Trial:
         groups: dict[float, list[nn.Parameter]] = {}
         for name, parameter in self.named.items():
             groups.setdefault(rates[name], []).append(parameter)
+        # a rate on the device, and steps that are counted there: a recorded step reads both anew each time
+        rate_of = (lambda rate: torch.tensor(rate, device=device.device)) if device.is_gpu else (lambda rate: rate)
         self.optimizer = torch.optim.AdamW(
-            [{"params": p, "lr": rate, "peak": rate} for rate, p in groups.items()],
+            [{"params": p, "lr": rate_of(rate), "peak": rate} for rate, p in groups.items()],
             weight_decay=how.weight_decay,
             fused=device.is_gpu or None,
+            capturable=device.is_gpu,
         )
         self.types = module_types(self.named, heads)
         self.taken = 0
+        self.graph: Callable[[Batch], dict[str, Any]] | None = None  # see `step_graph`
         self._random = self._seeded(seed)
 
     @property
@@ -134,17 +138,31 @@ class Trial:
             mark("start")
             batch = {key: value.to(self.device.device, non_blocking=True) for key, value in batch.items()}
             mark("data")
-            self.model.train()
-            with self.precision():
-                loss = self.model(**batch).loss
-                mark("forward")
-                loss.backward()
-            mark("backward")
-            loss = average_gradients(list(self.named.values()), loss.detach())
-            mark("communication")
-            record = {"loss": loss, **self._update(observe)}
+            self._set_rates()
+            record = self.graph(batch) if self.graph else self.compute(batch, mark, observe)
             mark("optimiser")
+        self.taken += 1
         return record
+
+    def compute(self, batch: Batch, mark: Callable[[str], None], observe: bool) -> dict[str, Any]:
+        """Forward, backward, exchange and update, without anything that waits for the device; see `step`."""
+        self.model.train()
+        with self.precision():
+            loss = self.model(**batch).loss
+            mark("forward")
+            loss.backward()
+        mark("backward")
+        loss = average_gradients(list(self.named.values()), loss.detach())
+        mark("communication")
+        return {"loss": loss, **self._update(observe)}
+
+    def _set_rates(self) -> None:
+        factor = self.how.factor(self.taken)
+        for group in self.optimizer.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(group["peak"] * factor)
+            else:
+                group["lr"] = group["peak"] * factor
 
     def _update(self, observe: bool) -> dict[str, Any]:
         parameters = list(self.named.values())
@@ -156,12 +174,8 @@ class Trial:
         norm = torch.nn.utils.get_total_norm(grads)
         if self.how.max_grad_norm:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.how.max_grad_norm, norm)
-        factor = self.how.factor(self.taken)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["peak"] * factor
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.taken += 1
         if observe:
             torch._foreach_sub_(before, parameters)
             moved, sizes = self._norms(torch._foreach_norm(before)), self._norms(size)
