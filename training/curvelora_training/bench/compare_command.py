@@ -12,7 +12,12 @@ from pathlib import Path
 
 from curvelora_eval.lab.folder import read_record
 from curvelora_training.bench.arms import parse_arms
-from curvelora_training.bench.options import add_arm_arguments, add_timing_arguments, rounds_from
+from curvelora_training.bench.options import (
+    add_arm_arguments,
+    add_folder_arguments,
+    add_timing_arguments,
+    rounds_from,
+)
 from curvelora_training.bench.settings import add_model_arguments, add_training_arguments, settings_from
 
 
@@ -20,10 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     add_model_arguments(parser)
     add_training_arguments(parser)
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the comparison")
-    parser.add_argument("--resume", action="store_true", help="keep the runs that DIR has finished and make the others")
-    parser.add_argument("--overwrite", action="store_true", help="replace what DIR holds")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time on each device (default 1)")
+    add_folder_arguments(parser)
     parser.add_argument("--sweep", type=Path, metavar="DIR", help="show this sweep's map in the report")
     parser.add_argument("--no-cost", action="store_true", help="leave the timing out")
     parser.add_argument("--no-sharpness", action="store_true", help="leave the Hessian's eigenvalue out")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from pathlib import Path
 
 from curvelora.errors import UserError
 from curvelora_training.bench.arms import DEFAULT_ARMS
@@ -38,3 +39,14 @@ def rounds_from(args: argparse.Namespace) -> Rounds:
     if not 0 < args.std < math.inf:
         raise UserError(f"--std must be positive, not {args.std}: at BA = 0 a method that skips zeros would look free")
     return Rounds(args.rounds, args.timed)
+
+
+def add_folder_arguments(parser: argparse.ArgumentParser) -> None:
+    """Where the runs go, and how they are made."""
+    group = parser.add_argument_group("runs")
+    group.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the runs and of the report")
+    group.add_argument("--resume", action="store_true", help="keep the runs that DIR has finished and make the others")
+    group.add_argument("--overwrite", action="store_true", help="replace what DIR holds")
+    group.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time on each device (default 1)")
+    recorded = "replay steps as CUDA graphs: for small causal language models on a GPU, which otherwise waits for Python"
+    group.add_argument("--recorded", action="store_true", help=recorded)

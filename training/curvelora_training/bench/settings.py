@@ -64,6 +64,8 @@ class LabSettings:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     checkpointing: bool = False
+    recorded: bool = False
+    """Replay the steps of the runs as CUDA graphs; see `step_graph`."""
     held_out_batches: int = 16
     looks: int = 20
     """At about so many steps of a run presence is measured and the path of dW is recorded."""
@@ -166,14 +168,9 @@ def settings_from(args: argparse.Namespace, arms: list[Arm], out: Path | None = 
         values["model"] = args.model
     if not values.get("model") and not args.config:
         problems.append("--model is missing: name a shape (see --help), a config.json or a checkpoint folder")
-    given = {
-        **{
-            name: getattr(args, name, None)
-            for name in ("base", "data", "batch_size", "length", "rank", "alpha", "dropout")
-        },
-        **{name: getattr(args, name, None) for name in ("checkpointing", "steps", "learning_rate", "max_grad_norm")},
-        **{name: getattr(args, name, None) for name in ("warmup", "schedule")},
-    }
+    plain = ("base", "data", "batch_size", "length", "rank", "alpha", "dropout", "checkpointing")
+    training = ("steps", "learning_rate", "max_grad_norm", "warmup", "schedule", "recorded")
+    given = {name: getattr(args, name, None) for name in (*plain, *training)}
     values |= {name: value for name, value in given.items() if value is not None}
     if getattr(args, "seeds", None):
         problems += _take(lambda: values.update(seeds=parse_seeds(args.seeds)))
@@ -194,7 +191,7 @@ def settings_from(args: argparse.Namespace, arms: list[Arm], out: Path | None = 
     if problems:
         raise UserError("; ".join(problems))
     settings = LabSettings(**values)
-    settings.title = settings.title or f"{settings.baseline} and its rivals on {Path(settings.model).name}"
+    settings.title = f"{arms[0].label} and its rivals on {Path(settings.model).stem}"
     return settings
 
 
@@ -260,7 +257,6 @@ def _from_recipe(path: str, overrides: list[str]) -> dict[str, Any]:
         "schedule": training.schedule.removesuffix("_with_warmup"),
         "max_grad_norm": training.max_grad_norm,
         "checkpointing": training.gradient_checkpointing,
-        "title": f"{recipe.name}: {recipe.method.name} and its rivals" if recipe.name else "",
     }
     named = {"rank": options.get("r"), "alpha": options.get("alpha"), "dropout": options.get("dropout")}
     values |= {name: value for name, value in named.items() if isinstance(value, int | float)}

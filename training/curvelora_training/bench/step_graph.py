@@ -69,10 +69,10 @@ def _copied(outputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def start_trial(ground: Ground, arm: Arm, seed: int) -> tuple[Trial, Callable[[Batch], Batch]]:
-    """A new trial with its step recorded where that can be done, and how its batches must be prepared."""
+    """A new trial, its step recorded where that was asked for and can be done, and how its batches must be prepared."""
     trial, settings = ground.trial(arm, seed), ground.settings
     alone = ground.device.is_gpu and not torch.distributed.is_initialized()
-    if not alone or settings.checkpointing or "CausalLM" not in type(ground.base).__name__:
+    if not settings.recorded or not alone or settings.checkpointing or "CausalLM" not in type(ground.base).__name__:
         return trial, lambda batch: batch
     prepare = partial(of_fixed_length, length=settings.length, pad_id=ground.base.config.pad_token_id or 0)
     try:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import argparse
 import math
-from pathlib import Path
 
 from curvelora.errors import UserError
+from curvelora_training.bench.options import add_folder_arguments
 from curvelora_training.bench.settings import add_model_arguments, add_training_arguments, settings_from
 
 GRIDS = {
@@ -26,10 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     add_model_arguments(parser)
     add_training_arguments(parser)
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the sweep")
-    parser.add_argument("--resume", action="store_true", help="keep the runs that DIR has finished and make the others")
-    parser.add_argument("--overwrite", action="store_true", help="replace what DIR holds")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time on each device (default 1)")
+    add_folder_arguments(parser)
     group = parser.add_argument_group("grid")
     group.add_argument("--method", default="loran", metavar="ARM", help="the arm that is varied (default loran)")
     group.add_argument("--grid", choices=sorted(GRIDS), help="a ready-made amplitude x frequency grid")
@@ -59,7 +56,7 @@ def axes_from(args: argparse.Namespace) -> dict[str, list]:
         if text is None:
             continue
         try:
-            axes[axis] = list(dict.fromkeys(kind(part) for part in text.split(",") if part.strip()))
+            axes[axis] = list(dict.fromkeys(kind(part.strip()) for part in text.split(",") if part.strip()))
         except ValueError as error:
             example = "8,64" if kind is int else "1e-5,1e-3"
             raise UserError(f"{FLAGS[axis]} {text!r} is no list of numbers: write for example {example}") from error
