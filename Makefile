@@ -6,10 +6,11 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE = 1
 
-.PHONY: help demo test test-slow lint clean
+.PHONY: help demo lab test test-slow lint clean
 
 help:
 	@echo "make demo       LoRAN, RanLoRA and AuroRA against QLoRA on real sentences (runs/demo/report.html)"
+	@echo "make lab        what Sinter costs, whether it is stable and whether it is there (runs/lab/report.html)"
 	@echo "make test       the test suite (7 minutes on 2 cores)"
 	@echo "make test-slow  the tests that take minutes each"
 	@echo "make lint       style"
@@ -24,6 +25,10 @@ $(STAMP): requirements.txt requirements-dev.txt requirements-demo.txt adapters/p
 
 demo: $(STAMP)
 	$(BIN)/python -m curvelora_training.demo --out runs/demo
+
+lab: $(STAMP)
+	$(BIN)/python -c "from curvelora_training.demo import MODEL, export_minilm; export_minilm(MODEL)"
+	$(BIN)/curvelora bench compare --config training/curvelora_training/recipes/demo.yaml --steps 60 --seeds 42-43 --out runs/lab --overwrite
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -m "not gpu and not slurm and not slow"

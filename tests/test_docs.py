@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from curvelora_eval.lab.record import BLOCK, rendered
 from curvelora_training.demo import ARMS, MARKS
 from curvelora_training.reference import reference
 
@@ -70,7 +71,7 @@ def test_every_command_of_the_readme_runs(root: Path, workplace: Path) -> None:
     """In order, as shown. `make` targets are asked what they would do: this test is itself part of one of them."""
     environment = os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     shown = commands((root / "README.md").read_text(encoding="utf-8"))
-    assert {"make demo", "make test"} <= set(shown)
+    assert {"make demo", "make lab", "make test"} <= set(shown)
     for line in shown:
         command = shlex.split(line)
         if command[0] == "make":
@@ -82,3 +83,15 @@ def test_every_command_of_the_readme_runs(root: Path, workplace: Path) -> None:
     assert (workplace / "runs/mine/evaluation.json").is_file()
     assert (workplace / "runs/mine-report/report.html").is_file()
     assert (workplace / "runs/mine-merged/merge.json").is_file()
+    assert (workplace / "runs/bench/layer.json").is_file() and (workplace / "runs/bench/step.json").is_file()
+    page = (workplace / "runs/small-lab/report.html").read_text(encoding="utf-8")
+    assert "small-sweep/sweep.json" in page
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/sinter_lab.md"])
+def test_numbers_of_the_lab_are_those_of_its_files(root: Path, page: str) -> None:
+    text = (root / page).read_text(encoding="utf-8")
+    assert BLOCK.search(text)
+    assert text == rendered(text, root / "docs/results/lab"), (
+        "write it again: python -m curvelora_eval.lab.record README.md docs/sinter_lab.md"
+    )

@@ -182,10 +182,13 @@ def read_runs(out: Path, settings: LabSettings) -> dict[str, dict[str, Any]]:
         baseline = out / "runs" / settings.arms[0].slug / f"seed-{job.seed}" / "steps.jsonl"
         pair = read_lines(baseline) if job.arm.key != settings.baseline and baseline.is_file() else None
         kept = ("status", "steps", "seconds", "heldout", "presence", "sharpness", "spectra", "approximation")
+        found = {key: record.get(key) for key in kept}
+        if found["spectra"] and job.seed != settings.seeds[0]:  # layer by layer of one seed; run.json has the others
+            found["spectra"] = {"types": found["spectra"]["types"], "layers": {}}
         runs.setdefault(job.arm.key, {})[str(job.seed)] = {
             "folder": job.folder,
             "stability": stability(steps, pair, StabilitySettings()),
-            **{key: record.get(key) for key in kept},
+            **found,
         }
     return runs
 

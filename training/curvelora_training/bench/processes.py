@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 
 import torch
 
@@ -26,7 +27,8 @@ def join() -> torch.device:
     if on_gpu:
         torch.cuda.set_device(device)
     if world_size() > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if on_gpu else "gloo")
+        # the others wait while the first process looks at what was trained, which takes hours for the largest models
+        torch.distributed.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(hours=12))
     return device
 
 

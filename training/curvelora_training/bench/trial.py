@@ -118,6 +118,11 @@ class Trial:
         self._random = self._seeded(seed)
 
     @property
+    def finite(self) -> bool:
+        """Whether everything that trains is finite; waits for the device."""
+        return all(torch.isfinite(p).all().item() for p in self.named.values())
+
+    @property
     def trainable_parameters(self) -> int:
         """How many numbers train."""
         return sum(p.numel() for p in self.named.values())

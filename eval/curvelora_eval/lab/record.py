@@ -1,0 +1,208 @@
+"""Results that documents quote: kept as small files, and written into the documents between marks, so that no number is typed.
+
+    python -m curvelora_eval.lab.record --keep runs/lab docs/results/lab/minilm    a lab's or sweep's files, without adapters
+    python -m curvelora_eval.lab.record README.md docs/sinter_lab.md               every marked block again
+
+A block stands between `<!-- lab: KIND FILE ... -->` and `<!-- end of lab -->`, files relative to docs/results/lab. Kinds: `cost`
+(records of `bench step`, or cost.json), `layers` (a record of `bench layer`), `runs` and `verdict` (a results.json).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from curvelora.cli import run_guarded
+from curvelora.errors import UserError
+from curvelora_eval.files import write_text
+from curvelora_eval.lab.folder import dig
+from curvelora_eval.wording import percent
+
+RESULTS = Path("docs/results/lab")
+BLOCK = re.compile(r"(<!-- lab: (\w+) ([^>]*?) -->\n).*?(<!-- end of lab -->)", re.DOTALL)
+KEPT = ("lab.json", "cost.json", "results.json", "sweep.json", "report.html")
+
+
+def keep(folder: Path, target: Path) -> None:
+    """Copy what documents and the report link to: records, the page, steps of every run, presence of each arm's first seed.
+
+    Raises:
+        UserError: the folder holds neither a comparison nor a sweep.
+    """
+    if not any((folder / name).is_file() for name in ("results.json", "sweep.json")):
+        raise UserError(f"{folder} holds no results.json or sweep.json: name a folder of `bench compare` or `sweep`")
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    for name in KEPT:
+        if (folder / name).is_file():
+            shutil.copyfile(folder / name, target / name)
+    for arm in sorted((folder / "runs").glob("*/")):
+        for number, run in enumerate(sorted(arm.glob("seed-*/"))):
+            for name in ("steps.jsonl", *(() if number else ("presence.jsonl",))):
+                if (run / name).is_file():
+                    (target / "runs" / arm.name / run.name).mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(run / name, target / "runs" / arm.name / run.name / name)
+
+
+def rendered(text: str, results: Path) -> str:
+    """`text` with every marked block written from the files that it names.
+
+    Raises:
+        UserError: an unknown kind of block, or a file that cannot be read.
+    """
+
+    def block(match: re.Match) -> str:
+        start, kind, names, end = match.groups()
+        if kind not in KINDS:
+            raise UserError(f"there is no block of kind {kind!r} (known: {', '.join(KINDS)})")
+        try:
+            records = [json.loads((results / name).read_text(encoding="utf-8")) for name in names.split()]
+        except (OSError, ValueError) as error:
+            raise UserError(f"a block names {names}, which cannot be read below {results} ({error})") from error
+        return start + "\n".join(KINDS[kind](records)) + "\n" + end
+
+    return BLOCK.sub(block, text)
+
+
+def _table(head: list[str], rows: list[list[str]], words: int = 1) -> Iterator[str]:
+    """A Markdown table; all but the first `words` columns are numbers."""
+    yield f"| {' | '.join(head)} |"
+    yield f"| {' | '.join(['---'] * words + ['---:'] * (len(head) - words))} |"
+    yield from (f"| {' | '.join(row)} |" for row in rows)
+
+
+def _cost(records: list[dict[str, Any]]) -> Iterator[str]:
+    head = ["model", "arm", "step, s", "× baseline [95 %]", "tokens/s", "MFU", "peak GB", "J a step"]
+    rows = []
+    for record in records:
+        model = Path(dig(record, "settings", "model") or "").stem
+        shape = f"{model}, {record['tokens_per_step']:,} tokens"
+        for key, arm in record["arms"].items():
+            ratio, peak, joules = arm["overhead"], arm["peak_allocated_bytes"], arm["joules_per_step"]
+            share = arm["mfu"]
+            rows.append(
+                [
+                    shape,
+                    key,
+                    f"{arm['step_seconds']['median']:.3f}",
+                    "1" if ratio is None else f"{ratio['ratio']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}]",
+                    f"{arm['tokens_per_second']:,.0f}",
+                    "–" if share is None else f"{100 * share:.1f} %",
+                    "–" if peak is None else f"{peak / 1e9:.2f}",
+                    "–" if joules is None else f"{joules:,.0f}",
+                ]
+            )
+            shape = ""
+    yield from _table(head, rows, 2)
+
+
+def _layers(records: list[dict[str, Any]]) -> Iterator[str]:
+    layers = [layer for record in records for layer in record["layers"]]
+    arms = list(layers[0]["arms"])
+    rows = []
+    for layer in layers:
+        cells = []
+        for arm in arms:
+            found = layer["arms"][arm]
+            ratio = "" if found["overhead"] is None else f" ({found['overhead']['ratio']:.2f} ×)"
+            cells.append(f"{1e3 * found['step_seconds']['median']:.2f}{ratio}")
+        rows.append([f"{layer['d_out']} x {layer['d_in']}", *cells])
+    yield from _table(["layer, ms", *arms], rows)
+
+
+def _runs(records: list[dict[str, Any]]) -> Iterator[str]:
+    head = [
+        "arm",
+        "held-out loss",
+        "held-out accuracy",
+        "loss noise",
+        "own noise beside the baseline",
+        "spikes",
+        "diverged",
+    ]
+    head += ["resolvability, forward / derivative", "what f adds to a layer's output"]
+    rows = []
+    for record in records:
+        for key, arm in record["arms"].items():
+            pooled, runs = record["pooled"].get(key, {}), record["runs"].get(key, {})
+            presence = [run["presence"] for run in runs.values() if run.get("presence")]
+            spikes = dig(pooled, "spike_rate", "spikes")
+            rows.append(
+                [
+                    arm["label"],
+                    _mean(pooled, "heldout_loss"),
+                    _mean(pooled, "heldout_accuracy", lambda x: f"{100 * x:.1f} %"),
+                    _mean(pooled, "residual_std"),
+                    _mean(pooled, "paired_residual_std", lambda x: f"{x:.2g}"),
+                    "–" if spikes is None else str(spikes),
+                    f"{dig(pooled, 'diverged', 'count')} of {dig(pooled, 'diverged', 'n')}",
+                    *_presence_cells(presence),
+                ]
+            )
+    yield from _table(head, rows)
+
+
+def _mean(pooled: dict[str, Any], name: str, form: Callable[[float], str] = lambda x: f"{x:.4f}") -> str:
+    """Mean over seeds, with its 95 % interval where there is one."""
+    found = pooled.get(name) or {}
+    if found.get("mean") is None:
+        return "–"
+    interval = "" if found["low"] is None else f" [{form(found['low'])}, {form(found['high'])}]"
+    return form(found["mean"]) + interval
+
+
+def _presence_cells(presence: list[dict[str, Any]]) -> list[str]:
+    def mean(*path: str) -> float | None:
+        values = [value for record in presence if (value := dig(record, *path)) is not None]
+        return sum(values) / len(values) if values else None
+
+    forward, derivative, ratio = mean("forward"), mean("derivative"), mean("output_ratio", "exact")
+    nonlinear = mean("nonlinear_share")
+    shares = "–" if forward is None else f"{percent(forward)} / {percent(derivative)}"
+    if ratio is not None:
+        return [shares, f"{ratio:.2g}"]
+    return [shares, "–" if nonlinear is None else f"{nonlinear:.2g}"]
+
+
+def _verdict(records: list[dict[str, Any]]) -> Iterator[str]:
+    for record in records:
+        for part, sentences in record["verdict"].items():
+            yield from (f"* **{part.capitalize()}**: {sentence}" for sentence in sentences)
+
+
+KINDS: dict[str, Callable[[list[dict[str, Any]]], Iterator[str]]] = {
+    "cost": _cost,
+    "layers": _layers,
+    "runs": _runs,
+    "verdict": _verdict,
+    "presence": lambda records: (f"* {s}" for record in records for s in record["verdict"]["presence"]),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point."""
+    parser = argparse.ArgumentParser(
+        prog="curvelora_eval.lab.record", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--keep", nargs=2, type=Path, metavar=("FOLDER", "TARGET"), help="keep a folder's small files")
+    parser.add_argument("documents", nargs="*", type=Path, help="documents to write again")
+    args = parser.parse_args(argv)
+
+    def work() -> int:
+        if args.keep:
+            keep(*args.keep)
+        for document in args.documents:
+            write_text(document, rendered(document.read_text(encoding="utf-8"), RESULTS))
+        return 0
+
+    return run_guarded(work)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
