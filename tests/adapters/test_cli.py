@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import types
 
 import pytest
 
@@ -140,3 +141,62 @@ def test_the_installed_command_and_a_closed_pipe():
     _, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     assert "error:" not in err and "Traceback" not in err and "BrokenPipe" not in err
+
+
+@pytest.fixture
+def group(monkeypatch):
+    """A command `toys` of two sub-commands, beside the installed ones."""
+    pieces = types.ModuleType("toys", "Things to play with.")
+    pieces.COMMANDS = {"ball": ("toys_ball", "throw it"), "kite": ("toys_kite", "let it fly")}
+    for name in ("ball", "kite"):
+        module = types.ModuleType(f"toys_{name}", f"Take the {name}.")
+        module.add_arguments = lambda parser: parser.add_argument("--times", type=int, default=1)
+        module.run = lambda args, name=name: print(f"{name} {args.times}") or 3
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    point = types.SimpleNamespace(load=lambda: pieces, value="toys")
+    before = cli.installed_commands
+    monkeypatch.setattr(cli, "installed_commands", lambda: before() | {"toys": point})
+
+
+def test_a_sub_command_of_a_group_is_run(capsys, group):
+    assert run(capsys, "toys", "kite", "--times", "4") == (3, "kite 4\n", "")
+
+
+@pytest.mark.parametrize("argv", [[], ["--help"], ["-h"]])
+def test_a_group_lists_its_sub_commands(capsys, group, argv):
+    code, out, err = run(capsys, "toys", *argv)
+    assert (code, err) == (0, "")
+    assert out.startswith("usage: curvelora toys COMMAND") and "Things to play with." in out
+    assert [line.split() for line in out.splitlines()[-2:]] == [["ball", "throw", "it"], ["kite", "let", "it", "fly"]]
+
+
+def test_an_unknown_sub_command_is_named_with_the_nearest(capsys, group):
+    code, out, err = run(capsys, "toys", "kit")
+    assert (code, out) == (2, "") and len(err.splitlines()) == 1
+    assert "unknown command 'toys kit'; did you mean 'kite'? (see `curvelora toys --help`)" in err
+
+
+def test_a_sub_command_has_help_of_its_own(capsys, group):
+    with pytest.raises(SystemExit) as left:
+        cli.main(["toys", "ball", "--help"])
+    out = capsys.readouterr().out
+    assert left.value.code == 0 and out.startswith("usage: curvelora toys ball") and "Take the ball." in out
+
+
+def test_debug_of_a_sub_command_shows_the_traceback(capsys, group, monkeypatch):
+    def fail(args):
+        raise curvelora.UserError("no wind")
+
+    monkeypatch.setattr(sys.modules["toys_kite"], "run", fail)
+    assert run(capsys, "toys", "kite")[2] == "error: no wind\n"
+    assert "Traceback" in run(capsys, "toys", "kite", "--debug")[2]
+
+
+def test_every_sub_command_of_the_installed_groups_is_there(capsys):
+    for name, point in cli.installed_commands().items():
+        for sub, (module, text) in getattr(point.load(), "COMMANDS", {}).items():
+            assert text
+            with pytest.raises(SystemExit) as left:
+                cli.main([name, sub, "--help"])
+            assert left.value.code == 0, module
+            assert capsys.readouterr().out.startswith(f"usage: curvelora {name} {sub}")

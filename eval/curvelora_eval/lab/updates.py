@@ -129,6 +129,8 @@ def best_linear_map(layer: BottleneckLayer, inputs: Tensor, adapter: str = "defa
         layer.training = was_training
     z, m = z.double(), m.double()
     z_mean, m_mean = z.mean(0), m.mean(0)
+    if not torch.isfinite(z).all():  # a diverged run has no such map, and SVD refuses to look for it
+        return LinearMap(z.new_full((A.shape[0],) * 2, torch.nan), z.new_full((A.shape[0],), torch.nan), None, None)
     # the pseudo-inverse of centred inputs by SVD: normal equations would square the condition of factors that differ in size
     matrix = (torch.linalg.pinv(z - z_mean, rtol=10 * torch.finfo(work).eps) @ (m - m_mean)).T
     intercept = m_mean - matrix @ z_mean

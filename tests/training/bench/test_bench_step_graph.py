@@ -27,7 +27,7 @@ CONFIG = {
 ARMS = ("qlora", "loran:sinter", "loran:sinter-large", "ranlora", "aurora", "loran:sinter@fp32", "full")
 
 
-@pytest.fixture()
+@pytest.fixture
 def ground(tmp_path: Path) -> Callable[..., Ground]:
     """(device, dropout) -> what arms stand on: a tiny Llama with random NF4 weights."""
     shape = tmp_path / "config.json"
@@ -60,6 +60,7 @@ def test_a_cpu_records_nothing(ground: Callable[..., Ground]) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("name", ARMS)
 def test_recorded_steps_equal_plain_ones(ground: Callable[..., Ground], name: str) -> None:
     made = ground("cuda:0")
@@ -77,6 +78,7 @@ def test_recorded_steps_equal_plain_ones(ground: Callable[..., Ground], name: st
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 def test_dropout_differs_from_step_to_step_when_it_is_recorded(ground: Callable[..., Ground]) -> None:
     made = ground("cuda:0", dropout=0.5)
     made.settings.learning_rate = 1e-12

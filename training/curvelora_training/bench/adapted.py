@@ -127,14 +127,17 @@ def _train_weights(model: PreTrainedModel, targets: list[str], heads: list[str])
 
 def _draw_factors(model: PeftModel, arm: Arm, seed: int, random: bool) -> None:
     """Start arms with a Kaiming-uniform A from the same A, and fill removed factors that were not computed."""
+    config = model.peft_config["default"]
+    # an own arm may start otherwise (PiSSA, Xavier), and then keeps its start
+    kaiming = getattr(config, "init_lora_weights", True) is True and getattr(config, "init_A", "kaiming") == "kaiming"
     for name, layer in adapted_layers(model).items():
         A, B = factors(layer)
         draw = _generator(A, seed, name)
         removed = layer.removed("default") if isinstance(layer, BottleneckLayer) else None
-        if removed is None:
+        if removed is None and kaiming:
             bound = A.shape[1] ** -0.5
             A.data.uniform_(-bound, bound, generator=draw)
-        elif random:
+        elif removed is not None and random:
             # C = B0 A0 with orthogonal-like factors of the size of a tail component; A and B start from them, as in the method
             A0, B0 = removed
             for tensor in (A0, B0):

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from curvelora.errors import UserError
 from curvelora_eval.environment import describe_environment
@@ -33,6 +34,9 @@ from curvelora_training.distributed import leave, rank, world_size
 
 COST, RESULTS, SWEEP = "cost.json", "results.json", "sweep.json"
 CONTENTS = (SETTINGS, COST, "runs", "workers", RESULTS, "report.html")
+# of run.json, in results.json
+KEPT = ("status", "steps", "seconds", "trainable_parameters", "heldout")
+KEPT += ("presence", "sharpness", "spectra", "approximation")
 # what may differ between the comparison that DIR holds and the one that continues it
 FREE = ("title", "seeds")
 
@@ -64,7 +68,7 @@ def compare(
         open_folder(out, settings, resume, overwrite)
     barrier()
     ground: Ground | None = None
-    if rounds is not None and not (out / COST).is_file():
+    if rounds is not None and not cost_is_there(out, settings):
         ground = build_ground(settings, device)
         say(f"{settings.model} ({settings.base}) ready in {ground.seconds:.1f} s; timing {len(settings.arms)} arms")
         *_, record = measure_steps(ground, rounds, update_std, say)
@@ -88,6 +92,13 @@ def compare(
             )
     leave()
     return 1 if failed else 0
+
+
+def cost_is_there(out: Path, settings: LabSettings) -> bool:
+    """Whether every arm was timed already, together with the others."""
+    path = out / COST
+    timed = json.loads(path.read_text(encoding="utf-8"))["arms"] if path.is_file() else {}
+    return all(arm.key in timed for arm in settings.arms)
 
 
 def open_folder(out: Path, settings: LabSettings, resume: bool, overwrite: bool) -> None:
@@ -181,8 +192,7 @@ def read_runs(out: Path, settings: LabSettings) -> dict[str, dict[str, Any]]:
         steps = read_lines(out / job.folder / "steps.jsonl")
         baseline = out / "runs" / settings.arms[0].slug / f"seed-{job.seed}" / "steps.jsonl"
         pair = read_lines(baseline) if job.arm.key != settings.baseline and baseline.is_file() else None
-        kept = ("status", "steps", "seconds", "heldout", "presence", "sharpness", "spectra", "approximation")
-        found = {key: record.get(key) for key in kept}
+        found = {key: record.get(key) for key in KEPT}
         if found["spectra"] and job.seed != settings.seeds[0]:  # layer by layer of one seed; run.json has the others
             found["spectra"] = {"types": found["spectra"]["types"], "layers": {}}
         runs.setdefault(job.arm.key, {})[str(job.seed)] = {
@@ -212,22 +222,22 @@ def pooled(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 def paths(out: Path, runs: dict[str, dict[str, Any]]) -> dict[str, Any] | None:
     """PCA of dW over training: the runs of the first seed that all arms have, in common axes; None where nothing was sketched."""
-    found: dict[str, Any] = {}
+    shared = [seed for seed in next(iter(runs.values()), {}) if all(seed in own for own in runs.values())]
+    found: dict[str, tuple[list[int], Tensor]] = {}
     for arm, seeds in runs.items():
-        for seed, run in list(seeds.items())[:1]:
-            path = out / run["folder"] / "path.safetensors"
-            if path.is_file():
-                tensors = load_file(path)
-                found[arm] = seed, tensors["steps"].tolist(), tensors["sketches"]
-    sizes = {sketches.shape[1] for _, _, sketches in found.values()}
-    if len(sizes) != 1:
+        path = out / seeds[shared[0]]["folder"] / "path.safetensors" if shared else None
+        if path is not None and path.is_file():
+            tensors = load_file(path)
+            found[arm] = tensors["steps"].tolist(), tensors["sketches"]
+    if len({sketches.shape[1] for _, sketches in found.values()}) != 1:
         return None
-    result = pca_paths({arm: (steps, sketches) for arm, (_, steps, sketches) in found.items()})
-    return result | {"runs": {arm: {found[arm][0]: points} for arm, points in result.pop("paths").items()}}
+    result = pca_paths(found)
+    return result | {"runs": {arm: {shared[0]: points} for arm, points in result.pop("paths").items()}}
 
 
 def _trainable(runs: dict[str, dict[str, Any]], cost: dict[str, Any] | None, key: str) -> int | None:
-    return ((cost or {}).get("arms", {}).get(key) or {}).get("trainable_parameters")
+    timed = (cost or {}).get("arms", {}).get(key)
+    return next((found["trainable_parameters"] for found in (timed, *runs.get(key, {}).values()) if found), None)
 
 
 def _approximation(runs: dict[str, dict[str, Any]]) -> dict[str, Any] | None:

@@ -67,6 +67,7 @@ def run_all(settings: LabSettings, out: Path, workers: int, ground: Ground | Non
             work(ground or build_ground(settings, join()), left, out)
     else:
         _spawn(out, workers, left)
+    barrier()  # only the first process writes run.json, when the others are through already
     return [job.folder for job in jobs if not (out / job.folder / DONE).is_file()]
 
 

@@ -243,6 +243,11 @@ def _take(check: Any) -> list[str]:
 def _from_recipe(path: str, overrides: list[str]) -> dict[str, Any]:
     recipe = load_recipe(Path(path), overrides)
     training, options = recipe.training, recipe.adapter_options()
+    if training.accumulation != 1:
+        raise UserError(
+            f"training.accumulation is {training.accumulation}, and a comparison steps after every batch: write "
+            f"training.accumulation=1 and training.batch_size={training.accumulation * training.batch_size}"
+        )
     base = "nf4" if recipe.model.quantization == "nf4" else "fp32" if recipe.model.dtype == "float32" else "bf16"
     values = {
         "model": recipe.model.path,

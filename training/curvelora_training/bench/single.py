@@ -73,6 +73,8 @@ def make_run(
         if lost >= DIVERGED_AFTER:
             status = "diverged"
             break
+    if lost or not trial.finite:  # too short for ten lost steps, or lost in the last one
+        status = "diverged"
     record = {
         "schema": 1,
         "kind": "lab_run",

@@ -1,0 +1,11 @@
+"""`curvelora bench` for launchers, which start modules: `torchrun --nproc-per-node 2 -m curvelora_training.bench step ...`."""
+
+from __future__ import annotations
+
+import sys
+
+from curvelora.cli import main
+
+if __name__ == "__main__":
+    # deepspeed's launcher puts --local_rank in front; the environment has it too
+    sys.exit(main(["bench", *(a for a in sys.argv[1:] if not a.startswith(("--local_rank", "--local-rank")))]))
