@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from markupsafe import Markup
 
@@ -178,10 +178,16 @@ def curves(
 ) -> Markup:
     """Medians over seeds with bands from the smallest to the largest seed. `smoothing` is the span of the moving average.
 
-    Lines are cut off at `y_span`; where it is not given it covers the smoothed medians and bands.
+    Lines are cut off at `y_span`; where it is not given it covers the smoothed medians and bands. A log axis has no place for
+    values of 0 and below (a gradient of exactly zero), which are left out.
     """
     width, height = size
     left, right, top, bottom = 46, width - 12, 20 if y_name else 10, height - (40 if width > 300 else 22)
+    if log:
+        lines = [
+            replace(line, seeds=positive(line.seeds), ends={seed: end for seed, end in line.ends.items() if end[1] > 0})
+            for line in lines
+        ]
     drawn = [(line, _summary(line, smoothing)) for line in lines]
     drawn = [(line, points) for line, points in drawn if points]
     xs = [x for _, points in drawn for x, *_ in points]
@@ -218,6 +224,12 @@ def curves(
                 _cross(canvas, *cross)
                 canvas.circle("hover", *cross, 7, f"{line.arm.label}, seed {seed}: diverged at step {x:,.0f}")
     return canvas.svg()
+
+
+def positive(seeds: dict[str, list[Point]]) -> dict[str, list[Point]]:
+    """What a log axis can show of (step, value) per seed: values above 0, and the seeds that have any."""
+    found = {seed: [(x, y) for x, y in points if y is not None and y > 0] for seed, points in seeds.items()}
+    return {seed: points for seed, points in found.items() if points}
 
 
 def _summary(line: Curve, smoothing: int) -> list[tuple[float, float, float, float]]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from curvelora_eval.lab.canvas import short
-from curvelora_eval.lab.charts import Curve, Row, curves, dot_rows, plane_paths, spectrum, stacked_bars
+from curvelora_eval.lab.charts import Curve, Row, curves, dot_rows, plane_paths, positive, spectrum, stacked_bars
 from curvelora_eval.lab.folder import Arm, Lab, dig, weighted_mean
 from curvelora_eval.lab.panels import Panel, first_file, run_sources, source, sources
 from curvelora_eval.lab.presence_verdict import SHORT, presence_class, rounding
@@ -109,7 +109,9 @@ def _cost_notes(lab: Lab) -> list[str]:
 def _stability(lab: Lab) -> Section:
     section = Section("Stability in detail")
     norms = [
-        Curve(arm, seeds, href=first_file(lab, arm)) for arm in lab.arms if (seeds := lab.series(arm, "grad_norm"))
+        Curve(arm, seeds, href=first_file(lab, arm))
+        for arm in lab.arms
+        if (seeds := positive(lab.series(arm, "grad_norm")))
     ]
     if norms:
         chart = curves(norms, "Gradient norm by step", log=True, smoothing=_span(norms), y_name="gradient norm")
@@ -138,7 +140,7 @@ def _stability(lab: Lab) -> Section:
             lines = [
                 Curve(arm, seeds, href=first_file(lab, arm))
                 for arm in lab.arms
-                if (seeds := _positive(lab.series(arm, key, kind)))
+                if (seeds := positive(lab.series(arm, key, kind)))
             ]
             if lines:
                 title = f"{heading}: {kind}"
@@ -146,11 +148,6 @@ def _stability(lab: Lab) -> Section:
         if charts:
             section.grids.append((heading, caption, charts))
     return section
-
-
-def _positive(seeds: dict) -> dict:
-    found = {seed: [(x, y) for x, y in points if y > 0] for seed, points in seeds.items()}
-    return {seed: points for seed, points in found.items() if points}
 
 
 def _span(lines: Sequence[Curve]) -> int:

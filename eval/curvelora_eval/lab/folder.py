@@ -74,6 +74,22 @@ class Lab:
         """Seed -> the record of that run in results.json."""
         return _mapping(_mapping(self.results.get("runs")).get(arm.key))
 
+    @cached_property
+    def failed(self) -> dict[str, dict[str, str]]:
+        """Arm's key -> seed -> why, in a line, of the runs that ended without a result."""
+        found: dict[str, dict[str, str]] = {}
+        for record in self.results.get("failed") or []:
+            key, seed = str(record.get("arm")), str(record.get("seed"))
+            if seed not in _mapping(_mapping(self.results.get("runs")).get(key)):
+                why = str(record.get("why") or "").strip() or "no reason is known"
+                found.setdefault(key, {})[seed] = why.splitlines()[0].rstrip(".")
+        return found
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        """Where cost was measured, or else what results.json says of its writer; empty where neither is known."""
+        return _mapping(self.cost.get("environment")) or _mapping(self.results.get("environment"))
+
     def values(self, arm: Arm, *path: str) -> list[float]:
         """The number at `path` below each seed's run, in the order of the seeds; seeds without it are left out."""
         found = (number(dig(run, *path)) for run in self.runs(arm).values())

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from curvelora.errors import UserError
 from curvelora.precision import at_least_fp32, exact_products
-from curvelora_eval.lab.updates import Factors, adapted_layers, update_factors, update_weight
+from curvelora_eval.lab.updates import Factors, adapted_layers, can_be_fitted, update_factors, update_weight
 
 Updates = Mapping[str, Tensor | Factors]
 
@@ -67,21 +67,28 @@ class Sketcher:
             inputs: layer name -> x (tokens, d_in), for methods that are nonlinear in them (`updates.update_factors`). Keep them
                 the same for all snapshots, else the path shows the inputs too.
 
-        Layers are joined in the order of their names. Factors are sketched as (P B)(A Q), without forming dW.
+        Layers are joined in the order of their names. A nonlinear layer of which `inputs` holds fewer than r + 2 tokens, or none,
+        has NaN for its part, and `pca_paths` leaves the snapshot out. Factors are sketched as (P B)(A Q), without forming dW.
 
         Raises:
-            ValueError: a nonlinear bottleneck without inputs.
+            ValueError: a nonlinear bottleneck without any inputs.
             UserError: there is no layer.
         """
         if isinstance(model_or_updates, nn.Module):
-            layers, x = adapted_layers(model_or_updates), inputs or {}
+            layers = adapted_layers(model_or_updates)
             # one at a time: the dense updates of a model need not exist together
-            parts = [self._layer(name, _update(layers[name], x.get(name))) for name in sorted(layers)]
+            parts = [self._part(name, layers[name], inputs) for name in sorted(layers)]
         else:
             parts = [self._layer(name, model_or_updates[name]) for name in sorted(model_or_updates)]
         if not parts:
             raise UserError("there is no adapted layer to sketch: give a model with an adapter")
         return torch.cat(parts)
+
+    def _part(self, name: str, layer: nn.Module, inputs: Mapping[str, Tensor] | None) -> Tensor:
+        x = (inputs or {}).get(name)
+        if inputs is not None and not can_be_fitted(layer, x):
+            return torch.full((self.size**2,), torch.nan, dtype=torch.float64)
+        return self._layer(name, _update(layer, x))
 
     def _layer(self, name: str, update: Tensor | Factors) -> Tensor:
         A, B = (update, None) if isinstance(update, Tensor) else update

@@ -14,7 +14,8 @@ plain implementation), `rounded_bf16` rounds the exact f' once, `fp32` is this p
 
 Activation space, B m(z) with z = A x: RanLoRA and AuroRA. Here linear in the input is what counts:
 
-    nonlinear_share    ||m(z) - (L z + c)|| / ||m(z)|| with the best affine map over the inputs, by least squares
+    nonlinear_share    ||m(z) - (L z + c)|| / ||m(z)|| with the best affine map over the inputs, by least squares; times
+                       sqrt(n / (n - r - 1)) over n tokens, since the map is fitted to the same tokens
     linear_from_zero   ||m(z) - m(0) - m'(0) z|| / ||m(z)||, what the expansion at zero leaves
     z_abs              |z|
 
@@ -37,7 +38,7 @@ from curvelora.layers.dense_delta import DeltaMap, DenseDeltaLayer
 from curvelora.precision import at_least_fp32, exact_products
 from curvelora.reference_path import evaluating
 from curvelora.resolvability import measure_resolvability
-from curvelora_eval.lab.updates import PEFT_PREFIX, adapted_layers
+from curvelora_eval.lab.updates import PEFT_PREFIX, adapted_layers, fit_correction
 
 QUANTILES = {"p05": 0.05, "p25": 0.25, "p50": 0.5, "p75": 0.75, "p95": 0.95, "max": 1.0}
 PRECISIONS = ("naive_bf16", "rounded_bf16", "fp32")
@@ -200,7 +201,8 @@ def activation_space_presence(layer: BottleneckLayer, x: Tensor | None, adapter:
     Args:
         x: real inputs, (tokens, d_in); not looked at, and None will do, where m is applied to the columns of A.
 
-    A layer that removes B0 A0 x is measured without that: it is linear.
+    A layer that removes B0 A0 x is measured without that: it is linear. The share of few tokens (barely more than r + 1) is
+    noisy, and can exceed 1. The columns of A are all there are and no sample, so that their share is exact as it is.
     """
     A, B = (factor.double() for factor in layer.factors(adapter))
     on_weights = layer.acts_on_weights(adapter)
@@ -209,7 +211,10 @@ def activation_space_presence(layer: BottleneckLayer, x: Tensor | None, adapter:
     m = layer.mapped(adapter, z)
     # the fit goes through the means, so it is enough to fit what is left without them
     z_left, m_left = z - z.mean(0), m - m.mean(0)
-    unexplained = m_left - z_left @ (torch.linalg.pinv(z_left) @ m_left) if samples > r + 1 and _finite(z, m) else None
+    unexplained = None
+    if samples > r + 1 and _finite(z, m):
+        unexplained = m_left - z_left @ (torch.linalg.pinv(z_left) @ m_left)
+        unexplained *= 1.0 if on_weights else fit_correction(samples, r)
     zero, jacobian = _expansion_at_zero(layer, adapter, r, z)
     beyond_linear = m - zero - z @ jacobian.T
     return {

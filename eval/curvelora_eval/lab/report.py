@@ -58,7 +58,7 @@ def write_lab_report(folder: Path, sweep: Path | None = None) -> Path:
         sections=sections(lab),
         settings=[
             ("Settings", _pairs(_without(lab.settings, "arms"))),
-            ("Environment", _pairs(lab.results.get("environment") or {})),
+            ("Environment", _pairs(lab.environment)),
         ],
         arms=[(arm, _pairs(arm.record)) for arm in lab.arms],
     )
@@ -127,7 +127,7 @@ def lead(sentences: list[str]) -> tuple[list[str], list[str]]:
 def facts(lab: Lab) -> list[str]:
     """The line under the title: model, base, hardware, seeds and steps, as far as they are known."""
     settings = lab.settings
-    hardware = ((lab.results.get("environment") or {}).get("hardware")) or {}
+    hardware = lab.environment.get("hardware") or {}
     device = hardware.get("gpu") or hardware.get("cpu")
     count = hardware.get("gpus") or 0
     weights = " with random weights" if settings.get("weights") == "random" else ""

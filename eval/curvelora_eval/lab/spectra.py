@@ -31,6 +31,7 @@ from curvelora_eval.lab.updates import (
     adapted_layers,
     base_weight,
     best_linear_map,
+    can_be_fitted,
     factors,
     is_nonlinear,
     scale,
@@ -199,7 +200,8 @@ def spectra(
         subspaces: ... unless they are given: layer -> `base_subspaces`.
 
     For LoRA the two coincide, and full fine-tuning has no factors: both have "update" only. Where a best linear map stands for a
-    nonlinear bottleneck, "linear_map" has its `residual` and `intercept_share` (`updates.LinearMap`).
+    nonlinear bottleneck, "linear_map" has its `residual` and `intercept_share` (`updates.LinearMap`). A layer of which `inputs` holds
+    fewer than the r + 2 tokens of that fit, or none, has None for "update" and "linear_map".
 
     Raises:
         ValueError: a method that is nonlinear in its inputs without inputs, or a name in `layers` that is not adapted.
@@ -214,15 +216,20 @@ def spectra(
         subspace = (subspaces or {}).get(name)
         if subspace is None and base_overlap:
             subspace = base_subspaces(base_weight(layer), rank)
-        pair, thin = factors(layer), update_factors(layer, x)
-        if thin is not None:
+        pair = factors(layer)
+        # without any inputs it is the caller's error, and raises
+        fitted = inputs is None or can_be_fitted(layer, x)
+        thin = update_factors(layer, x) if fitted else None
+        if not fitted:
+            record = {"update": None}
+        elif thin is not None:
             record = {"update": spectrum_of_factors(*thin, rank=rank, subspace=subspace)}
         else:
             record = {"update": spectrum(update_weight(layer, x), rank, subspace=subspace)}
         if pair is not None and not isinstance(layer, LoraLayer):
             record["BA"] = spectrum_of_factors(*pair, scale(layer), rank=rank, subspace=subspace)
         if is_nonlinear(layer):
-            record["linear_map"] = best_linear_map(layer, x).as_dict()
+            record["linear_map"] = best_linear_map(layer, x).as_dict() if fitted else None
         result[name] = record
     return result
 

@@ -46,7 +46,7 @@ def cost_table(lab: Lab, arms: Sequence[Arm], href: str | None) -> Table:
 
 
 def seeds_table(lab: Lab) -> list[Table]:
-    """One row a run: how it ended, its losses and its noise."""
+    """One row a run: how it ended, its losses and its noise; runs without a result say why."""
     columns: list[tuple[str, Callable[[dict], str]]] = [
         ("status", lambda r: "diverged" if run_diverged(r) else str(r.get("status") or "–")),
         ("steps", lambda r: _count(r.get("steps"))),
@@ -67,6 +67,14 @@ def seeds_table(lab: Lab) -> list[Table]:
         for arm in lab.arms
         for seed, run in lab.runs(arm).items()
     ]
+    known = {arm.key: arm for arm in lab.arms}
+    for key, seeds in lab.failed.items():
+        arm = known.get(key)
+        name = arm.label if arm else key
+        rows += [
+            (arm, f"{name}, seed {seed}", {"status": f"failed: {why}"}, run_link(lab, None))
+            for seed, why in seeds.items()
+        ]
     return [_filled("Every run", columns, rows)] if rows else []
 
 

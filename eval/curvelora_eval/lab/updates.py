@@ -88,7 +88,8 @@ class LinearMap:
     Args:
         matrix: L (r, r), fp64.
         intercept: c (r,), fp64.
-        residual: ||m(Z) - L Z - c||_F / ||m(Z)||_F, the share of m that is not linear on these inputs; None where m is zero.
+        residual: ||m(Z) - L Z - c||_F / ||m(Z)||_F times `fit_correction`, the share of m that is not linear on inputs such as
+            these; of few tokens it is noisy, and can exceed 1. None where m is zero.
         intercept_share: ||c|| sqrt(tokens) / ||m(Z)||_F; None where m is zero.
     """
 
@@ -100,6 +101,24 @@ class LinearMap:
     def as_dict(self) -> dict[str, float | None]:
         """The two shares, as plain data."""
         return {"residual": self.residual, "intercept_share": self.intercept_share}
+
+
+def fit_correction(tokens: int, rank: int) -> float:
+    """sqrt(n / (n - r - 1)), by which the norm of what a fit of r + 1 unknowns an output leaves on its own n tokens is too small.
+
+    Raises:
+        ValueError: no more tokens than unknowns.
+    """
+    if tokens <= rank + 1:
+        raise ValueError(f"{tokens} tokens leave nothing of a fit with {rank + 1} unknowns")
+    return (tokens / (tokens - rank - 1)) ** 0.5
+
+
+def can_be_fitted(layer: nn.Module, inputs: Tensor | None, adapter: str = "default") -> bool:
+    """Whether `inputs` (..., d_in) are enough for the best linear map of `layer`, r + 2 tokens; True where it needs none."""
+    if not is_nonlinear(layer, adapter):
+        return True
+    return inputs is not None and inputs.numel() // inputs.shape[-1] >= len(factors(layer, adapter)[0]) + 2
 
 
 @torch.no_grad()
@@ -139,7 +158,7 @@ def best_linear_map(layer: BottleneckLayer, inputs: Tensor, adapter: str = "defa
     return LinearMap(
         matrix,
         intercept,
-        left / norm if norm else None,
+        fit_correction(len(x), A.shape[0]) * left / norm if norm else None,
         intercept.norm().item() * len(x) ** 0.5 / norm if norm else None,
     )
 

@@ -32,7 +32,7 @@ def verdict(results: dict[str, Any], sweep: dict[str, Any] | None = None) -> dic
     lab = Lab(Path(), results, sweep)
     return {
         "cost": list(_cost(lab)),
-        "stability": [*_divergence(lab), *_noise(lab), *_losses(lab), *_map(sweep)],
+        "stability": [*_failed(lab), *_divergence(lab), *_noise(lab), *_losses(lab), *_map(sweep)],
         "presence": list(presence_sentences(lab, sweep)),
         "limits": list(_limits(lab)),
     }
@@ -81,11 +81,26 @@ def _seconds(seconds: float) -> str:
     return f"{seconds:.3g} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
 
 
+def _failed(lab: Lab) -> Iterator[str]:
+    """Runs without a result, and arms without a run where others have one."""
+    trained = bool(lab.failed) or any(lab.runs(arm) for arm in lab.arms)
+    labels = {arm.key: arm.label for arm in lab.arms}
+    for key in dict.fromkeys([*labels, *lab.failed]):
+        label, reasons = labels.get(key, key), lab.failed.get(key, {})
+        finished = len((lab.results.get("runs") or {}).get(key) or {})
+        if reasons:
+            why = "; ".join(dict.fromkeys(reasons.values()))
+            yield f"{label} has no result in {len(reasons)} of {_plural(len(reasons) + finished, 'seed')} ({why})."
+        elif trained and not finished:
+            yield f"{label} has no run that finished."
+
+
 def _divergence(lab: Lab) -> Iterator[str]:
     counts = {arm: len(lab.runs(arm)) for arm in lab.arms if lab.runs(arm)}
     if not counts:
         return
     span = _span(lab, max(counts.values()))
+    finished = f"(up to {span} an arm)"
     lost = {arm: lab.diverged(arm) for arm in counts}
     for arm, seeds in lost.items():
         if seeds:
@@ -93,13 +108,16 @@ def _divergence(lab: Lab) -> Iterator[str]:
             at = f" from step {min(step for step in when if step is not None):,.0f}" if any(when) else ""
             yield f"{arm.label} diverged in {len(seeds)} of {_plural(counts[arm], 'seed')}{at}."
     if not any(lost.values()):
-        yield f"No arm diverged in {span}."
+        yield f"None of the runs that finished diverged {finished}." if lab.failed else f"No arm diverged in {span}."
     spikes = {arm: lab.values(arm, "stability", "spikes") for arm in counts}
     if not any(spikes.values()):
         return
     found = {arm: sum(values) for arm, values in spikes.items() if sum(values) > 0}
     if not found:
-        yield f"No arm's loss spiked in {span}."
+        if lab.failed:
+            yield f"The loss of none of the runs that finished spiked {finished}."
+        else:
+            yield f"No arm's loss spiked in {span}."
         return
     parts = ", ".join(f"{arm.label} {count:.0f}" for arm, count in found.items())
     rest = " and the others none" if len(found) < len(spikes) else ""
@@ -221,6 +239,11 @@ def _limits(lab: Lab) -> Iterator[str]:
         yield (
             f"There are {seeds} seeds: their intervals (Student's t) are wide, and only large differences can show in them."
         )
+    if len(lab.arms) > 1 and (seeds > 1 or lab.cost):
+        yield (
+            "Every interval is of 95 % by itself, not corrected for the number of arms and measures: of twenty comparisons of "
+            "what is alike, one is expected to look different."
+        )
     steps = number(settings.get("steps"))
     if seeds and steps:
         rate = 3000 / (steps * seeds)
@@ -239,8 +262,8 @@ def _limits(lab: Lab) -> Iterator[str]:
         fewest = min((count for count in pairs if count is not None), default=None)
         if fewest is not None and fewest < FEW_PAIRS:
             yield f"Step times come from {_plural(int(fewest), 'pair')} of rounds, so their intervals are likely too narrow."
-        hardware = dig(lab.results, "environment", "hardware") or {}
-        if not hardware.get("gpu"):
+        hardware = lab.environment.get("hardware")
+        if hardware and not hardware.get("gpu"):
             yield "Step times are a CPU's; the ratios of a GPU are others."
         elif not number(lab.cost.get("peak_tflops")):
             yield "The device's peak is not known, so there is no MFU."

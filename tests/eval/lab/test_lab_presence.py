@@ -25,6 +25,7 @@ from curvelora_eval.lab.presence import (
     summarise_presence,
     weight_space_presence,
 )
+from curvelora_eval.lab.updates import best_linear_map
 
 torch.set_num_threads(1)
 
@@ -242,8 +243,8 @@ def test_shares_against_least_squares(build, formula):
     norm = np.linalg.norm
     found = activation_space_presence(layer, x)
     wanted = {
-        "nonlinear_share": norm(residual @ B.T) / norm(m @ B.T),
-        "nonlinear_share_bottleneck": norm(residual) / norm(m),
+        "nonlinear_share": math.sqrt(200 / 196) * norm(residual @ B.T) / norm(m @ B.T),
+        "nonlinear_share_bottleneck": math.sqrt(200 / 196) * norm(residual) / norm(m),
         "linear_from_zero": norm(beyond @ B.T) / norm(m @ B.T),
         "linear_from_zero_bottleneck": norm(beyond) / norm(m),
     }
@@ -262,12 +263,15 @@ def test_a_linear_bottleneck_has_none():
 
 
 def test_a_saturated_tanh_by_hand():
-    """z = -10, 10, 30 give m = s (-1, 1, 1): the best line leaves (-1, 2, -1) s / 3, which is sqrt(2) / 3 of m."""
+    """z = -10, 10, 30 give m = s (-1, 1, 1): the best line leaves (-1, 2, -1) s / 3, which is sqrt(2) / 3 of m.
+
+    Three samples and two unknowns make that sqrt(3) times as much.
+    """
     layer = ranlora(d_in=1, d_out=1, r=1, activation="tanh", use_v=False)
     A, _ = layer.factors("default")
     A.data.fill_(10.0)
     found = activation_space_presence(layer, torch.tensor([[-1.0], [1.0], [3.0]]))
-    assert found["nonlinear_share"] == pytest.approx(math.sqrt(2) / 3, rel=1e-7)
+    assert found["nonlinear_share"] == pytest.approx(math.sqrt(3) * math.sqrt(2) / 3, rel=1e-7)
     # what is left of s (-1, 1, 1) without s z: s (9, -9, -29)
     assert found["linear_from_zero"] == pytest.approx(math.sqrt(81 + 81 + 841) / math.sqrt(3), rel=1e-7)
     assert found["z_abs"]["p50"] == 10 and found["z_abs"]["max"] == 30
@@ -292,7 +296,27 @@ def test_static_aurora_bends_the_columns_of_A():
     dynamic = aurora()
     dynamic.factors("default")[0].data = torch.eye(3)
     on_columns = activation_space_presence(dynamic, columns)  # z = x
-    assert found["nonlinear_share_bottleneck"] == pytest.approx(on_columns["nonlinear_share_bottleneck"], rel=1e-9)
+    # the columns are no sample: twelve tokens are, and fit four unknowns
+    exact = math.sqrt(8 / 12) * on_columns["nonlinear_share_bottleneck"]
+    assert found["nonlinear_share_bottleneck"] == pytest.approx(exact, rel=1e-9)
+
+
+@pytest.mark.parametrize("tokens", [128, 256])
+def test_the_share_does_not_depend_on_the_number_of_tokens(tokens):
+    """gelu of z ~ N(0, I), r = 64: E g^2 - (E g)^2 - (E g z)^2 over E g^2, by quadrature, is what many tokens give."""
+    z, weights = np.polynomial.hermite_e.hermegauss(120)
+    g, weights = 0.5 * z * (1 + torch.erf(torch.from_numpy(z) / math.sqrt(2)).numpy()), weights / weights.sum()
+    mean, slope, square = (weights @ v for v in (g, g * z, g * g))
+    wanted = math.sqrt((square - mean**2 - slope**2) / square)
+    layer = ranlora(d_in=64, d_out=64, r=64, use_v=False)
+    for factor in layer.factors("default"):
+        factor.data = torch.eye(64)
+    many = activation_space_presence(layer, inputs(64, 16_384, 1.0))
+    few = activation_space_presence(layer, inputs(64, tokens, 1.0))
+    for key in ("nonlinear_share", "nonlinear_share_bottleneck"):
+        assert many[key] == pytest.approx(wanted, rel=0.01)
+        assert few[key] == pytest.approx(many[key], rel=0.05)
+    assert best_linear_map(layer, inputs(64, tokens, 1.0)).residual == pytest.approx(few["nonlinear_share"], rel=1e-5)
 
 
 def test_undefined_shares():

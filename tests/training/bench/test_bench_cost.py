@@ -110,7 +110,7 @@ def ground(base) -> Ground:
         model="llama-1b", base="nf4", batch_size=2, length=12, rank=4, alpha=8, target_modules=list(LINEARS), steps=10,
         arms=parse_arms("qlora,loran:sinter,full"), warmup=0.5, learning_rate=3e-3,
     )  # fmt: skip
-    return Ground(settings, base("nf4"), RandomTokens(128, 2, 12), [], Device(CPU), "random tokens", 0.5)
+    return Ground(settings, base("nf4"), RandomTokens(128, 2, 12), [], Device(CPU), 0.5)
 
 
 def test_model_flops_by_hand(ground, base):

@@ -30,7 +30,7 @@ def settle(monkeypatch):
         module.add_training_arguments(parser)
         parser.add_argument("--jobs", type=int, default=1)
         args = parser.parse_intermixed_args([str(a) for a in argv])
-        return settings_from(args, parse_arms(arms), out)
+        return settings_from(args, lambda: parse_arms(arms), out)
 
     return parse
 

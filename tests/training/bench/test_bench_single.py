@@ -29,7 +29,7 @@ def ground(base):
             "target_modules": ["q_proj", "down_proj"], "looks": 3, "warmup": 0.25, "learning_rate": 1e-2,
         }  # fmt: skip
         settings = LabSettings(**values | changes, arms=parse_arms("qlora"))
-        return Ground(settings, base("fp32"), RandomTokens(128, 2, 12), [], Device(CPU), "random tokens", 0.0)
+        return Ground(settings, base("fp32"), RandomTokens(128, 2, 12), [], Device(CPU), 0.0)
 
     return build
 

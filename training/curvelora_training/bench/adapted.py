@@ -97,6 +97,8 @@ def float32_copy(base: PreTrainedModel) -> PreTrainedModel:
     model.tie_weights()
     model.config = copy.deepcopy(base.config)
     model.config.dtype = torch.float32
+    shared = {tensor.data_ptr() for tensor in base.parameters()}
+    model.copies = [p for p in model.parameters() if p.data_ptr() not in shared]
     return model
 
 
@@ -173,9 +175,10 @@ def update_std_of(model: nn.Module) -> float | None:
 
 
 def arm_tensors(model: nn.Module) -> Iterator[Tensor]:
-    """Everything that is the arm's own: what trains, and the frozen tensors of its adapters."""
+    """Everything that is the arm's own: what trains, the frozen tensors of its adapters, and fp32 copies of the base's."""
     yield from (p for p in model.parameters() if p.requires_grad)
     for module in model.modules():
+        yield from (p for p in getattr(module, "copies", ()) if not p.requires_grad)
         if isinstance(module, AdapterLayer | FullLinear):
             yield from (b for name, b in module.named_buffers() if not name.startswith("base_layer."))
 

@@ -133,6 +133,10 @@ def own_arm(text: str) -> Arm:
             raise UserError(f"--arm {text!r}: {value!r} is no value that YAML can read") from error
     if start.method == FULL and options:
         raise UserError(f"--arm {text!r}: full fine-tuning has no options")
+    if options.get("use_dora"):
+        raise UserError(
+            f"--arm {text!r}: DoRA's update is not s B A, which is what is measured here: leave use_dora out"
+        )
     if start.method != FULL:
         METHODS[start.method].build_config(**options)
     label = f"{name} ({', '.join([PLAIN.get(start.method, start.method), *settings])})"

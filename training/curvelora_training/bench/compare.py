@@ -27,13 +27,13 @@ from curvelora_eval.lab.verdict import verdict
 from curvelora_training.bench.cost import measure_steps, table
 from curvelora_training.bench.ground import Ground, build_ground
 from curvelora_training.bench.interleave import Rounds
-from curvelora_training.bench.pool import DONE, SETTINGS, jobs_of, run_all
+from curvelora_training.bench.pool import DONE, FAILED, SETTINGS, check_jobs, jobs_of, run_all
 from curvelora_training.bench.processes import barrier, join, say
 from curvelora_training.bench.settings import LabSettings
-from curvelora_training.distributed import leave, rank, world_size
+from curvelora_training.distributed import leave, rank
 
 COST, RESULTS, SWEEP = "cost.json", "results.json", "sweep.json"
-CONTENTS = (SETTINGS, COST, "runs", "workers", RESULTS, "report.html")
+CONTENTS = (SETTINGS, COST, "runs", "workers", RESULTS, SWEEP, "report.html")
 # of run.json, in results.json
 KEPT = ("status", "steps", "seconds", "trainable_parameters", "heldout")
 KEPT += ("presence", "sharpness", "spectra", "approximation")
@@ -62,8 +62,7 @@ def compare(
         UserError: `out` holds a comparison and neither `resume` nor `overwrite` was asked for, or another one than this.
     """
     device = join()
-    if jobs > 1 and world_size() > 1:
-        raise UserError("--jobs packs runs on the devices itself: start it without a launcher")
+    check_jobs(jobs)
     if rank() == 0:
         open_folder(out, settings, resume, overwrite)
     barrier()
@@ -104,12 +103,18 @@ def cost_is_there(out: Path, settings: LabSettings) -> bool:
 def open_folder(out: Path, settings: LabSettings, resume: bool, overwrite: bool) -> None:
     """Make the folder, or take over what it holds. Raises `UserError` as `compare` does."""
     held = [name for name in CONTENTS if (out / name).exists()]
+    if resume and overwrite:
+        raise UserError("--resume keeps what there is and --overwrite replaces it: write one of them")
+    if held and not (out / SETTINGS).is_file():
+        raise UserError(
+            f"{out} holds {', '.join(held)} but no {SETTINGS}, so it is no folder of these runs: name another --out"
+        )
     if held and not (resume or overwrite):
         raise UserError(
             f"{out} holds a comparison already ({', '.join(held)}): add --resume to continue it, --overwrite to replace it, or "
             "name another --out"
         )
-    if held and resume and (out / SETTINGS).is_file():
+    if held and resume:
         before, now = LabSettings.read(out / SETTINGS).as_dict(), settings.as_dict()
         differing = [key for key in now if key not in (*FREE, "arms") and before[key] != now[key]]
         kept = {arm["key"]: arm for arm in before["arms"]}
@@ -158,7 +163,7 @@ def gather(out: Path, sweep: Path | None = None) -> Path:
             else settings.recipe or settings.data or "Shakespeare (with the package)",
             "baseline": settings.baseline,
         },
-        "environment": describe_environment(),
+        "environment": measured_in(out, settings, cost),
         "arms": {
             arm.key: {
                 "label": arm.label,
@@ -171,6 +176,7 @@ def gather(out: Path, sweep: Path | None = None) -> Path:
         },
         "cost": cost,
         "runs": runs,
+        "failed": failures(out, settings),
         "pooled": {key: pooled(list(found.values())) for key, found in runs.items() if found},
         "paths": paths(out, runs),
         "approximation": _approximation(runs),
@@ -179,6 +185,26 @@ def gather(out: Path, sweep: Path | None = None) -> Path:
     results["verdict"] = verdict(results, read_record(sweep, SWEEP, "sweep") if sweep else None)
     write_json(out / RESULTS, results)
     return write_lab_report(out, sweep)
+
+
+def measured_in(out: Path, settings: LabSettings, cost: dict[str, Any] | None) -> dict[str, Any]:
+    """The environment of the measurements, which a page that is written again elsewhere must not replace."""
+    if cost is not None:
+        return cost["environment"]
+    records = (out / job.folder / DONE for job in jobs_of(settings))
+    first = next((path for path in records if path.is_file()), None)
+    return json.loads(first.read_text(encoding="utf-8"))["environment"] if first else describe_environment()
+
+
+def failures(out: Path, settings: LabSettings) -> list[dict[str, Any]]:
+    """The runs that have no result, and why."""
+    found = []
+    for job in jobs_of(settings):
+        note = out / f"{job.folder}.{FAILED}"
+        if settings.steps and not (out / job.folder / DONE).is_file():
+            why = note.read_text(encoding="utf-8").splitlines()[0] if note.is_file() else "not finished"
+            found.append({"arm": job.arm.key, "seed": job.seed, "why": why})
+    return found
 
 
 def read_runs(out: Path, settings: LabSettings) -> dict[str, dict[str, Any]]:

@@ -36,8 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check everything, measure, train, report; exit code 1 where a run failed."""
-    rounds = rounds_from(args)
-    settings = settings_from(args, parse_arms(args.arms, args.arm), args.out)
+    settings = settings_from(args, lambda: parse_arms(args.arms, args.arm), args.out, [lambda: rounds_from(args)])
     settings.sharpness, settings.spectra = not args.no_sharpness, not args.no_spectra
     if args.sweep is not None:
         read_record(args.sweep, "sweep.json", "sweep")  # not only after hours of training
@@ -46,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     return compare(
         settings,
         args.out,
-        rounds=None if args.no_cost else rounds,
+        rounds=None if args.no_cost else rounds_from(args),
         update_std=args.std,
         resume=args.resume,
         overwrite=args.overwrite,

@@ -13,18 +13,23 @@ peak.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import bitsandbytes as bnb
+import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
+from curvelora.errors import UserError
+from curvelora.layers.base_weight import linear_shape
 from curvelora_eval.environment import describe_environment
 from curvelora_training.bench.adapted import set_update_std, update_std_of
-from curvelora_training.bench.devices import Device
 from curvelora_training.bench.ground import Ground
 from curvelora_training.bench.interleave import Rounds, Timings, interleave, overheads
 from curvelora_training.bench.processes import barrier
+from curvelora_training.bench.sources import Batch
 from curvelora_training.bench.trial import PhaseClock, Trial
 from curvelora_training.distributed import rank, world_size
 
@@ -34,8 +39,8 @@ FORMULA = "tokens * (4 N + 6 P) + 6 * layers * tokens * length * width; N: linea
 class _StepTurn:
     """A trial as the harness runs it: on the device in its turn only, one fixed sequence of batches."""
 
-    def __init__(self, trial: Trial, ground: Ground, seed: int) -> None:
-        self.trial, self.ground, self.seed = trial, ground, seed
+    def __init__(self, name: str, trial: Trial, ground: Ground, seed: int) -> None:
+        self.name, self.trial, self.ground, self.seed = name, trial, ground, seed
         self.clock = PhaseClock(ground.device)
 
     def enter(self) -> None:
@@ -43,6 +48,11 @@ class _StepTurn:
         barrier()
 
     def run(self) -> dict[str, float]:
+        with fits(self.name):
+            return self._run()
+
+    def _run(self) -> dict[str, float]:
+        self.clock.mark("start")
         batch = self.ground.source.batch(self.seed, self.trial.taken, rank(), world_size())
         self.trial.step(batch, self.clock)
         return self.clock.seconds()
@@ -61,16 +71,18 @@ def measure_steps(
     """
     settings, device = ground.settings, ground.device
     seed, trials, reached = settings.seeds[0], {}, {}
+    in_fp32 = {arm.key for arm in settings.arms if arm.fp32 or settings.base == "fp32"}
     for arm in settings.arms:
-        trial = ground.trial(arm, seed, at_peak=True)
-        reached[arm.key] = set_update_std(trial.model, update_std, seed)
+        with fits(arm.key):
+            trial = ground.trial(arm, seed, at_peak=True)
+            reached[arm.key] = set_update_std(trial.model, update_std, seed)
         trial.park()
         trials[arm.key] = trial
         say(f"ready: {arm.key}, trains {trial.trainable_parameters:,} parameters")
-    before, gemm = device.clocks(), device.gemm_tflops(ground.base.config.dtype)
+    gemm = device.gemm_tflops(ground.base.config.dtype)
     tokens = ground.source.tokens or _mean_tokens(ground, seed, rounds)
     flops = model_flops(ground, tokens)
-    turns = {key: _StepTurn(trial, ground, seed) for key, trial in trials.items()}
+    turns = {key: _StepTurn(key, trial, ground, seed) for key, trial in trials.items()}
     for done, timings in enumerate(interleave(turns, rounds, device, say), start=1):
         ratios = overheads(timings, settings.baseline)
         yield {
@@ -91,13 +103,13 @@ def measure_steps(
             "flops_formula": FORMULA,
             "peak_tflops": device.peak_tflops,
             "gemm_tflops": gemm,
-            "clocks": {"before": before, "after": device.clocks()} if before else None,
+            "clocks": device.clocks(),
             "arms": {
                 key: {
                     "std_BA": reached[key],
-                    "std_BA_at_the_end": update_std_of(trials[key].model),
+                    "std_BA_at_the_end": update_std_of(trials[key].model) if done == rounds.rounds else None,
                     "trainable_parameters": trials[key].trainable_parameters,
-                    **_rates(found, tokens, flops, gemm, device),
+                    **_rates(found, tokens, flops, gemm, None if key in in_fp32 else device.peak_tflops),
                     "overhead": ratios[key],
                 }
                 for key, found in timings.items()
@@ -105,8 +117,8 @@ def measure_steps(
         }
 
 
-def _rates(found: Timings, tokens: int, flops: float, gemm: float, device: Device) -> dict[str, Any]:
-    """Times of an arm, and what follows from their median."""
+def _rates(found: Timings, tokens: int, flops: float, gemm: float, peak: float | None) -> dict[str, Any]:
+    """Times of an arm, and what follows from their median; `peak` is of the dtype in which the arm multiplies."""
     record = found.as_dict()
     seconds = record["step_seconds"]["median"]
     rate = flops / seconds / 1e12
@@ -114,9 +126,20 @@ def _rates(found: Timings, tokens: int, flops: float, gemm: float, device: Devic
         "tokens_per_second": tokens * world_size() / seconds,
         "tokens_per_second_per_device": tokens / seconds,
         "model_tflops_per_second_per_device": rate,
-        "mfu": rate / device.peak_tflops if device.peak_tflops else None,
+        "mfu": rate / peak if peak else None,
         "mfu_of_gemm": rate / gemm,
     }
+
+
+@contextlib.contextmanager
+def fits(arm: str) -> Iterator[None]:
+    """Turn running out of device memory into a `UserError` that names the arm."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"arm {arm} does not fit on this device: take a smaller --batch-size, --length or --rank, or --checkpointing"
+        ) from error
 
 
 def model_flops(ground: Ground, tokens: int) -> float:
@@ -124,12 +147,14 @@ def model_flops(ground: Ground, tokens: int) -> float:
     weights = adapted = 0
     targets = set(ground.settings.target_modules)
     for name, module in ground.base.named_modules():
-        if isinstance(module, nn.Linear | bnb.nn.Linear4bit):
-            weights += module.in_features * module.out_features
+        if isinstance(module, nn.Linear | bnb.nn.Linear4bit | Conv1D):
+            d_in, d_out = linear_shape(module, name)
+            weights += d_in * d_out
             if name.rpartition(".")[2] in targets:
-                adapted += ground.settings.rank * (module.in_features + module.out_features)
+                adapted += ground.settings.rank * (d_in + d_out)
     config = ground.base.config
-    attention = 6 * config.num_hidden_layers * tokens * ground.settings.length * config.hidden_size
+    length = tokens / ground.settings.batch_size
+    attention = 6 * config.num_hidden_layers * tokens * length * config.hidden_size
     if "CausalLM" not in type(ground.base).__name__:  # an encoder attends to all pairs
         attention *= 2
     return float(tokens * (4 * weights + 6 * adapted) + attention)
@@ -138,8 +163,18 @@ def model_flops(ground: Ground, tokens: int) -> float:
 def _mean_tokens(ground: Ground, seed: int, rounds: Rounds) -> int:
     """Positions a batch has on average, padding included, where rows differ in length."""
     steps = range(rounds.rounds * rounds.steps)
-    sizes = [ground.source.batch(seed, step, rank(), world_size())["input_ids"].numel() for step in steps]
+    sizes = [positions(ground, ground.source.batch(seed, step, rank(), world_size())) for step in steps]
     return round(sum(sizes) / len(sizes))
+
+
+def positions(ground: Ground, batch: Batch) -> int:
+    """Positions that a batch has in the model: its tokens, or for images the patches and the class token."""
+    if "input_ids" in batch:
+        return batch["input_ids"].numel()
+    config, pixels = ground.base.config, batch["pixel_values"]
+    side = getattr(config, "patch_size", None)
+    patches = (pixels.shape[-1] // side) * (pixels.shape[-2] // side) + 1 if isinstance(side, int) else 1
+    return len(pixels) * patches
 
 
 def table(record: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import time
 from typing import Any
 
@@ -16,6 +17,7 @@ PEAKS = {
     "H200": 989.4,
     "A100": 311.9,
     "A10G": 70.0,
+    "L40": 181.0,
     "L40S": 362.0,
     "L4": 121.0,
     "RTX 4090": 165.2,
@@ -42,7 +44,9 @@ class Device:
     @property
     def peak_tflops(self) -> float | None:
         """The data sheet's dense bf16 peak; None for a device that the table does not have."""
-        return next((peak for key, peak in PEAKS.items() if key in self.name), None)
+        if "MIG" in self.name:  # a slice of a card
+            return None
+        return next((peak for key, peak in PEAKS.items() if re.search(rf"\b{key}\b", self.name)), None)
 
     def synchronise(self) -> None:
         """Wait until the device has done everything."""

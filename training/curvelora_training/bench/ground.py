@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from curvelora_eval.data import load_rows
 from curvelora_eval.lab.spectra import Subspaces
-from curvelora_eval.models import head_modules, load_base, load_processor
+from curvelora_eval.models import HEADS, head_modules, load_base, load_processor
 from curvelora_eval.spec import DataSpec, ModelSpec, TaskSpec
 from curvelora_eval.tasks import make_task
 from curvelora_training.bench.adapted import arm_model
@@ -27,14 +27,13 @@ from curvelora_training.config import Recipe, load_recipe
 
 @dataclass
 class Ground:
-    """See the module. `data` is how reports call the batches, `seconds` how long the base took to be ready."""
+    """See the module. `seconds` is how long the base took to be ready."""
 
     settings: LabSettings
     base: PreTrainedModel
     source: Source
     heads: list[str]
     device: Device
-    data: str
     seconds: float
     subspaces: dict[tuple[str, int], Subspaces] = field(default_factory=dict)
     """Of the base weights that were looked at: the same for every arm and seed, and dear."""
@@ -76,19 +75,19 @@ def build_ground(settings: LabSettings, device: torch.device) -> Ground:
         config.tie_word_embeddings = bool(getattr(config, "tie_word_embeddings", False))
         base = random_model(config, settings.base, device)
         source: Source = RandomTokens(config.vocab_size, settings.batch_size, settings.length)
-        heads, data = [], "random tokens"
+        heads = []
     elif settings.recipe is not None:
-        base, source, heads, data = _from_recipe(settings, device)
+        base, source, heads = _from_recipe(settings, device)
     else:
         task = make_task(TaskSpec(kind="causal_lm", max_length=settings.length))
         spec = model_spec(settings)
         base, heads = load_base(spec, task, device), []
-        text, data = read_text(settings.data)
+        text, _ = read_text(settings.data)
         source = TextBlocks(text, load_processor(spec, task), settings.batch_size, settings.length)
     base.config.use_cache = False
     box = Device(device)
     box.synchronise()
-    return Ground(settings, base, source, heads, box, data, time.perf_counter() - started)
+    return Ground(settings, base, source, heads, box, time.perf_counter() - started)
 
 
 def model_spec(settings: LabSettings, recipe: Recipe | None = None) -> ModelSpec:
@@ -102,7 +101,7 @@ def model_spec(settings: LabSettings, recipe: Recipe | None = None) -> ModelSpec
     )
 
 
-def _from_recipe(settings: LabSettings, device: torch.device) -> tuple[PreTrainedModel, Source, list[str], str]:
+def _from_recipe(settings: LabSettings, device: torch.device) -> tuple[PreTrainedModel, Source, list[str]]:
     recipe = load_recipe(Path(settings.recipe), settings.overrides)
     task, spec = make_task(recipe.task), model_spec(settings, recipe)
     parts: dict[str, DataSpec | None] = {"train": recipe.data.train, "held": recipe.data.validation or recipe.data.test}
@@ -115,11 +114,9 @@ def _from_recipe(settings: LabSettings, device: torch.device) -> tuple[PreTraine
     base = load_base(spec, task, device, head_names(task))
     encoded = {name: task.encode(found, processor) for name, found in rows.items()}
     source = TaskRows(encoded["train"], encoded.get("held"), settings.batch_size, task.collator(processor))
-    return base, source, head_modules(base) if task.new_head else [], recipe.data.train.path
+    return base, source, head_modules(base) if task.new_head else []
 
 
 def head_names(task: object) -> tuple[str, ...]:
     """Modules whose weights may be missing in the checkpoint, because they train in full."""
-    from curvelora_eval.models import HEADS
-
     return HEADS if getattr(task, "new_head", False) else ()

@@ -35,12 +35,12 @@ class Rounds:
     Args:
         rounds: turns of every arm.
         steps: timed steps a turn.
-        warmup: untimed steps at the beginning of a turn; twice as many in the first one.
+        warmup: untimed steps at the beginning of a turn, which begins with an empty cache of memory; twice as many in the first.
     """
 
     rounds: int = 5
     steps: int = 3
-    warmup: int = 1
+    warmup: int = 2
 
 
 @dataclass
@@ -50,18 +50,22 @@ class Timings:
     phases: dict[str, list[float]] = field(default_factory=dict)
     turns: list[float] = field(default_factory=list)
     joules: list[float] = field(default_factory=list)
+    clocks: list[dict[str, Any]] = field(default_factory=list)
     allocated: int | None = None
     reserved: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """SUMMARY of each phase and of the step, memory peaks in bytes, energy a step in joules, and the raw step times."""
         phases = {name: summarise(values) for name, values in self.phases.items() if name != "step"}
+        step, turns = summarise(self.phases["step"]), summarise(self.turns)
         return {
-            "step_seconds": summarise(self.phases["step"]),
+            # steps of one turn are not independent of each other, turns are
+            "step_seconds": step | {"low": turns["low"], "high": turns["high"]},
             "phases": phases,
             "peak_allocated_bytes": self.allocated,
             "peak_reserved_bytes": self.reserved,
             "joules_per_step": statistics.median(self.joules) if self.joules else None,
+            "clocks": self.clocks or None,
             "raw_step_seconds": [round(s, 7) for s in self.phases["step"]],
         }
 
@@ -86,7 +90,7 @@ def interleave(
             device.synchronise()
             before = device.joules()
             steps = [arm.run() for _ in range(rounds.steps)]
-            after = device.joules()
+            after, clocks = device.joules(), device.clocks()
             peak = device.peak()
             arm.leave()
             for step in steps:
@@ -95,6 +99,8 @@ def interleave(
             found.turns.append(statistics.median(step["step"] for step in steps))
             if before is not None and after is not None:
                 found.joules.append((after - before) / rounds.steps)
+            if clocks is not None:  # read while the device is still warm from this arm's steps
+                found.clocks.append(clocks)
             if peak is not None:
                 found.allocated, found.reserved = (
                     max(a or 0, b) for a, b in zip((found.allocated, found.reserved), peak, strict=True)

@@ -11,6 +11,7 @@ from curvelora_eval.files import make_folder, write_json
 from curvelora_training.bench.arms import FULL, parse_arms
 from curvelora_training.bench.options import add_arm_arguments, add_timing_arguments, rounds_from
 from curvelora_training.bench.random_base import BASES
+from curvelora_training.distributed import world_size
 
 LAYERS = "4096x4096,11008x4096,4096x11008"
 
@@ -43,6 +44,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(
             "the arm full belongs to `bench compare`: a single layer with all weights trained is no adapter"
         )
+    if world_size() > 1:
+        raise UserError("`bench layer` measures one device: start it without a launcher")
     make_folder(args.out.parent)
     from curvelora_training.bench.cost import table
     from curvelora_training.bench.layer import measure_layers

@@ -28,6 +28,8 @@ def add_timing_arguments(parser: argparse.ArgumentParser, rounds: int, timed: in
         "--rounds", type=int, default=rounds, metavar="N", help="turns of every arm (default %(default)s)"
     )
     group.add_argument("--timed", type=int, default=timed, metavar="N", help="timed steps a turn (default %(default)s)")
+    warm = "untimed steps at the beginning of a turn (default %(default)s)"
+    group.add_argument("--warm-up-steps", type=int, default=2, metavar="N", help=warm)
     std = "standard deviation of the entries of BA while timing (default %(default)s)"
     group.add_argument("--std", type=float, default=1e-2, metavar="S", help=std)
 
@@ -38,7 +40,7 @@ def rounds_from(args: argparse.Namespace) -> Rounds:
         raise UserError("--rounds and --timed must be at least 1")
     if not 0 < args.std < math.inf:
         raise UserError(f"--std must be positive, not {args.std}: at BA = 0 a method that skips zeros would look free")
-    return Rounds(args.rounds, args.timed)
+    return Rounds(args.rounds, args.timed, args.warm_up_steps)
 
 
 def add_folder_arguments(parser: argparse.ArgumentParser) -> None:

@@ -20,15 +20,17 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
+from curvelora.cli import quiet_libraries
 from curvelora.errors import UserError
 from curvelora_training.bench.arms import Arm
 from curvelora_training.bench.ground import Ground, build_ground
 from curvelora_training.bench.processes import barrier, join, say
 from curvelora_training.bench.settings import LabSettings
 from curvelora_training.bench.single import make_run
-from curvelora_training.distributed import rank
+from curvelora_training.distributed import rank, world_size
 
 SETTINGS = "lab.json"
+PARENT = "CURVELORA_LAB_PARENT"
 CLAIM, FAILED, DONE = "claimed", "failed.txt", "run.json"
 
 
@@ -44,6 +46,12 @@ class Job:
 def jobs_of(settings: LabSettings) -> list[Job]:
     """Every arm with every seed, seed by seed, so that an interrupted comparison has whole rows."""
     return [Job(arm, seed, f"runs/{arm.slug}/seed-{seed}") for seed in settings.seeds for arm in settings.arms]
+
+
+def check_jobs(workers: int) -> None:
+    """Raise `UserError` where packed runs would meet a launcher's processes."""
+    if workers > 1 and world_size() > 1:
+        raise UserError("--jobs packs runs on the devices itself: start it without a launcher")
 
 
 def run_all(settings: LabSettings, out: Path, workers: int, ground: Ground | None = None) -> list[str]:
@@ -80,6 +88,7 @@ def work(ground: Ground, jobs: Sequence[Job], out: Path) -> None:
         with tqdm(total=ground.settings.steps, desc=title, unit="step", disable=rank() != 0) as bar:
 
             def progress(step: int, loss: float, bar: tqdm = bar) -> None:
+                _stop_if_left_alone()
                 bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
                 bar.update(step - bar.n)
 
@@ -93,9 +102,16 @@ def work(ground: Ground, jobs: Sequence[Job], out: Path) -> None:
             torch.cuda.empty_cache()
 
 
+def _stop_if_left_alone() -> None:
+    """A worker whose parent was killed must not write into folders that another comparison takes over."""
+    parent = os.environ.get(PARENT)
+    if parent and int(parent) != os.getppid():
+        raise SystemExit("the comparison that started this worker is gone")
+
+
 def _fail(out: Path, job: Job, why: str) -> None:
     if torch.distributed.is_initialized():
-        raise UserError(f"run {job.folder} failed: {why}")
+        raise UserError(f"run {job.folder} failed: {why.splitlines()[0]}")
     print(f"\nrun {job.folder} failed: {why.splitlines()[0]}", file=sys.stderr, flush=True)
     _mark(out, job, FAILED).write_text(why, encoding="utf-8")
 
@@ -127,7 +143,7 @@ def _spawn(out: Path, workers: int, jobs: list[Job]) -> None:
     for number in range(min(workers * devices, len(jobs))):
         environment = dict(os.environ)
         threads = max(1, (os.cpu_count() or 1) // (workers * devices))
-        environment |= {"OMP_NUM_THREADS": str(threads), "CUDA_DEVICE_MAX_CONNECTIONS": "8"}
+        environment |= {"OMP_NUM_THREADS": str(threads), PARENT: str(os.getpid())}
         if torch.cuda.is_available():
             environment["CUDA_VISIBLE_DEVICES"] = _visible(number % devices)
         command = [sys.executable, "-m", "curvelora_training.bench.pool", str(out)]
@@ -154,6 +170,7 @@ def _spawn(out: Path, workers: int, jobs: list[Job]) -> None:
         for process in processes:
             if process.poll() is None:
                 process.terminate()
+                process.wait()
     if broken := [number for number, p in enumerate(processes) if p.returncode]:
         say(f"{len(broken)} worker(s) ended with an error: see {', '.join(str(logs / f'{n}.log') for n in broken)}")
 
@@ -166,6 +183,7 @@ def _visible(number: int) -> str:
 
 def main() -> None:
     """A worker: `python -m curvelora_training.bench.pool DIR`."""
+    quiet_libraries()
     out = Path(sys.argv[1])
     settings = LabSettings.read(out / SETTINGS)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))

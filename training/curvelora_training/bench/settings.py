@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -86,13 +87,8 @@ class LabSettings:
 
     def options(self) -> dict[str, Any]:
         """The adapter options that all arms share, each as far as its method has them."""
-        shared = {
-            "r": self.rank,
-            "alpha": self.alpha,
-            "dropout": self.dropout,
-            "target_modules": list(self.target_modules),
-        }
-        return shared
+        targets = list(self.target_modules)
+        return {"r": self.rank, "alpha": self.alpha, "dropout": self.dropout, "target_modules": targets}
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
@@ -114,7 +110,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model and batches")
     group.add_argument("--model", metavar="SHAPE_OR_PATH", help="built-in shape, config.json, or checkpoint folder")
     group.add_argument(
-        "--config", metavar="RECIPE", help="take model, task, rows and rates from a recipe of `curvelora train`"
+        "--config",
+        metavar="RECIPE",
+        help="take model, task, rows and rates from a recipe (not its epochs, seed and row order)",
     )
     group.add_argument(
         "--base", choices=BASES, help="how frozen linear layers are stored (default nf4, with double quantisation)"
@@ -151,14 +149,27 @@ def add_training_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--schedule", choices=("linear", "constant"), help="after the warm-up (default linear, to 0)")
 
 
-def settings_from(args: argparse.Namespace, arms: list[Arm], out: Path | None = None) -> LabSettings:
+def settings_from(
+    args: argparse.Namespace,
+    arms: Callable[[], list[Arm]],
+    out: Path | None = None,
+    more: Sequence[Callable[[], Any]] = (),
+) -> LabSettings:
     """Check the command line, all of it before any model is loaded, and return the settings.
+
+    Args:
+        arms: reads the arms; what it says is wrong comes in the same message.
+        more: further checks, alike.
 
     Raises:
         UserError: everything that is wrong, in one message.
     """
     problems: list[str] = []
-    values: dict[str, Any] = {"arms": arms, "overrides": list(args.overrides or [])}
+    for check in more:
+        problems += _take(check)
+    named: list[Arm] = []
+    problems += _take(lambda: named.extend(arms()))
+    values: dict[str, Any] = {"arms": named, "overrides": list(args.overrides or [])}
     if args.config:
         problems += _take(lambda: values.update(_from_recipe(args.config, values["overrides"])))
         values["recipe"] = args.config
@@ -183,7 +194,7 @@ def settings_from(args: argparse.Namespace, arms: list[Arm], out: Path | None = 
         problems += _take(lambda: read_text(values["data"]))
     if out is not None:
         problems += _take(lambda: check_folder(out))
-    if any(arm.method == FULL for arm in arms[:1]):
+    if any(arm.method == FULL for arm in named[:1]):
         problems.append("the first arm is what the others are compared with: name qlora or lora first, and full later")
     task = values.pop("task", TaskSpec(kind="causal_lm"))
     if values.get("model"):
@@ -191,7 +202,7 @@ def settings_from(args: argparse.Namespace, arms: list[Arm], out: Path | None = 
     if problems:
         raise UserError("; ".join(problems))
     settings = LabSettings(**values)
-    settings.title = f"{arms[0].label} and its rivals on {Path(settings.model).stem}"
+    settings.title = f"{named[0].label} and its rivals on {Path(settings.model).stem}"
     return settings
 
 
@@ -243,6 +254,13 @@ def _take(check: Any) -> list[str]:
 def _from_recipe(path: str, overrides: list[str]) -> dict[str, Any]:
     recipe = load_recipe(Path(path), overrides)
     training, options = recipe.training, recipe.adapter_options()
+    for what, found, usable in (
+        ("model.quantization", recipe.model.quantization, ("none", "nf4")),
+        ("model.dtype", recipe.model.dtype, ("bfloat16", "float32")),
+        ("training.optimizer", training.optimizer, ("adamw_torch", "adamw_torch_fused")),
+    ):
+        if found not in usable:
+            raise UserError(f"{what} is {found}, and a comparison knows {' and '.join(usable)}: override it")
     if training.accumulation != 1:
         raise UserError(
             f"training.accumulation is {training.accumulation}, and a comparison steps after every batch: write "
@@ -305,10 +323,17 @@ def _complete(values: dict[str, Any], task: TaskSpec) -> list[str]:
         ]
     layers = ((n, m) for n, m in model.named_modules() if n.rpartition(".")[2] in targets)
     limit, narrowest = min((min(linear_shape(module, name)), name) for name, module in layers)
+    too_high: dict[int, list[str]] = {}
     for arm in values["arms"]:
         r = arm.options.get("r", values.get("rank", LabSettings.rank))
         if arm.method != FULL and r > limit:
-            problems.append(f"arm {arm.key!r}: rank {r} is above {limit}, which is all that {narrowest} allows")
+            too_high.setdefault(r, []).append(arm.key)
+    for r, keys in too_high.items():
+        named = f"arm {keys[0]!r}" if len(keys) == 1 else f"arms {', '.join(keys)}"
+        problems.append(f"{named}: rank {r} is above {limit}, which is all that {narrowest} allows")
+    most = getattr(model.config, "max_position_embeddings", None)
+    if isinstance(most, int) and values.get("length", LabSettings.length) > most:
+        problems.append(f"--length {values.get('length')} is above the {most} positions that this model has")
     return problems
 
 

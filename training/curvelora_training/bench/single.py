@@ -37,6 +37,8 @@ FLUSH = 10  # steps between two writes, since reading a value waits for the devi
 SHARPNESS_BATCHES, SHARPNESS_TOLERANCE = 2, 1e-2
 SPECTRA_LAYERS = 28  # at most so many, spread evenly: four blocks of seven
 APPROXIMATED_LAYERS, APPROXIMATION_TOKENS = 3, 1024
+PROBES = 4  # held-out batches whose layer inputs are looked at
+LOOK_TOKENS, TOKENS_A_RANK = 256, 16  # least number of tokens; best linear maps of rank r need many times r of them
 
 
 def make_run(
@@ -49,7 +51,7 @@ def make_run(
     """
     settings, started = ground.settings, time.perf_counter()
     trial, prepare = start_trial(ground, arm, seed)
-    notes = _Notes(folder, trial, ground, seed) if rank() == 0 else None
+    notes = _Notes(folder, trial, ground, arm, seed) if rank() == 0 else None
     looks = look_steps(settings.steps, settings.looks)
     if notes and 0 in looks:
         notes.look(0)
@@ -128,16 +130,17 @@ def _finite(value: float) -> float | None:
 class _Notes:
     """What is written down during a run."""
 
-    def __init__(self, folder: Path, trial: Trial, ground: Ground, seed: int) -> None:
-        self.folder, self.trial, self.ground, self.seed = folder, trial, ground, seed
+    def __init__(self, folder: Path, trial: Trial, ground: Ground, arm: Arm, seed: int) -> None:
+        self.folder, self.trial, self.ground = folder, trial, ground
+        self.rank = arm.options.get("r", ground.settings.rank)
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         self.sketcher, self.sketches, self.sketched = Sketcher(), [], []
         self.presence: dict[str, Any] = {}
         self.inputs: dict[str, Tensor] = {}
-        held = ground.source.held_out(1)
-        probe = held[0] if held else ground.source.batch(seed, 0)
-        self.probe = {key: value.to(ground.device.device) for key, value in probe.items()}
+        held = ground.source.held_out(PROBES) or [ground.source.batch(seed, step) for step in range(PROBES)]
+        self.probes = [{key: value.to(ground.device.device) for key, value in probe.items()} for probe in held]
+        self.first_inputs: dict[str, Tensor] = {}
 
     def write(self, lines: list[dict[str, Any]]) -> None:
         """Append to steps.jsonl."""
@@ -146,14 +149,23 @@ class _Notes:
     def look(self, step: int) -> None:
         """Measure presence and record where dW is."""
         model, half = self.trial.model, self.ground.settings.base != "fp32" and not self.trial.fp32
-        with self.trial.precision():
-            self.inputs = capture_inputs(model, self.probe)
+        self.inputs = self.capture(max(LOOK_TOKENS, TOKENS_A_RANK * self.rank))
+        self.first_inputs = self.first_inputs or self.inputs
         dtype = torch.bfloat16 if half else torch.float32
         self.presence = measure_presence(model, self.inputs, dtype)
         if self.presence:
             _append(self.folder / "presence.jsonl", [{"step": step, "layers": self.presence}])
-        self.sketches.append(self.sketcher.sketch(model, self.inputs).cpu())
+        # the same inputs throughout, or the path of a nonlinear adapter would show theirs
+        self.sketches.append(self.sketcher.sketch(model, self.first_inputs).cpu())
         self.sketched.append(step)
+
+    def capture(self, tokens: int, names: list[str] | None = None) -> dict[str, Tensor]:
+        """Real inputs of the layers, at most about so many tokens, alike from each of the probes."""
+        each, found = math.ceil(tokens / len(self.probes)), []
+        with self.trial.precision():
+            for probe in self.probes:
+                found.append(capture_inputs(self.trial.model, probe, tokens=each, layers=names))
+        return {name: torch.cat([part[name] for part in found if name in part]) for name in found[0]}
 
     def finish(self, arm: Arm, whole: bool) -> dict[str, Any]:
         """What run.json says of the end; parts that were not asked for, or cannot be had after a divergence, are None."""
@@ -169,12 +181,11 @@ class _Notes:
         if not whole:
             return found
         if settings.sharpness and not settings.random and arm.method != FULL:
-            batches = (self.ground.source.held_out(SHARPNESS_BATCHES) or [self.probe])[:SHARPNESS_BATCHES]
-            moved = [{k: v.to(self.ground.device.device) for k, v in batch.items()} for batch in batches]
-            found["sharpness"] = adapter_sharpness(model, moved, tolerance=SHARPNESS_TOLERANCE)
+            batches = self.probes[:SHARPNESS_BATCHES]
+            found["sharpness"] = adapter_sharpness(model, batches, tolerance=SHARPNESS_TOLERANCE)
         if settings.spectra and self.sketches:
             chosen = spread(list(self.inputs), SPECTRA_LAYERS)
-            layers = self.spectra(arm.options.get("r", settings.rank), chosen)
+            layers = self.spectra(self.rank, chosen)
             found["spectra"] = {"layers": layers, "types": by_module_type(layers)}
             if arm.method == FULL:
                 found["approximation"] = self.approximate(spread(chosen, APPROXIMATED_LAYERS))
@@ -191,9 +202,7 @@ class _Notes:
 
     def approximate(self, names: list[str]) -> dict[str, Any]:
         """How well each method stands for the full update of these layers at equal rank, on real inputs."""
-        model, layers = self.trial.model, adapted_layers(self.trial.model)
-        with self.trial.precision():
-            inputs = capture_inputs(model, self.probe, tokens=APPROXIMATION_TOKENS, layers=names)
+        layers, inputs = adapted_layers(self.trial.model), self.capture(APPROXIMATION_TOKENS, names)
         rank = min([self.ground.settings.rank, *(min(x.shape) // 4 for x in inputs.values())])
         return {name: approximation(update_weight(layers[name], x), x, rank) for name, x in inputs.items()}
 

@@ -25,8 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, write the record, print the table."""
+    settings = settings_from(args, lambda: parse_arms(args.arms, args.arm), None, [lambda: rounds_from(args)])
     rounds = rounds_from(args)
-    settings = settings_from(args, parse_arms(args.arms, args.arm))
     make_folder(args.out.parent)
     from curvelora_training.bench.cost import measure_steps, table
     from curvelora_training.bench.ground import build_ground

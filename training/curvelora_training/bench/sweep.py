@@ -16,7 +16,7 @@ from curvelora_eval.lab.report import write_sweep_report
 from curvelora_eval.lab.stability import stability
 from curvelora_training.bench.arms import FULL, Arm, named_arm
 from curvelora_training.bench.compare import SWEEP, open_folder, read_lines
-from curvelora_training.bench.pool import DONE, Job, jobs_of, run_all
+from curvelora_training.bench.pool import DONE, Job, check_jobs, jobs_of, run_all
 from curvelora_training.bench.processes import barrier, join
 from curvelora_training.bench.settings import LabSettings
 from curvelora_training.distributed import leave, rank
@@ -29,7 +29,7 @@ PRESENT = ("resolvability_forward", "resolvability_derivative", "output_ratio", 
 def sweep_arms(method: str, axes: dict[str, list]) -> list[Arm]:
     """The references, then an arm for every cell of the grid. Raises `UserError` for values that the method refuses."""
     start = named_arm(method)
-    arms, problems = [named_arm(name) for name in REFERENCES], []
+    arms, problems = _references(axes), []
     for values in itertools.product(*axes.values()):
         cell = dict(zip(axes, values, strict=True))
         options = {("r" if axis == "rank" else axis): value for axis, value in cell.items() if axis != "learning_rate"}
@@ -54,6 +54,23 @@ def sweep_arms(method: str, axes: dict[str, list]) -> list[Arm]:
     return arms
 
 
+def _references(axes: dict[str, list]) -> list[Arm]:
+    """The references, at every rank and rate of the grid: another rank or rate is another baseline."""
+    ranks, rates = axes.get("rank", [None]), axes.get("learning_rate", [None])
+    arms = []
+    for r, rate in itertools.product(ranks, rates):
+        tail = "".join(
+            f",{name}={value}" for name, value in (("rank", r), ("learning_rate", rate)) if value is not None
+        )
+        for name in REFERENCES:
+            arm = named_arm(name)
+            options = arm.options | ({} if r is None else {"r": r})
+            arms.append(
+                dataclasses.replace(arm, key=name + tail, label=arm.label + tail, options=options, learning_rate=rate)
+            )
+    return arms
+
+
 def _check(arm: Arm, options: dict[str, Any]) -> None:
     if arm.method != FULL:
         METHODS[arm.method].build_config(**arm.options | options)
@@ -69,6 +86,7 @@ def sweep(settings: LabSettings, axes: dict[str, list], out: Path, resume: bool,
     Raises:
         UserError: as `compare` does for its folder.
     """
+    check_jobs(jobs)
     join()
     if rank() == 0:
         open_folder(out, settings, resume, overwrite)
@@ -88,9 +106,10 @@ def sweep(settings: LabSettings, axes: dict[str, list], out: Path, resume: bool,
 def gather_sweep(settings: LabSettings, axes: dict[str, list], out: Path) -> dict[str, Any]:
     """The record of sweep.json."""
     references, cells = {}, []
+    known = {arm.key for arm in _references(axes)}
     for job in jobs_of(settings):
         found = _cell(job, out, settings)
-        if job.arm.key in REFERENCES:
+        if job.arm.key in known:
             references.setdefault(job.arm.key, []).append(found)
             continue
         options = job.arm.options | {"learning_rate": job.arm.learning_rate, "rank": job.arm.options.get("r")}
@@ -101,10 +120,17 @@ def gather_sweep(settings: LabSettings, axes: dict[str, list], out: Path) -> dic
         "settings": {k: v for k, v in settings.as_dict().items() if k != "arms"},
         "environment": describe_environment(),
         "axes": axes,
-        "baseline": _mean(references[REFERENCES[0]]),
+        "baseline": _mean(references[settings.baseline]),
         "references": references,
         "cells": cells,
     }
+
+
+def _twin(arm: Arm, settings: LabSettings) -> Arm:
+    """The baseline of this arm: the first reference at its rank and its rate."""
+    own = arm.options.get("r"), arm.learning_rate
+    references = (a for a in settings.arms if a.key.split(",")[0] == REFERENCES[0])
+    return next((a for a in references if (a.options.get("r"), a.learning_rate) == own), settings.arms[0])
 
 
 def _mean(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -121,8 +147,9 @@ def _cell(job: Job, out: Path, settings: LabSettings) -> dict[str, Any]:
     if not path.is_file():
         return record
     run = json.loads(path.read_text(encoding="utf-8"))
-    baseline = out / "runs" / settings.arms[0].slug / f"seed-{job.seed}" / "steps.jsonl"
-    pair = read_lines(baseline) if job.arm.key != settings.baseline and baseline.is_file() else None
+    twin = _twin(job.arm, settings)
+    baseline = out / "runs" / twin.slug / f"seed-{job.seed}" / "steps.jsonl"
+    pair = read_lines(baseline) if job.arm.key != twin.key and baseline.is_file() else None
     stable = stability(read_lines(out / job.folder / "steps.jsonl"), pair)
     presence = run.get("presence") or {}
     return record | {

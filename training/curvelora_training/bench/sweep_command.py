@@ -38,9 +38,8 @@ def run(args: argparse.Namespace) -> int:
     """Check everything, make the runs, write sweep.json and report.html; exit code 1 where a run failed."""
     from curvelora_training.bench.sweep import sweep, sweep_arms
 
+    settings = settings_from(args, lambda: sweep_arms(args.method, axes_from(args)), args.out)
     axes = axes_from(args)
-    arms = sweep_arms(args.method, axes)
-    settings = settings_from(args, arms, args.out)
     settings.sharpness = settings.spectra = False
     settings.looks = min(settings.looks, 4)
     if settings.random:

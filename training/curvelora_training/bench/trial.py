@@ -62,6 +62,11 @@ class PhaseClock:
         self.device = device
         self._marks: list[tuple[str, Any]] = []
 
+    @property
+    def running(self) -> bool:
+        """Whether a step has begun: its batch is made before `Trial.step` is called."""
+        return bool(self._marks)
+
     def mark(self, name: str) -> None:
         """What follows the previous mark ends here and is called `name`; the first mark of a step only starts it."""
         if self.device.is_gpu:
@@ -140,7 +145,8 @@ class Trial:
         """
         mark = clock.mark if clock else (lambda name: None)
         with self._own_random_numbers():
-            mark("start")
+            if clock is None or not clock.running:
+                mark("start")
             batch = {key: value.to(self.device.device, non_blocking=True) for key, value in batch.items()}
             mark("data")
             self._set_rates()
