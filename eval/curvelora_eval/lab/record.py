@@ -4,7 +4,8 @@
     python -m curvelora_eval.lab.record README.md docs/sinter_lab.md               every marked block again
 
 A block stands between `<!-- lab: KIND FILE ... -->` and `<!-- end of lab -->`, files relative to docs/results/lab. Kinds: `cost`
-(records of `bench step`, or cost.json), `layers` (a record of `bench layer`), and of a results.json `runs`, `verdict` and `presence` (the verdict's sentences on it).
+(records of `bench step`, or cost.json), `layers` (a record of `bench layer`), and of a results.json `runs`, `verdict` and
+`presence` (the verdict's sentences on it alone).
 """
 
 from __future__ import annotations

@@ -200,8 +200,8 @@ def spectra(
         subspaces: ... unless they are given: layer -> `base_subspaces`.
 
     For LoRA the two coincide, and full fine-tuning has no factors: both have "update" only. Where a best linear map stands for a
-    nonlinear bottleneck, "linear_map" has its `residual` and `intercept_share` (`updates.LinearMap`). A layer of which `inputs` holds
-    fewer than the r + 2 tokens of that fit, or none, has None for "update" and "linear_map".
+    nonlinear bottleneck, "linear_map" has its `residual` and `intercept_share` (`updates.LinearMap`). A layer of which `inputs`
+    holds fewer than the r + 2 tokens of that fit, or none, has None for "update" and "linear_map".
 
     Raises:
         ValueError: a method that is nonlinear in its inputs without inputs, or a name in `layers` that is not adapted.

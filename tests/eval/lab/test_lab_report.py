@@ -273,43 +273,6 @@ def test_a_diverged_run_is_marked_and_does_not_stretch_the_axis(tmp_path):
     assert max(labels) < 6
 
 
-@pytest.mark.parametrize("value", [0.0, -1.0, None])
-def test_gradients_of_zero_are_left_out_of_log_axes(tmp_path, value):
-    results = write_lab(tmp_path, seeds=(42,), steps=8, arms=("qlora", "aurora"))
-    path = tmp_path / results["runs"]["qlora"]["42"]["folder"] / "steps.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    lines[2] |= {"grad_norm": value, "grad_norms": dict.fromkeys(TYPES, value)}
-    path.write_text("\n".join(map(json.dumps, lines)))
-    write_lab_report(tmp_path)
-    shown = re.search(r'aria-label="Gradient norm by step".*?</figure>', read(tmp_path), re.S).group()
-    assert "QLoRA, step 2:" in shown and "QLoRA, step 3:" not in shown and "AuroRA, step 3:" in shown
-    for line in lines:
-        line["grad_norm"] = value
-    path.write_text("\n".join(map(json.dumps, lines)))
-    write_lab_report(tmp_path)
-
-
-def test_curves_on_a_log_axis_take_zero():
-    from curvelora_eval.lab.charts import Curve, curves
-
-    arm = Arm("a", "A", 0, 0, False, True, {})
-    text = curves([Curve(arm, {"1": [(1, 0.1), (2, 0.0), (3, 0.2)]}, ends={"1": (2, 0.0)})], "t", log=True)
-    assert "A, step 1: 0.100" in text and "step 2" not in text
-
-
-def test_a_failed_run_has_a_row_and_the_environment_is_that_of_the_cost(tmp_path):
-    failed = [{"arm": "aurora", "seed": 44, "why": "out of <memory>"}, {"arm": "gone", "seed": 42, "why": "lost"}]
-    results = write_lab(tmp_path, seeds=(42, 43), steps=8, arms=("qlora", "aurora"), failed=failed)
-    del results["environment"]
-    results["cost"]["environment"] = {"hardware": {"gpu": "NVIDIA H200", "gpus": 1}}
-    (tmp_path / "results.json").write_text(json.dumps(results))
-    write_lab_report(tmp_path)
-    text = read(tmp_path)
-    Page(text)
-    assert "failed: out of &lt;memory&gt;" in text and "AuroRA, seed 44" in text and "gone, seed 42" in text
-    assert "NVIDIA H200" in text
-
-
 def test_details_have_the_numbers_with_links(lab):
     text = read(lab)
     assert re.search(r'<td><a href="cost.json">1\.30 \[1\.28, 1\.31\]</a></td>', text)

@@ -372,19 +372,6 @@ def test_spectra_of_a_nonlinear_model():
     assert found["BA"]["energy_beyond_rank"] == 0 and 0 < found["linear_map"]["residual"] < 1
 
 
-def test_a_layer_with_too_few_tokens_has_no_update_and_stops_nothing():
-    model = adapted(NONLINEAR["ranlora"])
-    inputs = {"q_proj": draw(4, 13).float(), "up_proj": draw(5, 7).float()}  # r + 2 = 5
-    found = spectra(model, 3, inputs)
-    assert found["q_proj"]["update"] is None and found["q_proj"]["linear_map"] is None
-    assert found["q_proj"]["BA"]["spectral"] > 0
-    assert found["up_proj"]["update"]["spectral"] > 0 and found["up_proj"]["linear_map"]["residual"] > 0
-    uncalled = spectra(model, 3, {"up_proj": inputs["up_proj"]})
-    assert uncalled == found
-    means = by_module_type({"0.q_proj": found["q_proj"], "1.q_proj": found["q_proj"]})["q_proj"]
-    assert means["update"] is None and means["layers"] == 2
-
-
 def test_chosen_layers_and_given_subspaces():
     model = adapted(LINEAR["loran tanh"])
     layer = adapted_layers(model)["up_proj"]

@@ -107,43 +107,6 @@ def test_diverged_arm():
     assert "Loss spikes over all seeds: LoRAN Sinter (a = 2e-2) 6 and the others none." in said
 
 
-def failure(arm: str, seed: int, why: str = "out of memory.\nmore of it") -> dict:
-    return {"arm": arm, "seed": seed, "why": why}
-
-
-def test_failed_runs_are_named_and_nothing_is_said_of_them():
-    results = lab_results(steps=2000, arms=("qlora", "ranlora"))
-    del results["runs"]["ranlora"]["43"]
-    results["failed"] = [failure("ranlora", 43)]
-    said = verdict(results)["stability"]
-    assert said[:3] == [
-        "RanLoRA has no result in 1 of 3 seeds (out of memory).",
-        "None of the runs that finished diverged (up to 3 seeds × 2,000 steps an arm).",
-        "The loss of none of the runs that finished spiked (up to 3 seeds × 2,000 steps an arm).",
-    ]
-    assert not any("No arm" in sentence for sentence in said)
-
-
-def test_an_arm_without_a_finished_run_is_named():
-    results = lab_results(arms=("qlora", "ranlora", "aurora"))
-    results["runs"]["ranlora"], results["runs"]["aurora"] = {}, {}
-    results["failed"] = [failure("ranlora", seed) for seed in (42, 43)] + [failure("ranlora", 44, "killed")]
-    results["failed"] += [failure("gone", 42)]
-    said = verdict(results)["stability"]
-    assert "RanLoRA has no result in 3 of 3 seeds (out of memory; killed)." in said
-    assert "AuroRA has no run that finished." in said
-    assert "gone has no result in 1 of 1 seed (out of memory)." in said
-    results["runs"] = {}
-    assert verdict(results)["stability"][0] == "QLoRA has no run that finished."
-    # a measurement of cost alone trains nothing
-    assert verdict(results | {"failed": []})["stability"] == []
-
-
-def test_a_run_that_was_made_again_did_not_fail():
-    results = lab_results(arms=("qlora", "ranlora")) | {"failed": [failure("ranlora", 43)]}
-    assert not any("no result" in sentence for sentence in verdict(results)["stability"])
-
-
 def test_noise_is_compared_seed_by_seed():
     """Ratios 2, 2.2, 1.8 to the baseline: log ratios 0.693, 0.788, 0.588; mean 0.690, sd 0.1004, t(2) = 4.303.
 

@@ -235,9 +235,10 @@ def test_full_linear_is_the_linear_layer_with_its_bias():
         assert layer(x).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("arm", [*ADAPTERS, "full"])
-def test_an_arm_s_own_tensors_are_all_that_is_not_the_base_s(base, options, arm):
-    model = base("fp32")
+@pytest.mark.parametrize("arm", [*ADAPTERS, "full", "loran:sinter@fp32", "qlora@fp32"])
+@pytest.mark.parametrize("storage", ["fp32", "nf4"])
+def test_an_arm_s_own_tensors_are_all_that_is_not_the_base_s(base, options, storage, arm):
+    model = base(storage)
     wrapped = arm_model(model, named_arm(arm), options, [], 0, random=True)
     shared, own = set(storages(model).values()), {t.data_ptr() for t in arm_tensors(wrapped)}
     assert own and not own & shared

@@ -286,3 +286,35 @@ def test_bad_options_are_refused_before_anything_is_made(cli, tmp_path, tiny_mod
     assert code == 2 and not (tmp_path / "lab").exists()
     for part in ("--jobs must be at least 1", "--steps must not be", "rank 40 is above 32", "the first arm"):
         assert part in err
+
+
+def test_a_folder_that_is_not_of_a_lab_is_left_alone(cli, options, tmp_path):
+    (tmp_path / "runs/precious").mkdir(parents=True)
+    for how in ("--overwrite", "--resume"):
+        code, _, err = cli("bench", "compare", *options, "--out", tmp_path, how)
+        assert code == 2 and "no lab.json" in err and (tmp_path / "runs/precious").is_dir()
+    code, _, err = cli("bench", "compare", *options, "--out", tmp_path / "new", "--resume", "--overwrite")
+    assert code == 2 and "write one of them" in err
+
+
+def test_a_page_that_is_written_elsewhere_keeps_the_environment_of_the_measurement(cli, lab):
+    cost = read(lab / "cost.json")
+    cost["environment"]["hardware"]["gpu"] = "NVIDIA H100"
+    (lab / "cost.json").write_text(json.dumps(cost))
+    assert cli("bench", "report", lab)[0] == 0
+    assert read(lab / "results.json")["environment"]["hardware"]["gpu"] == "NVIDIA H100"
+
+
+def test_runs_without_a_result_are_named(cli, lab):
+    (lab / "runs/full/seed-2/run.json").unlink()
+    (lab / "runs/full/seed-2.failed.txt").write_text("RuntimeError: no luck\nTraceback ...")
+    assert cli("bench", "report", lab)[0] == 0
+    results = read(lab / "results.json")
+    assert results["failed"] == [{"arm": "full", "seed": 2, "why": "RuntimeError: no luck"}]
+    assert any("no luck" in sentence for sentence in results["verdict"]["stability"])
+
+
+def test_everything_that_is_wrong_is_said_at_once(cli, tmp_path):
+    wrong = ["--arms", "qlora,loran:sinus", "--model", "llama2-8b", "--seeds", "x", "--rounds", "0"]
+    code, _, err = cli("bench", "compare", *wrong, "--out", tmp_path / "lab")
+    assert code == 2 and all(part in err for part in ("loran:sinus", "llama2-8b", "--seeds", "--rounds"))

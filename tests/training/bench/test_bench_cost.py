@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 import statistics
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from curvelora_training.bench.arms import parse_arms
-from curvelora_training.bench.cost import measure_steps, model_flops, table
+from curvelora_training.bench.cost import measure_steps, model_flops, positions, table
 from curvelora_training.bench.devices import Device
 from curvelora_training.bench.ground import Ground
 from curvelora_training.bench.interleave import Rounds, interleave, overheads
@@ -175,3 +176,24 @@ def test_a_clock_adds_up_what_has_one_name():
     seconds = clock.seconds()
     assert list(seconds) == ["forward", "backward", "step"]
     assert seconds["step"] == seconds["forward"] + seconds["backward"]
+
+
+def test_positions_of_images_are_their_patches() -> None:
+    ground = SimpleNamespace(base=SimpleNamespace(config=SimpleNamespace(patch_size=8)))
+    assert positions(ground, {"pixel_values": torch.zeros(3, 3, 16, 24)}) == 3 * (2 * 3 + 1)
+    assert positions(ground, {"input_ids": torch.zeros(3, 5)}) == 15
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989.4),
+        ("NVIDIA H100 PCIe", 756.0),
+        ("NVIDIA L40", 181.0),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("cpu", None),
+    ],
+)
+def test_the_peak_is_of_this_card(name: str, peak: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Device, "name", property(lambda self: name))
+    assert Device(torch.device("cpu")).peak_tflops == peak

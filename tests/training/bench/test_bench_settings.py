@@ -111,7 +111,9 @@ def test_models_that_do_not_fit(settle, arguments, said):
 
 
 def test_ranks_are_checked_against_the_layers_that_are_adapted(settle, tiny_models):
-    with pytest.raises(UserError, match=r"'loran:sinter': rank 40 is above 32, which is all that .*k_proj allows"):
+    with pytest.raises(
+        UserError, match=r"arms .*loran:sinter.*: rank 40 is above 32, which is all that .*k_proj allows"
+    ):
         settle("--model", tiny_models["llama"], "--rank", 40)
     assert settle("--model", tiny_models["llama"], "--rank", 40, "--targets", "q_proj").rank == 40
 

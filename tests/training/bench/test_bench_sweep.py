@@ -58,15 +58,20 @@ def test_values_that_are_refused(argv, said):
 
 def test_the_arms_are_the_references_and_the_product_of_the_axes():
     arms = sweep_arms("loran:tanh", {"amplitude": [1e-5, 0.1], "rank": [2, 8], "learning_rate": [1e-3]})
-    assert [arm.key for arm in arms[:2]] == list(REFERENCES) and len(arms) == 6
-    assert [(a.options, a.learning_rate) for a in arms[2:]] == [
+    # a baseline of the same rank and rate for every cell
+    assert [(a.key.split(",")[0], a.options["r"], a.learning_rate) for a in arms[:4]] == [
+        (name, r, 1e-3) for r in (2, 8) for name in REFERENCES
+    ]
+    assert [(a.options, a.learning_rate) for a in arms[4:]] == [
         ({"activation": "tanh", "amplitude": a, "r": r}, 1e-3) for a in (1e-5, 0.1) for r in (2, 8)
     ]
     assert (
-        len({arm.slug for arm in arms}) == 6 and arms[2].key == "loran:tanh,amplitude=1e-05,rank=2,learning_rate=0.001"
+        len({arm.slug for arm in arms}) == 8 and arms[4].key == "loran:tanh,amplitude=1e-05,rank=2,learning_rate=0.001"
     )
     full = sweep_arms("full", {"learning_rate": [1e-3, 1e-4]})
-    assert [(a.method, a.options, a.learning_rate) for a in full[2:]] == [("full", {}, 1e-3), ("full", {}, 1e-4)]
+    assert [(a.method, a.options, a.learning_rate) for a in full[4:]] == [("full", {}, 1e-3), ("full", {}, 1e-4)]
+    plain = sweep_arms("loran", {"amplitude": [1e-5]})
+    assert [arm.key for arm in plain[:2]] == list(REFERENCES) and len(plain) == 3
 
 
 @pytest.mark.parametrize(
