@@ -4,8 +4,8 @@
     python -m curvelora_eval.lab.record README.md docs/sinter_lab.md               every marked block again
 
 A block stands between `<!-- lab: KIND FILE ... -->` and `<!-- end of lab -->`, files relative to docs/results/lab. Kinds: `cost`
-(records of `bench step`, or cost.json), `layers` (a record of `bench layer`), and of a results.json `runs`, `verdict` and
-`presence` (the verdict's sentences on it alone).
+(records of `bench step`, or cost.json), `layers` (a record of `bench layer`), and of a results.json `runs`, `spectra`,
+`verdict` and `presence` (the verdict's sentences on it alone).
 """
 
 from __future__ import annotations
@@ -149,6 +149,42 @@ def _runs(records: list[dict[str, Any]]) -> Iterator[str]:
     yield from _table(head, rows)
 
 
+def _spectra(records: list[dict[str, Any]]) -> Iterator[str]:
+    head = ["arm", "sharpness", "stable rank", "effective rank, BA → update", "energy beyond rank r"]
+    head += ["overlap with W0's first / last directions (chance)"]
+    rows = []
+    for record in records:
+        for key, arm in record["arms"].items():
+            kinds = [
+                kind
+                for run in record["runs"].get(key, {}).values()
+                for kind in (dig(run, "spectra", "types") or {}).values()
+            ]
+
+            def mean(*path: str, kinds: list[dict[str, Any]] = kinds) -> float | None:
+                values = [value for kind in kinds if (value := dig(kind, *path)) is not None]
+                return sum(values) / len(values) if values else None
+
+            ranks = mean("BA", "effective_rank"), mean("update", "effective_rank")
+            overlaps = [mean("update", f"overlap_{end}_right") for end in ("top", "tail")]
+            rows.append(
+                [
+                    arm["label"],
+                    _mean(record["pooled"].get(key, {}), "sharpness", lambda x: f"{x:.3g}"),
+                    _number(mean("update", "stable_rank"), ".3g"),
+                    f"{_number(ranks[0], '.1f')} → {_number(ranks[1], '.1f')}",
+                    _number(mean("update", "energy_beyond_rank"), ".1g"),
+                    f"{_number(overlaps[0], '.2f')} / {_number(overlaps[1], '.2f')} "
+                    f"({_number(mean('update', 'chance_right'), '.2f')})",
+                ]
+            )
+    yield from _table(head, rows)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None else f"{value:{form}}"
+
+
 def _mean(pooled: dict[str, Any], name: str, form: Callable[[float], str] = lambda x: f"{x:.4f}") -> str:
     """Mean over seeds, with its 95 % interval where there is one."""
     found = pooled.get(name) or {}
@@ -182,6 +218,7 @@ KINDS: dict[str, Callable[[list[dict[str, Any]]], Iterator[str]]] = {
     "layers": _layers,
     "runs": _runs,
     "verdict": _verdict,
+    "spectra": _spectra,
     "presence": lambda records: (f"* {s}" for record in records for s in record["verdict"]["presence"]),
 }
 

@@ -112,3 +112,20 @@ def test_a_block_that_cannot_be_written_is_an_error(tmp_path: Path, text: str, m
 def test_a_folder_without_results_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(["--keep", str(tmp_path), str(tmp_path / "kept")]) == 2
     assert "holds no results.json or sweep.json" in capsys.readouterr().err
+
+
+def test_a_table_of_spectra_is_a_mean_over_seeds_and_types(tmp_path: Path) -> None:
+    def run(rank: float) -> dict:
+        update = {"stable_rank": rank, "effective_rank": 2 * rank, "energy_beyond_rank": 0.25, "chance_right": 0.125}
+        update |= {"overlap_top_right": 0.5, "overlap_tail_right": 0.75}
+        return {"spectra": {"types": {"query": {"update": update, "BA": {"effective_rank": 3.0}}}}}
+
+    record = {
+        "arms": {"loran": {"label": "LoRAN"}, "qlora": {"label": "QLoRA"}},
+        "pooled": {"loran": {"sharpness": {"mean": 2.0, "low": None, "high": None}}},
+        "runs": {"loran": {"1": run(1.0), "2": run(2.0)}},
+    }
+    (tmp_path / "results.json").write_text(json.dumps(record))
+    lines = rendered(block("spectra", "results.json"), tmp_path).splitlines()
+    assert lines[4] == "| LoRAN | 2 | 1.5 | 3.0 → 3.0 | 0.2 | 0.50 / 0.75 (0.12) |"
+    assert lines[5] == "| QLoRA | – | – | – → – | – | – / – (–) |"
