@@ -52,7 +52,8 @@ def make_run(
     settings, started = ground.settings, time.perf_counter()
     trial, prepare = start_trial(ground, arm, seed)
     notes = _Notes(folder, trial, ground, arm, seed) if rank() == 0 else None
-    looks = look_steps(settings.steps, settings.looks)
+    # a look costs as much as several steps, so a short run has fewer
+    looks = look_steps(settings.steps, min(settings.looks, math.ceil(settings.steps / 5)))
     if notes and 0 in looks:
         notes.look(0)
     status, lost, pending = "completed", 0, []
