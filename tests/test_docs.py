@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -86,6 +87,46 @@ def test_every_command_of_the_readme_runs(root: Path, workplace: Path) -> None:
     assert (workplace / "runs/bench/layer.json").is_file() and (workplace / "runs/bench/step.json").is_file()
     page = (workplace / "runs/small-lab/report.html").read_text(encoding="utf-8")
     assert "small-sweep/sweep.json" in page
+
+
+def test_numbers_in_the_lab_s_prose_are_those_of_its_files(root: Path) -> None:
+    text = " ".join((root / "docs/sinter_lab.md").read_text(encoding="utf-8").split())
+    kept = root / "docs/results/lab"
+
+    def read(name: str) -> dict:
+        return json.loads((kept / name).read_text(encoding="utf-8"))
+
+    costs = [read(f"step_llama2_{size}_h100.json")["arms"] for size in ("7b", "13b")]
+    back = [cost["loran:identity"]["phases"]["backward"]["median"] for cost in costs]
+    assert f"goes from {back[0]:.2f} to {back[1]:.2f} s, {back[1] / back[0]:.1f} times" in text
+    step = [{arm: cost[arm]["step_seconds"]["median"] for arm in cost} for cost in costs]
+    extra = [(s["loran:sinter"] - s["loran:identity"]) / (s["loran:sinter"] - s["qlora"]) for s in step]
+    assert extra == pytest.approx([1 / 3, 1 / 4], abs=0.03) and "a third of the extra time at 7B and a quarter" in text
+    cheaper = [round(100 * (1 - cost["ranlora"]["overhead"]["ratio"])) for cost in costs]
+    assert f"by {min(cheaper)} to {max(cheaper)} %" in text
+    dearer = [round(100 * (cost["aurora"]["overhead"]["ratio"] - 1)) for cost in costs]
+    layers = [layer["arms"] for layer in read("layer_h100.json")["layers"]]
+    single = [round(100 * (layer["aurora"]["overhead"]["ratio"] - 1)) for layer in layers]
+    assert f"{min(dearer)} to {max(dearer)} % dearer and its single layers {min(single)} to {max(single)} %" in text
+    assert f"it is {layers[0]['ranlora']['overhead']['ratio']:.1f} times dearer" in text
+
+    runs = read("minilm/results.json")["runs"]
+    large, plain = ([run["sharpness"]["value"] for run in runs[a].values()] for a in ("loran:sinter-large", "qlora"))
+    a, b, c = sorted(large)
+    assert f"({a:.0f}, {b:.0f} and {c:.0f} against {min(plain):.1f} to {max(plain):.1f})" in text
+    times = [x / y for x, y in zip(large, plain, strict=True)]
+    assert f"is {round(min(times), -1):.0f} to {round(max(times), -1):.0f} times QLoRA's" in text
+
+    sweep = read("minilm_sweep/sweep.json")
+    base, by_product = sweep["baseline"]["heldout_loss"], {}
+    for cell in sweep["cells"]:
+        product = round(cell["values"]["amplitude"] * cell["values"]["frequency"], 9)
+        by_product.setdefault(product, []).append(cell["heldout_loss"])
+    assert f"held-out loss of {base:.3f}" in text and min(map(min, by_product.values())) > base - 2e-4
+    small = [loss for product, losses in by_product.items() if product <= 10 for loss in losses]
+    assert max(abs(loss - base) for loss in small) <= 2e-4 and "no cell differs by more than 2e-4" in text
+    means = {product: sum(losses) / len(losses) for product, losses in by_product.items()}
+    assert f"at 100 it is {means[100]:.3f}, at 1,000 {means[1000]:.3f}, at 10,000 {means[10000]:.3f}" in text
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/sinter_lab.md"])

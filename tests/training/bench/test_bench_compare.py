@@ -318,3 +318,13 @@ def test_everything_that_is_wrong_is_said_at_once(cli, tmp_path):
     wrong = ["--arms", "qlora,loran:sinus", "--model", "llama2-8b", "--seeds", "x", "--rounds", "0"]
     code, _, err = cli("bench", "compare", *wrong, "--out", tmp_path / "lab")
     assert code == 2 and all(part in err for part in ("loran:sinus", "llama2-8b", "--seeds", "--rounds"))
+
+
+def test_a_cost_of_fewer_rounds_is_measured_again(cli, lab, options):
+    cost = read(lab / "cost.json")
+    (lab / "cost.json").write_text(json.dumps(cost | {"rounds": 1, "stopped": True}))
+    runs = {p: t for p, t in times(lab / "runs").items() if p.suffix != ".claimed"}
+    assert cli("bench", "compare", *options, "--out", lab, "--resume")[0] == 0
+    assert read(lab / "cost.json")["rounds"] == 2 and "stopped" not in read(lab / "cost.json")
+    now = times(lab / "runs")
+    assert {p: now[p] for p in runs} == runs

@@ -90,6 +90,13 @@ def test_each_round_is_yielded_with_what_was_timed_so_far_and_warm_up_is_not():
         next(rounds)
 
 
+def test_turns_that_are_too_short_for_the_counter_have_no_energy():
+    arm = FakeArm("a", [], 1)
+    arm.seconds = itertools.repeat(0.1)
+    *_, timings = interleave({"a": arm}, Rounds(rounds=2, steps=4, warmup=1), FakeDevice())
+    assert timings["a"].joules == [] and timings["a"].as_dict()["joules_per_step"] is None
+
+
 def test_overheads_are_ratios_within_a_round():
     arms = {"a": FakeArm("a", [], 1), "b": FakeArm("b", [], 10)}
     *_, timings = interleave(arms, Rounds(rounds=3, steps=2, warmup=1), FakeDevice())

@@ -21,13 +21,14 @@ from curvelora_eval.files import make_folder, write_json
 from curvelora_eval.lab.folder import read_record
 from curvelora_eval.lab.path import pca_paths
 from curvelora_eval.lab.report import write_lab_report
-from curvelora_eval.lab.stability import StabilitySettings, pool, stability
+from curvelora_eval.lab.stability import pool, stability
 from curvelora_eval.lab.statistics import over_seeds
 from curvelora_eval.lab.verdict import verdict
+from curvelora_training.bench.arms import Arm
 from curvelora_training.bench.cost import measure_steps, table
 from curvelora_training.bench.ground import Ground, build_ground
 from curvelora_training.bench.interleave import Rounds
-from curvelora_training.bench.pool import DONE, FAILED, SETTINGS, check_jobs, jobs_of, run_all
+from curvelora_training.bench.pool import DONE, FAILED, SETTINGS, Job, check_jobs, jobs_of, run_all
 from curvelora_training.bench.processes import barrier, join, say
 from curvelora_training.bench.settings import LabSettings
 from curvelora_training.distributed import leave, rank
@@ -67,12 +68,13 @@ def compare(
         open_folder(out, settings, resume, overwrite)
     barrier()
     ground: Ground | None = None
-    if rounds is not None and not cost_is_there(out, settings):
+    if rounds is not None and not cost_is_there(out, settings, rounds):
         ground = build_ground(settings, device)
         say(f"{settings.model} ({settings.base}) ready in {ground.seconds:.1f} s; timing {len(settings.arms)} arms")
-        *_, record = measure_steps(ground, rounds, update_std, say)
+        for record in measure_steps(ground, rounds, update_std, say):
+            if rank() == 0:  # after every round: what was measured is kept
+                write_json(out / COST, record)
         if rank() == 0:
-            write_json(out / COST, record)
             print(table(record))
     if jobs > 1 and ground is not None:
         ground = None  # the workers need the memory
@@ -93,11 +95,13 @@ def compare(
     return 1 if failed else 0
 
 
-def cost_is_there(out: Path, settings: LabSettings) -> bool:
-    """Whether every arm was timed already, together with the others."""
+def cost_is_there(out: Path, settings: LabSettings, rounds: Rounds) -> bool:
+    """Whether every arm was timed already, together with the others, and in as many rounds as are asked for."""
     path = out / COST
-    timed = json.loads(path.read_text(encoding="utf-8"))["arms"] if path.is_file() else {}
-    return all(arm.key in timed for arm in settings.arms)
+    if not path.is_file():
+        return False
+    record = json.loads(path.read_text(encoding="utf-8"))
+    return record["rounds"] >= rounds.rounds and all(arm.key in record["arms"] for arm in settings.arms)
 
 
 def open_folder(out: Path, settings: LabSettings, resume: bool, overwrite: bool) -> None:
@@ -215,18 +219,22 @@ def read_runs(out: Path, settings: LabSettings) -> dict[str, dict[str, Any]]:
         if not path.is_file():
             continue
         record = json.loads(path.read_text(encoding="utf-8"))
-        steps = read_lines(out / job.folder / "steps.jsonl")
-        baseline = out / "runs" / settings.arms[0].slug / f"seed-{job.seed}" / "steps.jsonl"
-        pair = read_lines(baseline) if job.arm.key != settings.baseline and baseline.is_file() else None
         found = {key: record.get(key) for key in KEPT}
         if found["spectra"] and job.seed != settings.seeds[0]:  # layer by layer of one seed; run.json has the others
             found["spectra"] = {"types": found["spectra"]["types"], "layers": {}}
         runs.setdefault(job.arm.key, {})[str(job.seed)] = {
             "folder": job.folder,
-            "stability": stability(steps, pair, StabilitySettings()),
+            "stability": stability_beside(out, job, settings.arms[0]),
             **found,
         }
     return runs
+
+
+def stability_beside(out: Path, job: Job, baseline: Arm) -> dict[str, Any]:
+    """The stability of a run's steps, beside those of `baseline` with the same seed where there are any."""
+    other = out / "runs" / baseline.slug / f"seed-{job.seed}" / "steps.jsonl"
+    pair = read_lines(other) if job.arm.key != baseline.key and other.is_file() else None
+    return stability(read_lines(out / job.folder / "steps.jsonl"), pair)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -14,6 +14,8 @@ from typing import Any, Protocol
 from curvelora_eval.lab.statistics import paired_ratio, summarise
 from curvelora_training.bench.devices import Device
 
+ENERGY_SECONDS = 0.5  # the driver's counter is too coarse for shorter turns
+
 
 class Timed(Protocol):
     """What takes a turn."""
@@ -97,7 +99,8 @@ def interleave(
                 for phase, seconds in step.items():
                     found.phases.setdefault(phase, []).append(seconds)
             found.turns.append(statistics.median(step["step"] for step in steps))
-            if before is not None and after is not None:
+            long_enough = sum(step["step"] for step in steps) >= ENERGY_SECONDS
+            if before is not None and after is not None and long_enough:
                 found.joules.append((after - before) / rounds.steps)
             if clocks is not None:  # read while the device is still warm from this arm's steps
                 found.clocks.append(clocks)

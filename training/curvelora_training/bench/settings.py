@@ -127,9 +127,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--alpha", type=float, metavar="A", help="scale s = alpha / r (default 16; RanLoRA keeps its own 2r)"
     )
     group.add_argument("--dropout", type=float, metavar="P", help="on the adapters' input (default 0)")
-    group.add_argument(
-        "--targets", metavar="NAMES", help="comma-separated modules to adapt (default: every linear layer)"
-    )
+    targets = "comma-separated modules to adapt (default: a decoder's linear layers, an encoder's query and value)"
+    group.add_argument("--targets", metavar="NAMES", help=targets)
     group.add_argument(
         "--checkpointing", action=argparse.BooleanOptionalAction, help="recompute activations (default on shapes)"
     )

@@ -1,8 +1,8 @@
 """A training step as a CUDA graph: recorded once, then replayed without the host's work.
 
-A small model on a large GPU spends its time in Python: SmolLM2-135M takes over 200 ms a step on an H100, of which the GPU works
-about 15. Recorded, a step costs what the GPU needs. What is recorded is the same code, kernel by kernel, so results are those of
-the plain step; only batches of one shape can be replayed, so this serves causal language models in batches of fixed length.
+A small model on a large GPU spends its time in Python. Recorded, a step costs what the GPU needs. What is recorded is the same
+code, kernel by kernel, so results are those of the plain step; only batches of one shape can be replayed, so this serves causal
+language models in batches of fixed length.
 """
 
 from __future__ import annotations

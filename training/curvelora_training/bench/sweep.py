@@ -10,12 +10,10 @@ from typing import Any
 
 from curvelora.errors import UserError
 from curvelora.registry import METHODS
-from curvelora_eval.environment import describe_environment
 from curvelora_eval.files import write_json
 from curvelora_eval.lab.report import write_sweep_report
-from curvelora_eval.lab.stability import stability
 from curvelora_training.bench.arms import FULL, Arm, named_arm
-from curvelora_training.bench.compare import SWEEP, open_folder, read_lines
+from curvelora_training.bench.compare import SWEEP, measured_in, open_folder, stability_beside
 from curvelora_training.bench.pool import DONE, Job, check_jobs, jobs_of, run_all
 from curvelora_training.bench.processes import barrier, join
 from curvelora_training.bench.settings import LabSettings
@@ -118,7 +116,7 @@ def gather_sweep(settings: LabSettings, axes: dict[str, list], out: Path) -> dic
         "schema": 1,
         "kind": "sweep",
         "settings": {k: v for k, v in settings.as_dict().items() if k != "arms"},
-        "environment": describe_environment(),
+        "environment": measured_in(out, settings, None),
         "axes": axes,
         "baseline": _mean(references[settings.baseline]),
         "references": references,
@@ -147,10 +145,7 @@ def _cell(job: Job, out: Path, settings: LabSettings) -> dict[str, Any]:
     if not path.is_file():
         return record
     run = json.loads(path.read_text(encoding="utf-8"))
-    twin = _twin(job.arm, settings)
-    baseline = out / "runs" / twin.slug / f"seed-{job.seed}" / "steps.jsonl"
-    pair = read_lines(baseline) if job.arm.key != twin.key and baseline.is_file() else None
-    stable = stability(read_lines(out / job.folder / "steps.jsonl"), pair)
+    stable = stability_beside(out, job, _twin(job.arm, settings))
     presence = run.get("presence") or {}
     return record | {
         "status": run["status"],
