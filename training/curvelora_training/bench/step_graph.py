@@ -7,12 +7,14 @@ language models in batches of fixed length.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import torch
 from torch.nn import functional as F
+from transformers import PreTrainedConfig
 
 from curvelora.output_change import IGNORED
 from curvelora_training.bench.arms import Arm
@@ -37,7 +39,7 @@ def record_step(trial: Trial, example: Batch, observe: bool) -> None:
     device = trial.device.device
     inputs = {key: value.to(device).clone() for key, value in example.items()}
     start = [p.detach().clone() for p in trial.named.values()]
-    with torch.random.fork_rng([device]):
+    with torch.random.fork_rng([device]), _without_mask(trial.model.config):
         side = torch.cuda.Stream(device)
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):
@@ -61,6 +63,18 @@ def record_step(trial: Trial, example: Batch, observe: bool) -> None:
         return _copied(outputs)
 
     trial.graph = replay
+
+
+@contextlib.contextmanager
+def _without_mask(config: PreTrainedConfig) -> Iterator[None]:
+    """While it records, transformers cannot look whether sequences are packed, and would build a mask that the plain step does not
+    have. With a cache, empty here, it does not look.
+    """
+    config.use_cache, before = True, config.use_cache
+    try:
+        yield
+    finally:
+        config.use_cache = before
 
 
 def _copied(outputs: dict[str, Any]) -> dict[str, Any]:
