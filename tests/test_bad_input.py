@@ -100,7 +100,9 @@ TRAIN: dict[str, tuple[Callable[[World], dict[str, Any]], list[str]]] = {
     ),
     "a pattern that matches nothing": (
         lambda w: {"adapter.rank_pattern": {"quary": 2}},
-        ["adapter.rank_pattern: 'quary' matches nothing that is adapted; did you mean 'query'? (adapted: query, value)"],
+        [
+            "adapter.rank_pattern: 'quary' matches nothing that is adapted; did you mean 'query'? (adapted: query, value)"
+        ],
     ),
     "an option that the code sets itself": (
         lambda w: {"adapter": {"method": "ranlora", "factors_stored": True, "target_modules": ["query"]}},
@@ -262,9 +264,7 @@ def test_train(case: str, world: World, capsys: pytest.CaptureFixture[str]) -> N
 
 
 @pytest.mark.parametrize("case", EVAL)
-def test_eval(
-    case: str, world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_eval(case: str, world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     arguments, parts = EVAL[case]
     given = arguments(world)
     before = world.files()

@@ -130,7 +130,9 @@ def test_how_far_the_dequantised_tail_is_on_a_real_model(minilm, module, expecte
     for name, weight in load_file(minilm / "model.safetensors").items():
         if name.endswith(f"{module}.weight"):
             packed = functional.quantize_4bit(weight.float(), quant_type="nf4", compress_statistics=True)
-            exact, rough = (singular_triplets(w, 2, "last").product() for w in (weight, functional.dequantize_4bit(*packed)))
+            exact, rough = (
+                singular_triplets(w, 2, "last").product() for w in (weight, functional.dequantize_4bit(*packed))
+            )
             distances.append((exact - rough).norm() / exact.norm())
     assert len(distances) == 6 and torch.stack(distances).median().item() == pytest.approx(expected, abs=0.02)
 

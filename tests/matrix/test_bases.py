@@ -186,7 +186,9 @@ class Packed(nn.Module):
         return x[..., :16]
 
 
-@pytest.mark.cell("bases", "a base that PEFT only runs forward (a stand-in for GPTQ, AWQ and others): right, never merged")
+@pytest.mark.cell(
+    "bases", "a base that PEFT only runs forward (a stand-in for GPTQ, AWQ and others): right, never merged"
+)
 @pytest.mark.parametrize("name", ["qweight", "W_q"])
 @pytest.mark.parametrize("case", [*OURS, Case("ranlora", {"r": 4, "init": "K"})], ids=str)
 def test_forward_only(case, name, monkeypatch, refused):
@@ -204,7 +206,9 @@ def test_forward_only(case, name, monkeypatch, refused):
         layer.merge()
 
 
-@pytest.mark.cell("bases", "a 4-bit layer that bitsandbytes has reordered before (simulated): no merge, no factors from it")
+@pytest.mark.cell(
+    "bases", "a 4-bit layer that bitsandbytes has reordered before (simulated): no merge, no factors from it"
+)
 @pytest.mark.parametrize("case", [*OURS[:2], Case("aurora", {"r": 4, "mode": "static"})], ids=str)
 def test_reordered(case, load_llama, refused):
     base = load_llama("nf4")

@@ -101,7 +101,9 @@ def test_ways_to_load(case, reloaded, base, ids, options, device):
     assert bool(trainable(model)) is options.get("is_trainable", False)
 
 
-@pytest.mark.cell("lifecycle", "`low_cpu_mem_usage` on a base in {storage}: every tensor as in the file, frozen or not as asked")
+@pytest.mark.cell(
+    "lifecycle", "`low_cpu_mem_usage` on a base in {storage}: every tensor as in the file, frozen or not as asked"
+)
 @pytest.mark.parametrize("storage", [name for name in STORAGE if name != "fp32"])
 @pytest.mark.parametrize("case", OURS, ids=str)
 def test_low_memory_on_other_bases(case, storage, load_llama, tmp_path, device):
@@ -110,7 +112,11 @@ def test_low_memory_on_other_bases(case, storage, load_llama, tmp_path, device):
     model.save_pretrained(tmp_path)
     for trained in (False, True):
         loaded = PeftModel.from_pretrained(
-            load_llama(*STORAGE[storage]), tmp_path, torch_device=str(device), low_cpu_mem_usage=True, is_trainable=trained
+            load_llama(*STORAGE[storage]),
+            tmp_path,
+            torch_device=str(device),
+            low_cpu_mem_usage=True,
+            is_trainable=trained,
         )
         assert bool(trainable(loaded)) is trained
         for name, layer in layers_of(loaded).items():
@@ -187,9 +193,7 @@ def test_mixed_batch(case, two, ids):
     torch.testing.assert_close(logits(two, rows), logits(two, rows, adapter_names=["default"] * 5))
 
 
-@pytest.mark.cell(
-    "lifecycle", "mixed batches with an unknown adapter or too few names, and in training"
-)
+@pytest.mark.cell("lifecycle", "mixed batches with an unknown adapter or too few names, and in training")
 @every_method
 def test_mixed_batch_refusals(case, two, ids, refused):
     for names in (["default", "thrid"], ["default"]):

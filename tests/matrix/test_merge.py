@@ -114,10 +114,16 @@ def test_by_name(case, two, ids):
             assert unchanged(two, stored)
 
 
-@pytest.mark.cell("merging", "two adapters of which one cannot: its own name counts, and a refusal leaves every weight as it was")
+@pytest.mark.cell(
+    "merging", "two adapters of which one cannot: its own name counts, and a refusal leaves every weight as it was"
+)
 @pytest.mark.parametrize(
     ("case", "exact"),
-    [(c, {"ranlora": LINEAR_RANLORA, "aurora": {"r": 2, "mode": "static"}}[c.method]) for c in MAIN if merge_refusal(c)],
+    [
+        (c, {"ranlora": LINEAR_RANLORA, "aurora": {"r": 2, "mode": "static"}}[c.method])
+        for c in MAIN
+        if merge_refusal(c)
+    ],
     ids=str,
 )
 def test_one_of_two(case, exact, adapted, ids, refused):

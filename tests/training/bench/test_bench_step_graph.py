@@ -15,7 +15,7 @@ from curvelora_training.bench.arms import named_arm
 from curvelora_training.bench.ground import Ground, build_ground
 from curvelora_training.bench.random_base import random_model
 from curvelora_training.bench.settings import LabSettings
-from curvelora_training.bench.step_graph import of_fixed_length, record_step, start_trial
+from curvelora_training.bench.step_graph import _without_mask, of_fixed_length, record_step, start_trial
 
 CONFIG = {
     "vocab_size": 96,
@@ -51,6 +51,23 @@ def test_padding_to_a_fixed_length_leaves_the_loss_as_it_is() -> None:
     fixed = of_fixed_length({"input_ids": ids, "labels": labels, "attention_mask": mask}, 16, 0)
     assert fixed.keys() == {"input_ids", "labels"} and fixed["input_ids"].shape == (2, 16)
     assert base(**fixed).loss.item() == pytest.approx(own.item(), rel=1e-6)
+
+
+def test_a_recorded_step_has_no_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it records, transformers builds one unless there is a cache: another kernel than the plain step's."""
+    base = random_model(LlamaConfig(**CONFIG, use_cache=False), "fp32", torch.device("cpu"))
+    ids, masks = torch.zeros(2, 9, dtype=torch.long), []
+    attention = F.scaled_dot_product_attention
+    monkeypatch.setattr(
+        F, "scaled_dot_product_attention", lambda *a, **k: masks.append(k["attn_mask"]) or attention(*a, **k)
+    )
+    monkeypatch.setattr("transformers.utils.import_utils.is_cuda_stream_capturing", lambda: True)
+    base(input_ids=ids)
+    assert all(mask is not None for mask in masks) and len(masks) == 2
+    masks.clear()
+    with _without_mask(base.config):
+        base(input_ids=ids)
+    assert masks == [None, None] and base.config.use_cache is False
 
 
 def test_a_cpu_records_nothing(ground: Callable[..., Ground]) -> None:

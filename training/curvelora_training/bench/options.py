@@ -50,7 +50,5 @@ def add_folder_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--resume", action="store_true", help="keep the runs that DIR has finished and make the others")
     group.add_argument("--overwrite", action="store_true", help="replace what DIR holds")
     group.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time on each device (default 1)")
-    recorded = (
-        "replay steps as CUDA graphs: for small causal language models on a GPU, which otherwise waits for Python"
-    )
-    group.add_argument("--recorded", action="store_true", help=recorded)
+    recorded = "replay steps as CUDA graphs (default for causal language models on one GPU without checkpointing)"
+    group.add_argument("--recorded", action=argparse.BooleanOptionalAction, default=None, help=recorded)

@@ -65,8 +65,8 @@ class LabSettings:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     checkpointing: bool = False
-    recorded: bool = False
-    """Replay the steps of the runs as CUDA graphs; see `step_graph`."""
+    recorded: bool = True
+    """Replay the steps of the runs as CUDA graphs where that can be done; see `step_graph`."""
     held_out_batches: int = 16
     looks: int = 20
     """At about so many steps of a run presence is measured and the path of dW is recorded."""

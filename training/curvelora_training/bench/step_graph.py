@@ -67,8 +67,8 @@ def record_step(trial: Trial, example: Batch, observe: bool) -> None:
 
 @contextlib.contextmanager
 def _without_mask(config: PreTrainedConfig) -> Iterator[None]:
-    """While it records, transformers cannot look whether sequences are packed, and would build a mask that the plain step does not
-    have. With a cache, empty here, it does not look.
+    """While it records, transformers cannot look whether sequences are packed, and would build a mask that the plain step does
+    not have. With a cache, empty here, it does not look.
     """
     config.use_cache, before = True, config.use_cache
     try:
@@ -83,7 +83,7 @@ def _copied(outputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def start_trial(ground: Ground, arm: Arm, seed: int) -> tuple[Trial, Callable[[Batch], Batch]]:
-    """A new trial, its step recorded where that was asked for and can be done, and how its batches must be prepared."""
+    """A new trial, its step recorded unless that was not wanted or cannot be done, and how its batches must be prepared."""
     trial, settings = ground.trial(arm, seed), ground.settings
     alone = ground.device.is_gpu and not torch.distributed.is_initialized()
     if not settings.recorded or not alone or settings.checkpointing or "CausalLM" not in type(ground.base).__name__:
