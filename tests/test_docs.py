@@ -96,19 +96,28 @@ def test_numbers_in_the_lab_s_prose_are_those_of_its_files(root: Path) -> None:
     def read(name: str) -> dict:
         return json.loads((kept / name).read_text(encoding="utf-8"))
 
-    costs = [read(f"step_llama2_{size}_h100.json")["arms"] for size in ("7b", "13b")]
+    costs = [read(f"step_llama2_{size}_h100.json")["arms"] for size in ("7b", "13b", "70b")]
     back = [cost["loran:identity"]["phases"]["backward"]["median"] for cost in costs]
     assert f"goes from {back[0]:.2f} to {back[1]:.2f} s, {back[1] / back[0]:.1f} times" in text
     step = [{arm: cost[arm]["step_seconds"]["median"] for arm in cost} for cost in costs]
     extra = [(s["loran:sinter"] - s["loran:identity"]) / (s["loran:sinter"] - s["qlora"]) for s in step]
-    assert extra == pytest.approx([1 / 3, 1 / 4], abs=0.03) and "a third of the extra time at 7B and a quarter" in text
+    assert extra == pytest.approx([1 / 3, 1 / 4, 2 / 5], abs=0.03)
+    assert "a third of the extra time at 7B, a quarter at 13B and two fifths at 70B" in text
+    sinter = [cost["loran:sinter"]["overhead"]["ratio"] for cost in costs]
+    assert f"{sinter[1]:.1f} times at 13B, and {sinter[2]:.1f} times at 70B" in text and sinter[0] == pytest.approx(
+        2, abs=0.05
+    )
     cheaper = [round(100 * (1 - cost["ranlora"]["overhead"]["ratio"])) for cost in costs]
     assert f"by {min(cheaper)} to {max(cheaper)} %" in text
     dearer = [round(100 * (cost["aurora"]["overhead"]["ratio"] - 1)) for cost in costs]
     layers = [layer["arms"] for layer in read("layer_h100.json")["layers"]]
     single = [round(100 * (layer["aurora"]["overhead"]["ratio"] - 1)) for layer in layers]
-    assert f"{min(dearer)} to {max(dearer)} % dearer and its single layers {min(single)} to {max(single)} %" in text
+    assert f"are {dearer[0]} % dearer at 7B, {dearer[1]} % at 13B and none at 70B" in text and dearer[2] <= 0
+    assert f"its single layers {min(single)} to {max(single)} %" in text
     assert f"it is {layers[0]['ranlora']['overhead']['ratio']:.1f} times dearer" in text
+    busy = read("step_llama2_7b_h100_busy_host.json")["arms"]
+    shown = [busy[arm]["step_seconds"]["median"] for arm in ("qlora", "aurora")]
+    assert f"step took {shown[0]:.2f} s and AuroRA's {shown[1]:.2f} s" in text
 
     runs = read("minilm/results.json")["runs"]
     large, plain = ([run["sharpness"]["value"] for run in runs[a].values()] for a in ("loran:sinter-large", "qlora"))
@@ -116,6 +125,20 @@ def test_numbers_in_the_lab_s_prose_are_those_of_its_files(root: Path) -> None:
     assert f"({a:.0f}, {b:.0f} and {c:.0f} against {min(plain):.1f} to {max(plain):.1f})" in text
     times = [x / y for x, y in zip(large, plain, strict=True)]
     assert f"is {round(min(times), -1):.0f} to {round(max(times), -1):.0f} times QLoRA's" in text
+
+    smollm2 = read("smollm2/results.json")
+    runs, pooled = smollm2["runs"], smollm2["pooled"]
+    large, plain = ([run["sharpness"]["value"] for run in runs[a].values()] for a in ("loran:sinter-large", "qlora"))
+    times = [x / y for x, y in zip(large, plain, strict=True)]
+    assert f"on SmolLM2 {round(min(times), -1):.0f} to {round(max(times), -1):.0f} times" in text
+    assert f"in {sum(len(own) for own in runs.values())} runs of 2,000 steps" in text
+    assert all(run["status"] == "completed" for own in runs.values() for run in own.values())
+    assert all(own["spikes"]["mean"] == 0 for own in pooled.values())
+    sharp = {arm: own["sharpness"]["mean"] for arm, own in pooled.items() if "sharpness" in own}
+    ratios = [f"{sharp[arm] / sharp['qlora']:.0f}" for arm in ("aurora", "ranlora")]
+    assert f"curvature is {ratios[0]} and {ratios[1]} times QLoRA's" in text
+    loss = {arm: own["heldout_loss"]["mean"] for arm, own in pooled.items()}
+    assert max(loss["ranlora"], loss["aurora"], loss["full"]) < loss["qlora"] < loss["loran:sinter-large"]
 
     sweep = read("minilm_sweep/sweep.json")
     base, by_product = sweep["baseline"]["heldout_loss"], {}

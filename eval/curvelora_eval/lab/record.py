@@ -1,6 +1,6 @@
 """Results that documents quote: kept as small files, and written into the documents between marks, so that no number is typed.
 
-    python -m curvelora_eval.lab.record --keep runs/lab docs/results/lab/minilm    a lab's or sweep's files, without adapters
+    python -m curvelora_eval.lab.record --keep runs/lab docs/results/lab/minilm    the records and the page of a lab or sweep
     python -m curvelora_eval.lab.record README.md docs/sinter_lab.md               every marked block again
 
 A block stands between `<!-- lab: KIND FILE ... -->` and `<!-- end of lab -->`, files relative to docs/results/lab. Kinds: `cost`
@@ -27,11 +27,12 @@ from curvelora_eval.wording import percent
 
 RESULTS = Path("docs/results/lab")
 BLOCK = re.compile(r"(<!-- lab: (\w+) ([^>]*?) -->\n).*?(<!-- end of lab -->)", re.DOTALL)
+LINK_TO_A_RUN = re.compile(r'href="runs/[^"]*"')
 KEPT = ("lab.json", "cost.json", "results.json", "sweep.json", "report.html")
 
 
 def keep(folder: Path, target: Path) -> None:
-    """Copy what documents and the report link to: records, the page, steps of every run, presence of each arm's first seed.
+    """Copy the records and the page; what the page takes from files of single runs, it then says to be from the whole.
 
     Raises:
         UserError: the folder holds neither a comparison nor a sweep.
@@ -43,12 +44,10 @@ def keep(folder: Path, target: Path) -> None:
     for name in KEPT:
         if (folder / name).is_file():
             shutil.copyfile(folder / name, target / name)
-    for arm in sorted((folder / "runs").glob("*/")):
-        for number, run in enumerate(sorted(arm.glob("seed-*/"))):
-            for name in ("steps.jsonl", *(() if number else ("presence.jsonl",))):
-                if (run / name).is_file():
-                    (target / "runs" / arm.name / run.name).mkdir(parents=True, exist_ok=True)
-                    shutil.copyfile(run / name, target / "runs" / arm.name / run.name / name)
+    page = target / "report.html"
+    if page.is_file():
+        record = "results.json" if (target / "results.json").is_file() else "sweep.json"
+        write_text(page, LINK_TO_A_RUN.sub(f'href="{record}"', page.read_text(encoding="utf-8")))
 
 
 def rendered(text: str, results: Path) -> str:

@@ -181,7 +181,7 @@ def _losses(lab: Lab) -> Iterator[str]:
             side = "below" if found["mean"] < 0 else "above"
             low, high = sorted((abs(found["low"]), abs(found["high"])))
             yield (
-                f"{arm.label}'s held-out loss is {short(gap)} {side} {base.label}'s "
+                f"The held-out loss of {arm.label} is {short(gap)} {side} {base.label}'s "
                 f"(95 % interval {short(low)} to {short(high)} over {_plural(found['n'], 'seed')})."
             )
         elif found["distinguishable"] is False:

@@ -88,16 +88,15 @@ def test_runs_and_verdict_of_a_lab(tmp_path: Path) -> None:
     ]
 
 
-def test_what_is_kept_is_small_and_enough_for_the_page(tmp_path: Path) -> None:
+def test_what_is_kept_is_small_and_has_no_dead_links(tmp_path: Path) -> None:
     write_lab(tmp_path / "lab")
-    (tmp_path / "lab/report.html").write_text("page")
-    run = next((tmp_path / "lab/runs").glob("*/seed-*"))
-    (run / "adapter").mkdir()
-    (run / "adapter/adapter_model.safetensors").write_text("weights")
+    (tmp_path / "lab/report.html").write_text(
+        '<a href="runs/qlora/seed-1/steps.jsonl">steps</a> <a href="#top">top</a>'
+    )
     keep(tmp_path / "lab", tmp_path / "kept")
-    kept = {p.relative_to(tmp_path / "kept").as_posix() for p in (tmp_path / "kept").rglob("*") if p.is_file()}
-    assert {"results.json", "report.html", f"runs/{run.parent.name}/{run.name}/steps.jsonl"} <= kept
-    assert not any("adapter" in name for name in kept)
+    kept = {p.name for p in (tmp_path / "kept").iterdir()}
+    assert {"report.html", "results.json"} <= kept and "runs" not in kept
+    assert (tmp_path / "kept/report.html").read_text() == '<a href="results.json">steps</a> <a href="#top">top</a>'
 
 
 @pytest.mark.parametrize(

@@ -129,7 +129,7 @@ def test_heldout_loss_against_the_baseline():
     with_values(results, "loran:sinter", ("heldout", "loss"), [2.11, 2.20, 2.30])
     # differences 0.11, 0.10, 0.10: mean 0.1033, half width 4.303 * 0.00577 / sqrt(3) = 0.0143
     assert (
-        "LoRAN Sinter (a = 5e-5)'s held-out loss is 0.103 above QLoRA's (95 % interval 0.0890 to 0.118 over 3 seeds)."
+        "The held-out loss of LoRAN Sinter (a = 5e-5) is 0.103 above QLoRA's (95 % interval 0.0890 to 0.118 over 3 seeds)."
         in verdict(results)["stability"]
     )
     with_values(results, "loran:sinter", ("heldout", "loss"), [2.1, 2.0, 2.2])
