@@ -196,7 +196,7 @@ def test_a_pattern_may_move_the_start():
 def test_a_weight_that_is_not_finite_is_named():
     base = nn.Linear(D_IN, D_OUT)
     base.weight.data[0, 0] = torch.nan
-    with pytest.raises(UserError, match=r"module 'layer' has no singular triplets.*NaN"):
+    with pytest.raises(UserError, match=r"module 'layer' has no factors to start from.*NaN"):
         build(base=base)
 
 
@@ -247,7 +247,7 @@ def test_the_file_restores_the_model_without_any_svd(llama, token_ids, tmp_path,
     ]
     assert json.loads((tmp_path / "adapter_config.json").read_text())["factors_stored"] is True
     assert model.peft_config["default"].factors_stored is False
-    monkeypatch.setattr("curvelora.methods.ranlora.singular_triplets", lambda *_: pytest.fail("no SVD is needed"))
+    monkeypatch.setattr("curvelora.layers.decomposed.singular_triplets", lambda *_: pytest.fail("no SVD is needed"))
     for options in ({}, {"is_trainable": True}, {"low_cpu_mem_usage": True}):
         assert torch.equal(logits(PeftModel.from_pretrained(llama(), tmp_path, **options), token_ids), expected)
 

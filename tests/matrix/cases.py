@@ -49,6 +49,10 @@ MAIN = [
     Case("loran", {"r": 4, "alpha": 8, "amplitude": 2e-2}),
     Case("ranlora", {"r": 4, "alpha": 8}),
     Case("aurora", {"r": 4, "alpha": 8}),
+    Case("moslora", {"r": 4, "alpha": 8}),
+    Case("pissa", {"r": 4, "alpha": 8}),
+    Case("milora", {"r": 4, "alpha": 8}),
+    Case("olora", {"r": 4, "alpha": 8}),
 ]
 VARIANTS = [
     Case("lora", {"r": 3, "alpha": 9, "use_rslora": True}),
@@ -79,10 +83,11 @@ VARIANTS = [
     Case("aurora", {"r": 3, "learnable": False}),
     Case("aurora", {"r": 3, "activation": "leaky_relu", "init_A": "xavier"}),
     Case("aurora", {"r": 3, "activation": "sigmoid", "grid_size": 3, "spline_order": 2, "grid_limit": 2.0}),
+    Case("moslora", {"r": 3, "mixer_init": "orthogonal"}),
 ]
 CASES = [*MAIN, *VARIANTS]
 # the main cases of this package's own methods
 OURS = [case for case in MAIN if case.entry.provided_by == "curvelora"]
 
-# Methods of the registry that put no layer into the model; they have tests of their own.
-WITHOUT_LAYERS = {"linear_probing"}
+# Methods of the registry that put no layer into the model, or rewrite the base under it; they have tests of their own.
+APART = {"linear_probing", "pissa_rewritten_base"}

@@ -6,6 +6,7 @@ LLAMA2 = {"vocab_size": 32000}
 # name -> (transformers config class, its values, targets)
 QV_LLAMA = ["q_proj", "v_proj"]
 FIVE_LLAMA = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
+SEVEN_LLAMA = [*FIVE_LLAMA, "o_proj", "gate_proj"]
 MODELS = {
     "llama2-7b": (
         "LlamaConfig",
@@ -48,6 +49,8 @@ TARGETS = {"llama": QV_LLAMA, "roberta": ["query", "value"], "vit": ["q_proj", "
 # (model, method, options, entries that train)
 PUBLISHED = [
     *(("llama3-8b", "lora", {"r": r, "target_modules": FIVE_LLAMA}, 1_769_472 * r) for r in (2, 4, 8, 16, 32)),
+    ("llama3-8b", "moslora", {"r": 2, "target_modules": FIVE_LLAMA}, 3_539_584),
+    ("llama3-8b", "pissa", {"r": 32, "target_modules": SEVEN_LLAMA}, 83_886_080),
     ("llama3-8b", "aurora", {"r": 2, "target_modules": FIVE_LLAMA}, 3_542_144),
     *(("llama3-8b", "ranlora", {"r": r, "target_modules": FIVE_LLAMA}, 1_769_632 * r) for r in (2, 4, 8, 16)),
     ("llama2-7b", "loran", {"r": 64}, 33_554_432),

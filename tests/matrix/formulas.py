@@ -85,10 +85,24 @@ def aurora(t: Tensors, config: Any, x: Tensor) -> Tensor:
     return s * sigma(x @ t["A"].T) @ t["B"].T
 
 
+def moslora(t: Tensors, config: Any, x: Tensor) -> Tensor:
+    """s B M A x."""
+    return config.alpha / config.r * x @ (t["B"] @ t["M"] @ t["A"]).T
+
+
+def from_factors(t: Tensors, config: Any, x: Tensor) -> Tensor:
+    """s B A x - B0 A0 x."""
+    return config.alpha / config.r * x @ (t["B"] @ t["A"]).T - x @ (t["B0"] @ t["A0"]).T
+
+
 FORMULAS: dict[str, Callable[[Tensors, Any, Tensor], Tensor]] = {
     "lora": lora,
     "qlora": lora,
     "loran": loran,
     "ranlora": ranlora,
     "aurora": aurora,
+    "moslora": moslora,
+    "pissa": from_factors,
+    "milora": from_factors,
+    "olora": from_factors,
 }

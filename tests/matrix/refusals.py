@@ -71,13 +71,13 @@ RANK_ABOVE_LAYER = Refusal(
     "is above min\\(d_in, d_out\\)",
 )
 QUANTISED_WITHOUT_WEIGHT = Refusal(
-    "RanLoRA (init R, P) on a base that exists only quantised",
-    "its factors come from the unquantised weight; `svd_source: dequantised` allows the other",
+    "PiSSA, MiLoRA, OLoRA, RanLoRA (init R, P) on a base that exists only quantised",
+    "their factors come from the unquantised weight; `svd_source: dequantised` allows the other",
     "is quantised, and its factors come from the unquantised weight.*svd_source: dequantised",
 )
 UNREADABLE_WEIGHT = Refusal(
-    "RanLoRA (init R, P) on a base whose quantiser cannot be read back (GPTQ, AWQ and others that PEFT only runs forward)",
-    "its factors come from the weight, and there is none to take or to compare with; init K and the other methods work",
+    "the same on a base whose quantiser cannot be read back (GPTQ, AWQ and others that PEFT only runs forward)",
+    "their factors come from the weight, and there is none to take or to compare with; init K and the other methods work",
     "is quantised with .*cannot be read back",
 )
 FORWARD_ONLY = Refusal(
@@ -91,8 +91,8 @@ REORDERED = Refusal(
     "stores its 4-bit weight in another order",
 )
 WEIGHT_WITH_ANOTHER = Refusal(
-    "RanLoRA (init R, P) while another adapter is merged",
-    "its factors would be those of the changed weight; `unmerge_adapter()` first",
+    "PiSSA, MiLoRA, OLoRA, RanLoRA (init R, P) while another adapter is merged",
+    "their factors would be those of the changed weight; `unmerge_adapter()` first",
     "adapters are merged into it.*unmerge_adapter",
 )
 REFUSALS = [

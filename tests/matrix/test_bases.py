@@ -194,7 +194,7 @@ class Packed(nn.Module):
 def test_forward_only(case, name, monkeypatch, refused):
     backend = ForwardOnlyQuantizationBackend("gptq")
     monkeypatch.setattr("curvelora.layers.adapter_layer.resolve_quantization_backend", lambda base: backend)
-    if getattr(case.config(), "init", "K") != "K":
+    if getattr(case.config(), "needs_unquantised_weight", False):
         for source in ("unquantised", "dequantised"):
             with refused(UNREADABLE_WEIGHT):
                 one_layer(case, Packed(name), svd_source=source)

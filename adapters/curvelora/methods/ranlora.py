@@ -11,24 +11,21 @@ Not the base model at the start (except with K): phi bends what the factors carr
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from curvelora.activations import Activation, canonical_name
 from curvelora.errors import UserError
-from curvelora.layers.base_weight import device_of_weight
-from curvelora.layers.bottleneck import BottleneckLayer
-from curvelora.layers.initial import SOURCES, initial_weight, kaiming_A, zero_B
+from curvelora.layers.decomposed import DecomposedConfig, DecomposedLayer, balanced_factors
+from curvelora.layers.initial import kaiming_A, zero_B
 from curvelora.merging import Merge
 from curvelora.method import Method
 from curvelora.peft_registration import extend_peft_type
-from curvelora.svd import singular_triplets
-from curvelora.tuner import AdapterModel, LowRankConfig, check_choice, check_switch
+from curvelora.tuner import AdapterModel, check_choice, check_switch
 
 ACTIVATIONS = ("gelu", "relu", "tanh", "identity")
 ENDS = {"R": "last", "P": "first"}
@@ -38,7 +35,7 @@ V_INITS = ("ones", "zeros")
 
 
 @dataclass
-class RanloraConfig(LowRankConfig):
+class RanloraConfig(DecomposedConfig):
     """Config of RanLoRA; the defaults are the published ones where the paper has them (r 2, alpha 2 r, dropout 0.05, GELU, R).
 
     Args:
@@ -51,10 +48,7 @@ class RanloraConfig(LowRankConfig):
             paper's equation is printed.
         factor_scaling: "sqrt" for factors whose product is the removed part, the paper's; "divided" for that divided by s, so
             that the linear part of the adapter is the removed part (as PiSSA does).
-        svd_source: "unquantised" takes the singular vectors from the layer's own weight or, on a quantised base, from the
-            checkpoint that it was loaded from; "dequantised" allows those of the dequantised weight, whose last ones have little
-            to do with the weight's own (docs/methods.md has a figure).
-        factors_stored: written by saving: the tensors come from the file beside the config, and nothing is computed.
+        svd_source, factors_stored: see `DecomposedConfig`.
 
     Raises:
         UserError: an unknown choice or a value out of its range.
@@ -71,8 +65,6 @@ class RanloraConfig(LowRankConfig):
         default="outside", metadata={"help": "outside: s B phi(A x); inside: B phi(s A x); none"}
     )
     factor_scaling: str = field(default="sqrt", metadata={"help": "sqrt: B A is the removed part; divided: s B A is"})
-    svd_source: str = field(default="unquantised", metadata={"help": "unquantised, or dequantised to allow that"})
-    factors_stored: bool = field(default=False, metadata={"help": "set by saving: the factors are in the file"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -81,11 +73,9 @@ class RanloraConfig(LowRankConfig):
         self.init = str(self.init).upper()
         check_choice("init", self.init, ("R", "P", "K"))
         check_switch("use_v", self.use_v)
-        check_switch("factors_stored", self.factors_stored)
         check_choice("v_init", self.v_init, V_INITS)
         check_choice("scale_position", self.scale_position, SCALE_POSITIONS)
         check_choice("factor_scaling", self.factor_scaling, FACTOR_SCALINGS)
-        check_choice("svd_source", self.svd_source, SOURCES)
         if self.init == "K" and self.use_v and self.v_init == "zeros":
             raise UserError("init K has B = 0, and with v_init zeros nothing would ever train: write v_init: ones")
 
@@ -114,14 +104,8 @@ class RanloraConfig(LowRankConfig):
         one = self.scale == 1 and (self.scale_position == "none" or not (self.rank_pattern or self.alpha_pattern))
         return self.init == "K" or (linear and (self.factor_scaling == "divided" or one))
 
-    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """As PEFT does it; the file says that the factors lie beside it, so loading computes no singular vectors."""
-        stored = copy.copy(self)
-        stored.factors_stored = True
-        super(RanloraConfig, stored).save_pretrained(save_directory, **kwargs)
 
-
-class RanloraLayer(BottleneckLayer):
+class RanloraLayer(DecomposedLayer):
     """A linear layer with RanLoRA adapters."""
 
     adapter_layer_names = ("ranlora_A", "ranlora_B", "ranlora_v")
@@ -143,21 +127,9 @@ class RanloraLayer(BottleneckLayer):
             {"ranlora_A0": A0, "ranlora_B0": B0},
         )
 
-    def removed_factors(self, config: RanloraConfig, model: nn.Module | None) -> tuple[Tensor, Tensor]:
-        """(A0, B0) = (S^1/2 V^T, U S^1/2) of the first or last r singular triplets; fp32, rounded once from fp64."""
-        shapes = (config.r, self.in_features), (self.out_features, config.r)
-        device = device_of_weight(self.get_base_layer())
-        if device.type == "meta":
-            return tuple(torch.empty(shape, device=device) for shape in shapes)
-        if config.factors_stored:  # NaN, so that a tensor that no file fills cannot go unseen
-            return tuple(torch.full(shape, math.nan, device=device) for shape in shapes)
-        weight = initial_weight(self, config.svd_source, model, config.revision)
-        try:
-            found = singular_triplets(weight, config.r, ENDS[config.init])
-        except ValueError as error:
-            raise UserError(f"module {self.name!r} has no singular triplets to start from: {error}") from error
-        root = found.S.sqrt()
-        return (root[:, None] * found.V.T).float(), (found.U * root).float()
+    def decompose(self, config: RanloraConfig, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """(S^1/2 V^T, U S^1/2) of the first or last r singular triplets."""
+        return balanced_factors(weight, config.r, ENDS[config.init])
 
     def bottleneck(self, adapter: str, z: Tensor) -> Tensor:
         """s v * phi(z), or v * phi(s z)."""

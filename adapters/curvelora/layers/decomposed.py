@@ -1,0 +1,118 @@
+"""Adapters that start from factors of the weight itself: h = W0 x - C x + B m(A drop(x)), C = B0 A0 what the init took out.
+
+PiSSA (arXiv 2404.02948), MiLoRA (arXiv 2406.09044), OLoRA (arXiv 2406.01775) and RanLoRA (ACL Findings 2026.852) rewrite the base
+weight as W0 - C. Here W0 stays, and C is stored with the adapter by its two factors (see `bottleneck`). In full precision that is
+the same function. On a quantised base it is not: quantising W0 - C instead of W0 leaves a smaller error where C holds the large
+singular values (QPiSSA), which this form gives up.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from abc import abstractmethod
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from curvelora.errors import UserError
+from curvelora.layers.base_weight import device_of_weight
+from curvelora.layers.bottleneck import BottleneckLayer
+from curvelora.layers.initial import SOURCES, initial_weight
+from curvelora.svd import singular_triplets
+from curvelora.tuner import LowRankConfig, check_choice, check_switch
+
+
+@dataclass
+class DecomposedConfig(LowRankConfig):
+    """What every method has that takes factors of the weight.
+
+    Args:
+        svd_source: "unquantised" takes the factors from the layer's own weight or, on a quantised base, from the checkpoint
+            that it was loaded from; "dequantised" allows those of the dequantised weight, whose last singular vectors have
+            little to do with the weight's own (docs/methods.md has a figure).
+        factors_stored: written by saving: the tensors come from the file beside the config, and nothing is computed.
+
+    Raises:
+        UserError: an unknown choice or a value out of its range.
+    """
+
+    svd_source: str = field(default="unquantised", metadata={"help": "unquantised, or dequantised to allow that"})
+    factors_stored: bool = field(default=False, metadata={"help": "set by saving: the factors are in the file"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_switch("factors_stored", self.factors_stored)
+        check_choice("svd_source", self.svd_source, SOURCES)
+
+    @property
+    def needs_unquantised_weight(self) -> bool:
+        return self.svd_source == "unquantised" and not self.factors_stored
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """As PEFT does it; the file says that the factors lie beside it, so loading decomposes nothing."""
+        stored = copy.copy(self)
+        stored.factors_stored = True
+        super(DecomposedConfig, stored).save_pretrained(save_directory, **kwargs)
+
+
+class DecomposedLayer(BottleneckLayer):
+    """A linear layer with such adapters. A subclass names its tensors as for `BottleneckLayer`, and says how it decomposes."""
+
+    scale_split: tuple[float, float] = (0.5, 0.5)
+    """A = A0 / s^a and B = B0 / s^b: how the scale is taken out of the factors; a + b = 1 makes s BA what was removed."""
+
+    @abstractmethod
+    def decompose(self, config: DecomposedConfig, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """(A0, B0), of shapes (r, d_in) and (d_out, r), of `weight` (d_out, d_in): what is removed is B0 A0. Any floating dtype.
+
+        Raises:
+            ValueError: it cannot be done.
+        """
+
+    def create_parameters(self, adapter: str, config: DecomposedConfig, model: nn.Module | None) -> None:
+        """A (r, d_in), B (d_out, r), and frozen A0, B0 of the same shapes."""
+        A0, B0 = self.removed_factors(config, model)
+        a, b = (config.scale**power for power in self.scale_split)
+        tensors = dict(zip(self.adapter_layer_names[:2], (A0 / a, B0 / b), strict=True))
+        self.set_tensors(adapter, tensors, dict(zip(self.removed_names, (A0, B0), strict=True)))
+
+    def bottleneck(self, adapter: str, z: Tensor) -> Tensor:
+        """s z: linear."""
+        return self.configs[adapter].scale * z
+
+    @torch.no_grad()
+    def removed_factors(self, config: DecomposedConfig, model: nn.Module | None) -> tuple[Tensor, Tensor]:
+        """(A0, B0) in fp32, rounded once, on the layer's device.
+
+        Raises:
+            UserError: there is no weight to start from, or it cannot be decomposed.
+        """
+        shapes = (config.r, self.in_features), (self.out_features, config.r)
+        device = device_of_weight(self.get_base_layer())
+        if device.type == "meta":
+            return tuple(torch.empty(shape, device=device) for shape in shapes)
+        if config.factors_stored:  # NaN, so that a tensor that no file fills cannot go unseen
+            return tuple(torch.full(shape, math.nan, device=device) for shape in shapes)
+        weight = initial_weight(self, config.svd_source, model, config.revision)
+        try:
+            A0, B0 = self.decompose(config, weight)
+        except ValueError as error:
+            raise UserError(f"module {self.name!r} has no factors to start from: {error}") from error
+        return A0.float(), B0.float()
+
+
+def balanced_factors(weight: Tensor, r: int, end: str) -> tuple[Tensor, Tensor]:
+    """(S^1/2 V^T, U S^1/2) of the first or last r singular triplets of `weight` (d_out, d_in), in fp64.
+
+    Args:
+        end: "first" or "last".
+
+    Raises:
+        ValueError: as `singular_triplets`.
+    """
+    found = singular_triplets(weight, r, end)
+    root = found.S.sqrt()
+    return root[:, None] * found.V.T, found.U * root
