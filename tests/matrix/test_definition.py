@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from cases import CASES, MAIN, APART, Case
+from cases import APART, CASES, MAIN, Case
 from counts import MODELS, PUBLISHED, TARGETS
 from formulas import FORMULAS
 from models import adapted_layers, llama, logits, relative, tensors_of, train_a_little, trainable
