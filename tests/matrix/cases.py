@@ -49,6 +49,7 @@ MAIN = [
     Case("loran", {"r": 4, "alpha": 8, "amplitude": 2e-2}),
     Case("ranlora", {"r": 4, "alpha": 8}),
     Case("aurora", {"r": 4, "alpha": 8}),
+    Case("neat", {"r": 4, "alpha": 8}),
     Case("moslora", {"r": 4, "alpha": 8}),
     Case("pissa", {"r": 4, "alpha": 8}),
     Case("milora", {"r": 4, "alpha": 8}),
@@ -84,6 +85,8 @@ VARIANTS = [
     Case("aurora", {"r": 3, "activation": "leaky_relu", "init_A": "xavier"}),
     Case("aurora", {"r": 3, "activation": "sigmoid", "grid_size": 3, "spline_order": 2, "grid_limit": 2.0}),
     Case("moslora", {"r": 3, "mixer_init": "orthogonal"}),
+    Case("neat", {"r": 3, "depth": 2}),
+    Case("neat", {"r": 3, "depth": 1, "activation": "tanh", "alpha": "r"}),
 ]
 CASES = [*MAIN, *VARIANTS]
 # the main cases of this package's own methods

@@ -90,6 +90,18 @@ def moslora(t: Tensors, config: Any, x: Tensor) -> Tensor:
     return config.alpha / config.r * x @ (t["B"] @ t["M"] @ t["A"]).T
 
 
+def neat(t: Tensors, config: Any, x: Tensor) -> Tensor:
+    """s dW x with dW^T = f(W0^T T1) T2, and between the two encoders and decoders with skips from first to last."""
+    f, s = F[config.activation], 1.0 if config.alpha == "r" else config.alpha / config.r
+    z, before = f(t["W0"].T @ t["A"].T), []
+    for E in t.get("E", []):
+        before.append(z)
+        z = f(z @ E.T)
+    for D in t.get("D", []):
+        z = f(z @ D.T) + before.pop()
+    return s * x @ (z @ t["B"].T)
+
+
 def from_factors(t: Tensors, config: Any, x: Tensor) -> Tensor:
     """s B A x - B0 A0 x."""
     return config.alpha / config.r * x @ (t["B"] @ t["A"]).T - x @ (t["B0"] @ t["A0"]).T
@@ -101,6 +113,7 @@ FORMULAS: dict[str, Callable[[Tensors, Any, Tensor], Tensor]] = {
     "loran": loran,
     "ranlora": ranlora,
     "aurora": aurora,
+    "neat": neat,
     "moslora": moslora,
     "pissa": from_factors,
     "milora": from_factors,

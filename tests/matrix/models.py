@@ -8,6 +8,7 @@ import torch
 import transformers as tf
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 IDS = torch.randint(1, 96, (2, 7), generator=torch.Generator().manual_seed(1))
 PIXELS = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
@@ -104,6 +105,14 @@ def tensors_of(layer: nn.Module, adapter: str = "default") -> dict[str, Tensor]:
     named = [*layer.named_parameters(), *layer.named_buffers()]
     own = [(name.split("."), tensor) for name, tensor in named if not name.startswith("base_layer.")]
     return {parts[0].partition("_")[2]: tensor for parts, tensor in own if adapter in parts}
+
+
+def with_weight(layer: nn.Module) -> dict[str, Tensor]:
+    """`tensors_of` the layer, and W0 (d_out, d_in) of its base where that is stored plainly."""
+    base = layer.get_base_layer()
+    weight = getattr(base, "weight", None)
+    plain = type(base).__name__ in ("Linear", "Conv1D")
+    return tensors_of(layer) | ({"W0": weight.detach().T if type(base) is Conv1D else weight.detach()} if plain else {})
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:

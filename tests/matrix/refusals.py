@@ -76,8 +76,9 @@ QUANTISED_WITHOUT_WEIGHT = Refusal(
     "is quantised, and its factors come from the unquantised weight.*svd_source: dequantised",
 )
 UNREADABLE_WEIGHT = Refusal(
-    "the same on a base whose quantiser cannot be read back (GPTQ, AWQ and others that PEFT only runs forward)",
-    "their factors come from the weight, and there is none to take or to compare with; init K and the other methods work",
+    "the same, and NEAT, on a base whose quantiser cannot be read back (GPTQ, AWQ and others that PEFT only runs forward)",
+    "their factors come from the weight (NEAT's in every pass), and there is none to take or compare with; init K and the other "
+    "methods work",
     "is quantised with .*cannot be read back",
 )
 FORWARD_ONLY = Refusal(

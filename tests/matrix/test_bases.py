@@ -9,7 +9,18 @@ import torch
 from accelerate import cpu_offload
 from cases import MAIN, OURS, Case
 from formulas import FORMULAS
-from models import STORAGE, adapted_layers, gpt2, llama, logits, relative, tensors_of, train_a_little, trainable
+from models import (
+    STORAGE,
+    adapted_layers,
+    gpt2,
+    llama,
+    logits,
+    relative,
+    tensors_of,
+    train_a_little,
+    trainable,
+    with_weight,
+)
 from peft import PeftModel, get_peft_model
 from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend
 from refusals import FORWARD_ONLY, REORDERED, UNREADABLE_WEIGHT, merge_refusal
@@ -95,7 +106,7 @@ def test_shapes(case, shape):
         x = torch.randn(*leading, d_in, generator=generator, dtype=torch.float64)
         y = layer(x)
         assert y.shape == (*leading, d_out)
-        wanted = layer.base_layer(x) + FORMULAS[case.method](tensors_of(layer), case.config(r=1), x)
+        wanted = layer.base_layer(x) + FORMULAS[case.method](with_weight(layer), case.config(r=1), x)
         torch.testing.assert_close(y, wanted)
 
 
@@ -107,7 +118,7 @@ def test_conv1d(case, ids, device):
     nn.init.normal_(conv.weight)
     layer = one_layer(case, conv).double()
     x = torch.randn(3, 37, dtype=torch.float64)
-    wanted = x @ conv.weight + conv.bias + FORMULAS[case.method](tensors_of(layer), case.config(), x)
+    wanted = x @ conv.weight + conv.bias + FORMULAS[case.method](with_weight(layer), case.config(), x)
     torch.testing.assert_close(layer(x), wanted)
 
     model = train_a_little(get_peft_model(gpt2(), case.config(target_modules=["c_attn", "c_fc"])).to(device))
@@ -194,14 +205,15 @@ class Packed(nn.Module):
 def test_forward_only(case, name, monkeypatch, refused):
     backend = ForwardOnlyQuantizationBackend("gptq")
     monkeypatch.setattr("curvelora.layers.adapter_layer.resolve_quantization_backend", lambda base: backend)
-    if getattr(case.config(), "needs_unquantised_weight", False):
-        for source in ("unquantised", "dequantised"):
+    sources = [{"svd_source": name} for name in ("unquantised", "dequantised")]
+    if getattr(case.config(), "needs_unquantised_weight", False) or case.method == "neat":
+        for options in sources if case.method != "neat" else [{}]:
             with refused(UNREADABLE_WEIGHT):
-                one_layer(case, Packed(name), svd_source=source)
+                one_layer(case, Packed(name), **options)
         return
     layer = one_layer(case, Packed(name)).double()
     x = torch.randn(3, 32, dtype=torch.float64)
-    torch.testing.assert_close(layer(x), x[:, :16] + FORMULAS[case.method](tensors_of(layer), case.config(), x))
+    torch.testing.assert_close(layer(x), x[:, :16] + FORMULAS[case.method](with_weight(layer), case.config(), x))
     with refused(merge_refusal(case) or FORWARD_ONLY):
         layer.merge()
 

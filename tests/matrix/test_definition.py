@@ -8,7 +8,7 @@ import transformers
 from cases import APART, CASES, MAIN, Case
 from counts import MODELS, PUBLISHED, TARGETS
 from formulas import FORMULAS
-from models import adapted_layers, llama, logits, relative, tensors_of, train_a_little, trainable
+from models import adapted_layers, llama, logits, relative, tensors_of, train_a_little, trainable, with_weight
 from peft import get_peft_model
 from torch import nn
 
@@ -37,8 +37,9 @@ def through_the_layer(layer: nn.Module, x: torch.Tensor, grad: torch.Tensor) -> 
 
 def through_the_formula(case: Case, layer: nn.Module, x: torch.Tensor, grad: torch.Tensor) -> dict[str, torch.Tensor]:
     """The same from the formula, by plain autograd in fp64."""
-    tensors = {n: t.detach().double() for n, t in tensors_of(layer).items()}
-    learning = {n: t.requires_grad_() for n, t in tensors.items() if tensors_of(layer)[n].requires_grad}
+    own = with_weight(layer)
+    tensors = {n: t.detach().double() for n, t in own.items()}
+    learning = {n: t.requires_grad_() for n, t in tensors.items() if own[n].requires_grad}
     x = x.detach().double().requires_grad_()
     added = FORMULAS[case.method](tensors, case.config(), x)
     added.backward(grad.double())
