@@ -152,6 +152,14 @@ def test_numbers_in_the_lab_s_prose_are_those_of_its_files(root: Path) -> None:
     assert f"at 100 it is {means[100]:.3f}, at 1,000 {means[1000]:.3f}, at 10,000 {means[10000]:.3f}" in text
 
 
+def test_the_price_of_an_untouched_base_is_that_of_its_file(root: Path) -> None:
+    text = " ".join((root / "docs/methods.md").read_text(encoding="utf-8").split())
+    ratio = json.loads((root / "docs/results/residual_quantisation.json").read_text(encoding="utf-8"))["ratio"]
+    pissa, milora, olora = ([f"{ratio[name][r]:.2f}" for r in ("16", "64")] for name in ("pissa", "milora", "olora"))
+    assert f"is {pissa[0]} (r = 16) and {pissa[1]} (r = 64) of ours for PiSSA" in text
+    assert f"{olora[0]} and {olora[1]} for OLoRA, and {milora[0]} and {milora[1]} for MiLoRA" in text
+
+
 @pytest.mark.parametrize("page", ["README.md", "docs/sinter_lab.md"])
 def test_numbers_of_the_lab_are_those_of_its_files(root: Path, page: str) -> None:
     text = (root / page).read_text(encoding="utf-8")

@@ -1,6 +1,6 @@
 """What a quantised base costs PiSSA, MiLoRA and OLoRA in this project's form, beside the papers' rewritten base (QPiSSA).
 
-    python -m curvelora_training.bench.residual_quantisation --model .models/minilm --ranks 16,64 --out docs/results/residual_quantisation.json
+    python -m curvelora_training.bench.residual_quantisation --model .models/minilm --out docs/results/residual_quantisation.json
 
 For every linear weight W of a checkpoint, with C what the init removes: the error |Q(W) - W| of a base that is quantised as it
 is, and |Q(W - C) + C - W| of one that is rewritten before; Q is NF4 and back. The ratio is over all layers together (root of the
