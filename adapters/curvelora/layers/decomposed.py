@@ -61,9 +61,6 @@ class DecomposedConfig(LowRankConfig):
 class DecomposedLayer(BottleneckLayer):
     """A linear layer with such adapters. A subclass names its tensors as for `BottleneckLayer`, and says how it decomposes."""
 
-    scale_split: tuple[float, float] = (0.5, 0.5)
-    """A = A0 / s^a and B = B0 / s^b: how the scale is taken out of the factors; a + b = 1 makes s BA what was removed."""
-
     @abstractmethod
     def decompose(self, config: DecomposedConfig, weight: Tensor) -> tuple[Tensor, Tensor]:
         """(A0, B0), of shapes (r, d_in) and (d_out, r), of `weight` (d_out, d_in): what is removed is B0 A0. Any floating dtype.
@@ -72,10 +69,13 @@ class DecomposedLayer(BottleneckLayer):
             ValueError: it cannot be done.
         """
 
+    def divisors(self, config: DecomposedConfig) -> tuple[float, float]:
+        """(a, b) of the start A = A0 / a, B = B0 / b; a b = s makes s BA what was removed."""
+        return math.sqrt(config.scale), math.sqrt(config.scale)
+
     def create_parameters(self, adapter: str, config: DecomposedConfig, model: nn.Module | None) -> None:
         """A (r, d_in), B (d_out, r), and frozen A0, B0 of the same shapes."""
-        A0, B0 = self.removed_factors(config, model)
-        a, b = (config.scale**power for power in self.scale_split)
+        (A0, B0), (a, b) = self.removed_factors(config, model), self.divisors(config)
         tensors = dict(zip(self.adapter_layer_names[:2], (A0 / a, B0 / b), strict=True))
         self.set_tensors(adapter, tensors, dict(zip(self.removed_names, (A0, B0), strict=True)))
 

@@ -38,7 +38,10 @@ class OloraLayer(DecomposedLayer):
 
     adapter_layer_names = ("olora_A", "olora_B")
     removed_names = ("olora_A0", "olora_B0")
-    scale_split = (1.0, 0.0)
+
+    def divisors(self, config: OloraConfig) -> tuple[float, float]:
+        """Q stays orthonormal: s is taken out of A alone."""
+        return config.scale, 1.0
 
     def decompose(self, config: OloraConfig, weight: Tensor) -> tuple[Tensor, Tensor]:
         """(s R[:r], Q[:, :r]) in fp64."""

@@ -11,7 +11,6 @@ Not the base model at the start (except with K): phi bends what the factors carr
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -113,19 +112,18 @@ class RanloraLayer(DecomposedLayer):
 
     def create_parameters(self, adapter: str, config: RanloraConfig, model: nn.Module | None) -> None:
         """A (r, d_in), B (d_out, r), v (r,), and frozen A0, B0 of the same shapes where the init removes something."""
-        v = torch.ones(config.r) if config.v_init == "ones" else torch.zeros(config.r)
-        vector = {"ranlora_v": v} if config.use_v else {}
+        if config.use_v:
+            v = torch.ones(config.r) if config.v_init == "ones" else torch.zeros(config.r)
+            self.set_tensors(adapter, {"ranlora_v": v})
         if config.init == "K":
             A, B = kaiming_A(config.r, self.in_features), zero_B(self.out_features, config.r)
-            self.set_tensors(adapter, {"ranlora_A": A, "ranlora_B": B, **vector})
-            return
-        A0, B0 = self.removed_factors(config, model)
-        divisor = math.sqrt(config.scale) if config.factor_scaling == "divided" else 1.0
-        self.set_tensors(
-            adapter,
-            {"ranlora_A": A0 / divisor, "ranlora_B": B0 / divisor, **vector},
-            {"ranlora_A0": A0, "ranlora_B0": B0},
-        )
+            self.set_tensors(adapter, {"ranlora_A": A, "ranlora_B": B})
+        else:
+            super().create_parameters(adapter, config, model)
+
+    def divisors(self, config: RanloraConfig) -> tuple[float, float]:
+        """1, the paper's, or what makes the linear part of the adapter what was removed."""
+        return super().divisors(config) if config.factor_scaling == "divided" else (1.0, 1.0)
 
     def decompose(self, config: RanloraConfig, weight: Tensor) -> tuple[Tensor, Tensor]:
         """(S^1/2 V^T, U S^1/2) of the first or last r singular triplets."""

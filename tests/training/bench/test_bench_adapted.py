@@ -27,8 +27,8 @@ from curvelora_training.bench.full import FullLinear
 from curvelora_training.bench.trial import Optimisation, Trial
 
 CPU = torch.device("cpu")
-ADAPTERS = ["qlora", "loran:identity", "loran:sinter", "ranlora", "aurora"]
-KAIMING = ["qlora", "lora", "loran:identity", "loran:sinter", "aurora", "loran:sinter@fp32"]
+ADAPTERS = ["qlora", "loran:identity", "loran:sinter", "ranlora", "aurora", "neat", "moslora", "pissa", "olora"]
+KAIMING = ["qlora", "lora", "loran:identity", "loran:sinter", "aurora", "moslora", "loran:sinter@fp32"]
 
 
 def storages(model: torch.nn.Module) -> dict[str, int]:

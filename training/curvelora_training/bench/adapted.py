@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from curvelora.errors import UserError
 from curvelora.layers.adapter_layer import AdapterLayer
-from curvelora.layers.bottleneck import BottleneckLayer
+from curvelora.layers.decomposed import DecomposedLayer
 from curvelora.registry import METHODS
 from curvelora_eval.lab.updates import PEFT_PREFIX, adapted_layers, factors
 from curvelora_training.bench.arms import FULL, Arm
@@ -135,8 +135,10 @@ def _draw_factors(model: PeftModel, arm: Arm, seed: int, random: bool) -> None:
     for name, layer in adapted_layers(model).items():
         A, B = factors(layer)
         draw = _generator(A, seed, name)
-        removed = layer.removed("default") if isinstance(layer, BottleneckLayer) else None
+        removed = layer.removed("default") if isinstance(layer, DecomposedLayer) else None
         if removed is None and kaiming:
+            if isinstance(layer, AdapterLayer):  # of NEAT, A is computed from what is drawn
+                A = getattr(layer, layer.adapter_layer_names[0])["default"].detach()
             bound = A.shape[1] ** -0.5
             A.data.uniform_(-bound, bound, generator=draw)
         elif removed is not None and random:
@@ -144,8 +146,9 @@ def _draw_factors(model: PeftModel, arm: Arm, seed: int, random: bool) -> None:
             A0, B0 = removed
             for tensor in (A0, B0):
                 tensor.data.normal_(std=REMOVED_STD**0.5 / A.shape[0] ** 0.25, generator=draw)
-            A.data.copy_(A0)
-            B.data.copy_(B0)
+            a, b = layer.divisors(config)
+            A.data.copy_(A0 / a)
+            B.data.copy_(B0 / b)
 
 
 @torch.no_grad()
@@ -157,7 +160,7 @@ def set_update_std(model: nn.Module, std: float, seed: int = 0) -> float | None:
     for name, layer in adapted_layers(model).items():
         if (pair := factors(layer)) is not None:
             A, B = pair
-            size = std / (A.shape[0] ** 0.5 * A.float().std().item())
+            size = std / (A.shape[0] ** 0.5 * A.float().square().mean().sqrt().item())
             B.data.normal_(std=size, generator=_generator(B, seed, name))
     return update_std_of(model)
 

@@ -27,6 +27,7 @@ LORAN_VARIANTS: dict[str, tuple[dict[str, Any], str]] = {
 }
 FULL = "full"
 PLAIN = {"lora": "LoRA", "qlora": "QLoRA", "loran": "LoRAN Sinter (a = 5e-5)", "ranlora": "RanLoRA", "aurora": "AuroRA"}
+PLAIN |= {"neat": "NEAT", "moslora": "MoSLoRA", "pissa": "PiSSA", "milora": "MiLoRA", "olora": "OLoRA"}
 DEFAULT_ARMS = "qlora,loran:identity,loran:sinter,loran:sinter-large,ranlora,aurora"
 FP32 = "@fp32"
 
@@ -99,7 +100,8 @@ def named_arm(text: str) -> Arm:
     tail = " in fp32" if fp32 else ""
     if method == FULL and not colon:
         return Arm(text, f"full fine-tuning of these layers{tail}", FULL, {}, fp32)
-    known = [m for m in METHODS if m != "linear_probing"]
+    # of PEFT's own methods those whose update is s B A on an untouched base
+    known = [name for name, m in METHODS.items() if m.provided_by == "curvelora" or name in ("lora", "qlora", "rslora")]
     if method not in known:
         raise UserError(f"unknown arm {text!r}{nearest(method, [*known, FULL])} (methods: {', '.join([*known, FULL])})")
     if not colon:

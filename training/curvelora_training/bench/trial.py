@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from curvelora.precision import exact_products
+from curvelora.registry import METHODS
 from curvelora_eval.tasks.base import compute_context
 from curvelora_training.bench.adapted import arm_tensors
 from curvelora_training.bench.devices import Device
@@ -291,7 +292,7 @@ def module_types(names: dict[str, Any], heads: list[str]) -> list[str]:
 
 def _is_factor(part: str) -> bool:
     """`lora_A`, `loran_B`, `aurora_spline`: a tensor inside an adapted layer, not the layer's own name."""
-    return part.split("_")[0] in ("lora", "loran", "ranlora", "aurora")
+    return part.split("_")[0] in METHODS
 
 
 def _is_head(name: str, heads: list[str]) -> bool:
