@@ -84,6 +84,7 @@ def test_every_command_of_the_readme_runs(root: Path, workplace: Path) -> None:
     assert (workplace / "runs/mine/evaluation.json").is_file()
     assert (workplace / "runs/mine-report/report.html").is_file()
     assert (workplace / "runs/mine-merged/merge.json").is_file()
+    assert (workplace / "runs/mine-as-lora/extract.json").is_file()
     assert (workplace / "runs/bench/layer.json").is_file() and (workplace / "runs/bench/step.json").is_file()
     page = (workplace / "runs/small-lab/report.html").read_text(encoding="utf-8")
     assert "small-sweep/sweep.json" in page

@@ -13,6 +13,11 @@ from curvelora.activations import Activation
 from curvelora.errors import UserError
 from curvelora.methods.aurora import AuroraConfig, AuroraModel
 from curvelora.methods.loran import LoranConfig, LoranModel
+from curvelora.methods.milora import MiloraConfig, MiloraModel
+from curvelora.methods.moslora import MosloraConfig, MosloraModel
+from curvelora.methods.neat import NeatConfig, NeatModel
+from curvelora.methods.olora import OloraConfig, OloraModel
+from curvelora.methods.pissa import PissaConfig, PissaModel
 from curvelora.methods.ranlora import RanloraConfig, RanloraModel
 from curvelora.registry import METHODS, get_method
 from curvelora.resolvability import Resolvability, measure_resolvability, model_resolvability
@@ -25,6 +30,16 @@ __all__ = [
     "AuroraModel",
     "LoranConfig",
     "LoranModel",
+    "MiloraConfig",
+    "MiloraModel",
+    "MosloraConfig",
+    "MosloraModel",
+    "NeatConfig",
+    "NeatModel",
+    "OloraConfig",
+    "OloraModel",
+    "PissaConfig",
+    "PissaModel",
     "RanloraConfig",
     "RanloraModel",
     "Resolvability",
