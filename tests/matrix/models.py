@@ -8,6 +8,7 @@ import torch
 import transformers as tf
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 IDS = torch.randint(1, 96, (2, 7), generator=torch.Generator().manual_seed(1))
 PIXELS = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
@@ -103,7 +104,16 @@ def tensors_of(layer: nn.Module, adapter: str = "default") -> dict[str, Tensor]:
     """The adapter's tensors in one layer, trainable and frozen, without the method's prefix: "A", "B", "A0", ..."""
     named = [*layer.named_parameters(), *layer.named_buffers()]
     own = [(name.split("."), tensor) for name, tensor in named if not name.startswith("base_layer.")]
-    return {parts[0].partition("_")[2]: tensor for parts, tensor in own if adapter in parts}
+    # a name without a prefix is bookkeeping: AdaLoRA's ranknum, which follows from the config and is not saved
+    return {parts[0].partition("_")[2]: tensor for parts, tensor in own if adapter in parts and "_" in parts[0]}
+
+
+def with_weight(layer: nn.Module) -> dict[str, Tensor]:
+    """`tensors_of` the layer, and W0 (d_out, d_in) of its base where that is stored plainly."""
+    base = layer.get_base_layer()
+    weight = getattr(base, "weight", None)
+    plain = type(base).__name__ in ("Linear", "Conv1D")
+    return tensors_of(layer) | ({"W0": weight.detach().T if type(base) is Conv1D else weight.detach()} if plain else {})
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
