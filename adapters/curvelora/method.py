@@ -41,6 +41,7 @@ class Method:
         only_options: the recipe options that mean something, where that is not every field of the config class.
         internal_options: fields of the config class that the code sets itself and no recipe may.
         required_quantization: the quantisation of the base that is part of the method's definition, or None.
+        bases: how the base may be stored, of "none" (unquantised), "nf4" and "int8".
         cost: cost class in words, beside LoRA.
         caveats: what a user must know, in plain sentences; at least one.
         check: raises `UserError` for values of a config that PEFT's own class accepts and no user means.
@@ -63,6 +64,7 @@ class Method:
     only_options: tuple[str, ...] | None = None
     internal_options: tuple[str, ...] = ()
     required_quantization: str | None = None
+    bases: tuple[str, ...] = ("none", "nf4", "int8")
     caveats: tuple[str, ...]
     check: Callable[[Any], None] = lambda config: None
 

@@ -18,8 +18,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the list or the explanation."""
-    from curvelora.registry import METHODS, get_method
+    from curvelora.registry import EXPLAINED, METHODS, get_method
 
+    if args.name in EXPLAINED and not args.json:
+        print("\n".join(textwrap.wrap(EXPLAINED[args.name] + ".", width=110)))
+        return 0
     chosen = [get_method(args.name)] if args.name else list(METHODS.values())
     described = [method.describe() for method in chosen]
     if args.json:

@@ -4,7 +4,23 @@ from __future__ import annotations
 
 from curvelora.errors import UserError, nearest
 from curvelora.method import Method
-from curvelora.methods import aurora, linear_probing, lora, loran, milora, moslora, neat, olora, pissa, ranlora
+from curvelora.methods import (
+    adalora,
+    aurora,
+    delora,
+    dora,
+    fourierft,
+    linear_probing,
+    lora,
+    loran,
+    milora,
+    moslora,
+    neat,
+    olora,
+    pissa,
+    ranlora,
+    rslora,
+)
 from curvelora.peft_registration import register
 
 METHODS: dict[str, Method] = {
@@ -21,8 +37,23 @@ METHODS: dict[str, Method] = {
         pissa.REWRITTEN_BASE,
         milora.METHOD,
         olora.METHOD,
+        dora.METHOD,
+        rslora.METHOD,
+        adalora.METHOD,
+        fourierft.METHOD,
+        delora.METHOD,
         linear_probing.METHOD,
     )
+}
+
+# Names that tables use and that no method here answers to -> what is meant, and what to take instead.
+EXPLAINED: dict[str, str] = {
+    "dora_dynamic": (
+        "dora_dynamic is DoRA by dynamic rank distribution (arXiv 2405.17357), which is not implemented here: it prunes "
+        "single-rank parts while training, and it is what AuroRA's and RanLoRA's tables refer to as DoRA; take dora for "
+        "weight decomposition (arXiv 2402.09353) and do not compare it with those rows, or adalora for another method that "
+        "distributes ranks"
+    ),
 }
 
 for _method in METHODS.values():
@@ -34,8 +65,10 @@ def get_method(name: str) -> Method:
     """Return the method registered under `name`.
 
     Raises:
-        UserError: there is none; the nearest name and the list are in the message.
+        UserError: there is none; the nearest name and the list are in the message, or what the name means elsewhere.
     """
+    if name in EXPLAINED:
+        raise UserError(EXPLAINED[name])
     if name not in METHODS:
         raise UserError(f"unknown method {name!r}{nearest(name, METHODS)} (known: {', '.join(METHODS)})")
     return METHODS[name]

@@ -47,8 +47,16 @@ def method_of(config: PeftConfig, storage: str = "none") -> Method | None:
     if getattr(config, "target_modules", None) == DUMMY_TARGET_MODULES:
         return METHODS["linear_probing"]
     method = METHODS.get(str(config.peft_type.value).lower())
+    if switched := next((m for m in METHODS.values() if _is_switched_to(m, config)), None):
+        return switched
     by_storage = (m for m in METHODS.values() if m.required_quantization == storage)  # QLoRA is LoRA on NF4
     return next((m for m in by_storage if method and m.config_class is method.config_class), method)
+
+
+def _is_switched_to(method: Method, config: PeftConfig) -> bool:
+    """Whether `method` is a config class with switches set, as DoRA is LoRA's with `use_dora`, and `config` has them set."""
+    switches = [name for name in method.internal_options if method.defaults.get(name) is True]
+    return isinstance(config, method.config_class) and bool(switches) and all(getattr(config, s) for s in switches)
 
 
 def check_mergeable(folder: Path, config: PeftConfig, approximate: bool) -> None:

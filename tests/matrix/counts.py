@@ -66,4 +66,5 @@ PUBLISHED = [
     ("vit-base", "aurora", {"r": 2}, 74_208),
     ("vit-large", "aurora", {"r": 2}, 197_568),
     ("vit-large", "lora", {"r": 16}, 1_572_864),
+    ("roberta-base", "fourierft", {"n_frequency": 1000}, 24_000),
 ]

@@ -2,7 +2,8 @@
 
     formula(tensors, config, x) -> what is added to W0 x + b,    x: (..., d_in) -> (..., d_out)
 
-`tensors` are those of one layer, fp64, under their names without the method's prefix: "A" (r, d_in), "B" (d_out, r), ...
+`tensors` are those of one layer, fp64, under their names without the method's prefix: "A" (r, d_in), "B" (d_out, r), ...,
+and W0 (d_out, d_in) where the base is not quantised.
 """
 
 from __future__ import annotations
@@ -107,6 +108,43 @@ def from_factors(t: Tensors, config: Any, x: Tensor) -> Tensor:
     return config.alpha / config.r * x @ (t["B"] @ t["A"]).T - x @ (t["B0"] @ t["A0"]).T
 
 
+def dora(t: Tensors, config: Any, x: Tensor) -> Tensor:
+    """m * (W0 + s BA) x / |W0 + s BA| - W0 x, with the norms of the rows as constants (section 4.3 of the paper)."""
+    s = config.lora_alpha / (config.r**0.5 if config.use_rslora else config.r)
+    changed = t["W0"] + s * t["B"] @ t["A"]
+    lengths = changed.square().sum(1).sqrt().detach()
+    return t["magnitude_vector"] / lengths * (x @ changed.T) - x @ t["W0"].T
+
+
+def adalora(t: Tensors, config: Any, x: Tensor) -> Tensor:
+    """s B diag(e) A x, with 1e-5 beside the rank as the authors have it."""
+    return config.lora_alpha / (config.init_r + 1e-5) * ((x @ t["A"].T) * t["E"].squeeze(1)) @ t["B"].T
+
+
+def fourierft(t: Tensors, config: Any, x: Tensor) -> Tensor:
+    """s Re(ifft2(F)) x, the transform written as its two sums; the positions are a draw that PEFT's seed defines."""
+    d_out, d_in = t["W0"].shape
+    draw = torch.randperm(d_out * d_in, generator=torch.Generator().manual_seed(config.random_loc_seed))
+    where = draw[: config.n_frequency]
+    F_ = torch.zeros(d_out * d_in, dtype=x.dtype, device=x.device).index_put((where.to(x.device),), t["spectrum"])
+
+    def waves(d: int) -> Tensor:  # exp(2 pi i j k / d), (d, d)
+        j = torch.arange(d, dtype=x.dtype, device=x.device)
+        angle = 2 * torch.pi * torch.outer(j, j) / d
+        return torch.complex(angle.cos(), angle.sin())
+
+    dW = (waves(d_out) @ F_.view(d_out, d_in).to(waves(1).dtype) @ waves(d_in)).real / (d_out * d_in)
+    return config.scaling * x @ dW.T
+
+
+def delora(t: Tensors, config: Any, x: Tensor) -> Tensor:
+    """(lambda / r) sum over k of b_k a_k^T (w_j x_j) / (|a_k| |b_k|), each norm at least 1e-4; w_j = |W0_j| rounded to fp32."""
+    torch.testing.assert_close(t["w_norm"], t["W0"].square().sum(0).sqrt().to(x.dtype), rtol=1e-6, atol=0)
+    z = x * t["w_norm"]
+    lengths = (t["A"].square().sum(1).sqrt().clamp(min=1e-4), t["B"].square().sum(0).sqrt().clamp(min=1e-4))
+    return t["lambda"] / config.r * (z @ t["A"].T / (lengths[0] * lengths[1])) @ t["B"].T
+
+
 FORMULAS: dict[str, Callable[[Tensors, Any, Tensor], Tensor]] = {
     "lora": lora,
     "qlora": lora,
@@ -118,4 +156,9 @@ FORMULAS: dict[str, Callable[[Tensors, Any, Tensor], Tensor]] = {
     "pissa": from_factors,
     "milora": from_factors,
     "olora": from_factors,
+    "rslora": lora,
+    "dora": dora,
+    "adalora": adalora,
+    "fourierft": fourierft,
+    "delora": delora,
 }

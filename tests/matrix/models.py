@@ -104,7 +104,8 @@ def tensors_of(layer: nn.Module, adapter: str = "default") -> dict[str, Tensor]:
     """The adapter's tensors in one layer, trainable and frozen, without the method's prefix: "A", "B", "A0", ..."""
     named = [*layer.named_parameters(), *layer.named_buffers()]
     own = [(name.split("."), tensor) for name, tensor in named if not name.startswith("base_layer.")]
-    return {parts[0].partition("_")[2]: tensor for parts, tensor in own if adapter in parts}
+    # a name without a prefix is bookkeeping: AdaLoRA's ranknum, which follows from the config and is not saved
+    return {parts[0].partition("_")[2]: tensor for parts, tensor in own if adapter in parts and "_" in parts[0]}
 
 
 def with_weight(layer: nn.Module) -> dict[str, Tensor]:

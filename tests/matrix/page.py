@@ -18,7 +18,7 @@ import pytest
 from cases import CASES, MAIN
 from refusals import REFUSALS
 
-METHODS = [case.method for case in MAIN]
+METHODS = list(dict.fromkeys(case.method for case in [*MAIN, *CASES]))
 HEAD = """# The matrix: what every method is held to
 
 Every registered method passes the same cells, PEFT's own LoRA and QLoRA too, which shows that the cells are fair. A number is how

@@ -40,6 +40,11 @@ MIXED_TRAINING = Refusal(
     "`adapter_names` chooses an adapter for each row at inference only, as PEFT has it for LoRA",
     "adapter_names.*(training mode|inference only)",
 )
+MIXED_DORA = Refusal(
+    "rows with adapters of their own with DoRA",
+    "PEFT has them for LoRA without DoRA's magnitudes",
+    "Cannot pass `adapter_names` when DoRA is enabled",
+)
 MIXED_NAMES = Refusal(
     "rows with an adapter that does not exist, or not one name a row",
     "a row without its adapter would silently be the base model's",
@@ -100,6 +105,7 @@ REFUSALS = [
     IMPOSSIBLE_MERGE,
     UNASKED_APPROXIMATION,
     MIXED_TRAINING,
+    MIXED_DORA,
     MIXED_NAMES,
     MIXED_MERGED,
     LAYERS_OF_A_PATTERN,

@@ -9,14 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import MAIN, OURS
+from cases import MAIN, OURS, those_with
 from models import STORAGE, bert, logits, t5, tensors_of, train_a_little, trainable
 from models import adapted_layers as layers_of
 from peft import PeftModel, get_peft_model
-from refusals import MIXED_NAMES, MIXED_TRAINING
+from refusals import MIXED_DORA, MIXED_NAMES, MIXED_TRAINING
 from safetensors.torch import load_file
 
 every_method = pytest.mark.parametrize("case", MAIN, ids=str)
+two_adapters = pytest.mark.parametrize("case", those_with("second"), ids=str)
+own_rows = pytest.mark.parametrize("case", those_with("rows"), ids=str)
+named_rows = pytest.mark.parametrize("case", those_with("refused rows"), ids=str)
 
 # What a user's script does; `import curvelora` is all that it needs from this project.
 ELSEWHERE = """
@@ -136,11 +139,11 @@ def test_put_on_again(case, base, ids):
     fresh = get_peft_model(base(case), case.config())
     assert torch.equal(logits(again, ids), logits(fresh, ids))
     shapes = [{n: p.shape for n, p in model.named_parameters() if ".default" in n} for model in (again, fresh)]
-    assert shapes[0] == shapes[1] and len(shapes[0]) >= 8
+    assert shapes[0] == shapes[1] and len(shapes[0]) >= 4 * case.tensors
 
 
 @pytest.mark.cell("lifecycle", "several adapters: add, switch, both at once, disable, delete")
-@every_method
+@two_adapters
 def test_several(case, two, adapted, base, ids):
     first = logits(two, ids)
     assert torch.equal(first, logits(adapted(case), ids))  # an added one waits until it is set
@@ -158,7 +161,8 @@ def test_several(case, two, adapted, base, ids):
     for names in (["default"], ["second"], ["default", "second"]):
         layer.set_adapter(names)
         parts.append(layer(x) - layer.base_layer(x))
-    torch.testing.assert_close(parts[0] + parts[1], parts[2], rtol=1e-4, atol=1e-5)
+    if case.has("sums"):
+        torch.testing.assert_close(parts[0] + parts[1], parts[2], rtol=1e-4, atol=1e-5)
     two.set_adapter("default")
     two.delete_adapter("second")
     assert not any("second" in name for name in two.state_dict()) and list(two.peft_config) == ["default"]
@@ -166,19 +170,25 @@ def test_several(case, two, adapted, base, ids):
 
 
 @pytest.mark.cell("lifecycle", "an adapter that is not active gets no gradient")
-@every_method
+@two_adapters
 def test_inactive(case, two, ids):
     two.set_adapter("second")
     two.train()(ids, labels=ids).loss.backward()
     grads = {name: p.grad for name, p in two.named_parameters() if ".default" in name or ".second" in name}
-    assert all((grad is None) == (".default" in name) for name, grad in grads.items()) and len(grads) >= 16
+    assert (
+        all((grad is None) == (".default" in name) for name, grad in grads.items()) and len(grads) >= 8 * case.tensors
+    )
 
 
 @pytest.mark.cell("lifecycle", "mixed batches: every row with its own adapter (`adapter_names`), as row by row")
-@every_method
-def test_mixed_batch(case, two, ids):
+@named_rows
+def test_mixed_batch(case, two, ids, refused):
     rows = torch.cat([ids, ids.flip(0), ids[:1]])
     names = ["default", "second", "__base__", "second", "default"]
+    if not case.has("rows"):
+        with refused(MIXED_DORA):
+            logits(two, rows, adapter_names=names)
+        return
     found = logits(two, rows, adapter_names=names)
     for row, name in enumerate(names):
         if name == "__base__":
@@ -194,7 +204,7 @@ def test_mixed_batch(case, two, ids):
 
 
 @pytest.mark.cell("lifecycle", "mixed batches with an unknown adapter or too few names, and in training")
-@every_method
+@named_rows
 def test_mixed_batch_refusals(case, two, ids, refused):
     for names in (["default", "thrid"], ["default"]):
         with refused(MIXED_NAMES):
@@ -206,7 +216,7 @@ def test_mixed_batch_refusals(case, two, ids, refused):
 
 
 @pytest.mark.cell("lifecycle", "generation with beams, rows with adapters of their own")
-@every_method
+@own_rows
 def test_generate_mixed(case, two, ids):
     options = dict(max_new_tokens=3, num_beams=2, do_sample=False)
     found = two.eval().generate(input_ids=ids, adapter_names=["second", "default"], **options)
@@ -216,7 +226,7 @@ def test_generate_mixed(case, two, ids):
 
 
 @pytest.mark.cell("lifecycle", "generation with beams in an encoder-decoder, whose encoder does not repeat its rows")
-@every_method
+@own_rows
 def test_generate_mixed_encoder_decoder(case, ids, device):
     options = {"target_modules": ["q", "v", "wi", "wo"]}
     model = get_peft_model(t5(), case.config(**options))
@@ -239,7 +249,7 @@ def test_generate_mixed_encoder_decoder(case, ids, device):
 
 
 @pytest.mark.cell("lifecycle", "mixed batches with a head of each adapter's own (`modules_to_save`)")
-@every_method
+@own_rows
 def test_mixed_batch_with_heads(case, ids, device):
     options = {"target_modules": ["query", "value"], "modules_to_save": ["classifier"]}
     model = get_peft_model(bert(), case.config(**options))

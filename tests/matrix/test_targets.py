@@ -5,7 +5,7 @@ from __future__ import annotations
 import models
 import pytest
 import torch
-from cases import MAIN, OURS
+from cases import MAIN, OURS, those_with
 from models import IDS, PIXELS, adapted_layers, llama, logits, relative, tensors_of, train_a_little, trainable
 from peft import PeftModel, get_peft_model
 from refusals import (
@@ -49,9 +49,11 @@ def test_targets(case, way):
 
 
 @pytest.mark.cell("targets", "`rank_pattern` and `alpha_pattern`, also after loading")
-@every_method
+@pytest.mark.parametrize("case", those_with("rank"), ids=str)
 def test_patterns(case, ids, tmp_path, device):
-    options = {"rank_pattern": {"layers.0.self_attn.q_proj": 2}, "alpha_pattern": {"v_proj": 32}}
+    options = {"rank_pattern": {"layers.0.self_attn.q_proj": 2}}
+    if case.has("alpha"):
+        options |= {"alpha_pattern": {"v_proj": 32}}
     model = train_a_little(get_peft_model(llama(), case.config(**options))).to(device)
     layers = adapted_layers(model)
     ranks = {name: tensors_of(layer)["A"].shape[0] for name, layer in layers.items()}
@@ -60,7 +62,7 @@ def test_patterns(case, ids, tmp_path, device):
     plain = get_peft_model(llama(), case.config(rank_pattern=options["rank_pattern"])).to(device)
     plain.load_state_dict(model.state_dict())
     x = torch.randn(3, 128, device=device)
-    for name, factor in ((V[0], 4.0), (Q[1], 1.0)):
+    for name, factor in ((V[0], 4.0), (Q[1], 1.0)) if case.has("alpha") else ():
         with torch.no_grad():
             with_pattern, without = (
                 layer(x) - layer.base_layer(x) + removed(layer, x)
@@ -203,7 +205,7 @@ def test_nothing_left(case, options, refused):
 
 
 VALUES = {
-    "rank 0": ({"r": 0}, "at least 1, not 0"),
+    "rank 0": ({"r": 0}, "at least 1, not 0|positive integer; got 0"),
     "rank of a half": ({"r": 2.5}, "whole number of at least 1, not 2.5"),
     "alpha 0": ({"alpha": 0}, "positive number, not 0"),
     "alpha NaN": ({"alpha": float("nan")}, "not nan"),
@@ -214,6 +216,17 @@ VALUES = {
     "rank pattern of a list": ({"rank_pattern": [4]}, "rank_pattern must map"),
     "alpha beyond floats": ({"alpha": 10**400}, "positive number"),
     "activation": ({"activation": "tahn"}, "unknown activation 'tahn'; did you mean 'tanh'"),
+    "initial rank 0": ({"init_r": 0}, "at least 1, not 0"),
+    "target above": ({"target_r": 12}, "target_r=12 must be below init_r=4"),
+    "schedule": ({"total_step": 9, "tinit": 5, "tfinal": 4}, "tinit \\+ tfinal = 9 leaves none of the 9 steps"),
+    "schedule backwards": ({"tinit": -1}, "tinit must be a whole number of at least 0, not -1"),
+    "interval 0": ({"deltaT": 0}, "deltaT must be a whole number of at least 1, not 0"),
+    "average of 1": ({"beta1": 1.0}, "beta1 must be above 0 and below 1, not 1.0"),
+    "no frequency": ({"n_frequency": 0}, "at least 1, not 0"),
+    "no seed": ({"random_loc_seed": None}, "random_loc_seed must be a whole number, not None"),
+    "scaling 0": ({"scaling": 0}, "positive number, not 0"),
+    "bound 0": ({"delora_lambda": 0}, "delora_lambda must be a positive number, not 0"),
+    "bounds of a list": ({"lambda_pattern": [4]}, "lambda_pattern must map"),
     "unknown option": ({"rnak": 4}, "has no option 'rnak'; did you mean 'rank_pattern'|has no option 'rnak'"),
 }
 
@@ -223,7 +236,12 @@ VALUES = {
 )
 @pytest.mark.parametrize(
     ("case", "value"),
-    [(c, v) for v in VALUES for c in MAIN if v != "activation" or v in c.entry.option_types()],
+    [
+        (c, v)
+        for v, (o, _) in VALUES.items()
+        for c in MAIN
+        if v == "unknown option" or o.keys() <= c.entry.option_types().keys()
+    ],
     ids=str,
 )
 def test_values(case, value):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import MAIN
+from cases import MAIN, those_with
 from models import adapted_layers, logits, relative, train_a_little, trainable
 from peft import get_peft_model
 
 every_method = pytest.mark.parametrize("case", MAIN, ids=str)
-unquantised = pytest.mark.parametrize("case", [c for c in MAIN if not c.entry.required_quantization], ids=str)
+compiling = pytest.mark.parametrize(
+    "case", [c for c in those_with("full graph") if not c.entry.required_quantization], ids=str
+)
 
 
 def gradients(model, ids, seed: int = 3) -> dict[str, torch.Tensor]:
@@ -21,7 +23,7 @@ def gradients(model, ids, seed: int = 3) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.cell("training", "dropout acts on the adapter's input in training, and never on the base path")
-@every_method
+@pytest.mark.parametrize("case", those_with("dropout", "base apart"), ids=str)
 def test_dropout(case, adapted):
     model = adapted(case, dropout=0.5)
     layer = adapted_layers(model)["model.layers.0.self_attn.q_proj"].train()
@@ -39,7 +41,7 @@ def test_dropout(case, adapted):
 
 
 @pytest.mark.cell("training", "dropout: half of the entries are zero and the others doubled")
-@every_method
+@pytest.mark.parametrize("case", those_with("dropout"), ids=str)
 def test_dropout_is_on_the_input(case, adapted):
     """On an input with one entry: either that entry is dropped, or it is doubled."""
     model = adapted(case, dropout=0.5)
@@ -82,9 +84,10 @@ def test_autocast(case, adapted, ids, device, measure):
     error = relative(found_logits, exact_logits)
     measure("logits under bf16 autocast, against fp32", error)
     assert error < 0.03
-    worst = max(relative(found[name], gradient) for name, gradient in exact.items())
-    measure("gradients under bf16 autocast, against fp32", worst)
-    assert worst < 0.1  # measured: 0.02 to 0.06
+    worst = {name: relative(found[name], gradient) for name, gradient in exact.items()}
+    measure("gradients under bf16 autocast, against fp32", max(worst.values()))
+    # measured: 0.02 to 0.06; DeLoRA's lambda is one number, whose gradient is a sum over the layer that nearly cancels: 0.19
+    assert all(error < (0.3 if "delora_lambda" in name else 0.1) for name, error in worst.items()), worst
 
 
 def compiled_equals_eager(model, **options) -> None:
@@ -104,21 +107,21 @@ def compiled_equals_eager(model, **options) -> None:
 
 
 @pytest.mark.cell("training", "torch.compile of a layer with its adapter: no graph break, and eager's numbers")
-@unquantised
+@compiling
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compile(case, adapted, backend):
     compiled_equals_eager(adapted(case), fullgraph=True, backend=backend)
 
 
 @pytest.mark.cell("training", "torch.compile of a layer over an NF4 base: no graph break, and eager's numbers")
-@every_method
+@pytest.mark.parametrize("case", [c for c in those_with("full graph") if "nf4" in c.entry.bases], ids=str)
 def test_compile_over_nf4(case, load_llama):
     model = train_a_little(get_peft_model(load_llama("nf4"), case.config()))
     compiled_equals_eager(model, fullgraph=True, backend="aot_eager")
 
 
 @pytest.mark.cell("training", "torch.compile of a whole model with its adapters: no graph break, and eager's gradients")
-@unquantised
+@compiling
 def test_compile_a_model(case, adapted, ids):
     model = adapted(case)
     expected = gradients(model, ids)
@@ -184,7 +187,7 @@ def test_sft_trainer(case, base, ids, tmp_path, device):
     )
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     names = set(trainable(trainer.model))
-    assert len(names) >= 8
+    assert len(names) >= 4 * case.tensors
     trainer.train()
     moved = {name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])}
     assert moved == names

@@ -18,7 +18,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from curvelora.errors import UserError, nearest
 from curvelora.method import Method
-from curvelora.registry import METHODS
+from curvelora.registry import EXPLAINED, METHODS
 from curvelora_eval.spec import DataSpec, ModelSpec, TaskSpec
 
 _STRICT = {"extra": "forbid"}
@@ -239,6 +239,8 @@ def differing_keys(stored: dict[str, Any], recipe: Recipe) -> list[str]:
 def check_adapter(section: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The adapter section with its values converted to the method's types, and what is wrong with it."""
     name = section.get("method")
+    if name in EXPLAINED:
+        return section, [f"adapter.method {EXPLAINED[name]}"]
     if name not in METHODS:
         said = "is missing" if name is None else f"has an unknown name {name!r}{nearest(name, METHODS)}"
         return section, [f"adapter.method {said} (known: {', '.join(METHODS)})"]

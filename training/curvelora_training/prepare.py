@@ -23,6 +23,7 @@ from curvelora_eval.data import load_rows
 from curvelora_eval.files import check_folder
 from curvelora_eval.models import head_modules, shape_model
 from curvelora_eval.tasks import LabelledTask, Task, make_task
+from curvelora_training.adalora import fit_schedule, optimiser_steps
 from curvelora_training.config import Recipe, RecipeError, load_recipe
 from curvelora_training.distributed import read_deepspeed_file
 
@@ -110,6 +111,8 @@ def prepare(recipe: Recipe, source: str = "the recipe") -> Prepared:
     if base is not None:
         peft_config = collect(adapter_config, recipe, task, base)
         if peft_config is not None:
+            if rows["train"] is not None:
+                collect(fit_schedule, peft_config, optimiser_steps(recipe, len(rows["train"])))
             collect(_check_weights, base, peft_config)
             with torch.device("meta"):  # the adapter needs no memory either
                 shapes = collect(attach, base, peft_config)
@@ -153,7 +156,7 @@ def attach(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
         wrapped = get_peft_model(model, config)
     except UserError:
         raise
-    except ValueError as error:
+    except (ValueError, TypeError) as error:  # PEFT's word for a layer that a method does not take is a TypeError
         wanted = config.target_modules
         wanted = [wanted] if isinstance(wanted, str) else sorted(wanted or [])
         if "not found" in str(error) or "No modules were targeted" in str(error):
@@ -171,17 +174,19 @@ def attach(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
         if isinstance(layer, BaseTunerLayer) and isinstance(ranks, dict) and hasattr(layer, "in_features"):
             limit, rank = min(layer.in_features, layer.out_features), max(ranks.values())
             if rank > limit:
+                option = "init_r" if hasattr(config, "init_r") else "r"
                 raise UserError(
-                    f"adapter.r: rank {rank} is above min(d_in, d_out)={limit} of {name.removeprefix('base_model.model.')} "
-                    f"({layer.out_features} x {layer.in_features}): write r <= {limit} or leave this module out"
+                    f"adapter.{option}: rank {rank} is above min(d_in, d_out)={limit} of "
+                    f"{name.removeprefix('base_model.model.')} ({layer.out_features} x {layer.in_features}): write "
+                    f"{option} <= {limit} or leave this module out"
                 )
     return wrapped
 
 
 def _check_patterns(config: PeftConfig, wrapped: PeftModel) -> None:
-    """Raise `UserError` where a rank or alpha is given for what is not adapted."""
+    """Raise `UserError` where a rank, alpha or the like is given for what is not adapted."""
     adapted = [*wrapped.base_model.targeted_module_names, *wrapped.base_model.targeted_parameter_names]
-    for option in ("rank_pattern", "alpha_pattern"):
+    for option in ("rank_pattern", "alpha_pattern", "lambda_pattern", "n_frequency_pattern"):
         for key in getattr(config, option, None) or {}:
             if not any(get_pattern_key([key], name) == key for name in adapted):
                 last = dict.fromkeys(name.rpartition(".")[2] for name in adapted)
@@ -237,6 +242,21 @@ def _check_combinations(recipe: Recipe, task: Task) -> None:
         problems.append(
             f"adapter.method {method.name} means an adapter on a base in {method.required_quantization}: "
             f"set model.quantization={method.required_quantization}, or take adapter.method=lora"
+        )
+    if model.quantization not in method.bases:
+        problems.append(
+            f"adapter.method {method.name} does not work on a base in {model.quantization}, which PEFT has it for in "
+            f"{' and '.join(method.bases)} only: set model.quantization={method.bases[0]}, or take another method"
+        )
+    if method.name == "adalora" and recipe.training.deepspeed is not None:
+        problems.append(
+            "adapter.method adalora ranks by the gradients after each optimiser step, and DeepSpeed has cleared them by then: "
+            "leave training.deepspeed out"
+        )
+    if method.name == "adalora" and not PEFT_TASK[recipe.task.kind] and recipe.adapter_options()["orth_reg_weight"]:
+        problems.append(
+            f"adapter.method adalora has a penalty that PEFT leaves out for task {recipe.task.kind}: write "
+            "adapter.orth_reg_weight=0 to train without it, or take another method"
         )
     if method.name == "linear_probing" and not task.new_head:
         problems.append(

@@ -20,6 +20,7 @@ from curvelora_eval.eval_command import prediction_lines
 from curvelora_eval.evaluator import evaluate_rows
 from curvelora_eval.models import load_base, load_processor, storage_of
 from curvelora_eval.spec import write_task
+from curvelora_training.adalora import RankAllocation, check_resume
 from curvelora_training.config import Recipe
 from curvelora_training.distributed import check_engine, engine_in_use, rank, trainer_arguments
 from curvelora_training.effects import describe_start, last_spline, measure_gap, measure_start, merges_approximately
@@ -54,6 +55,7 @@ def train(prepared: Prepared, resume: bool = False, overwrite: bool = False) -> 
             if rank() == 0:
                 print(f"{folder.path} is complete: there is nothing to resume")
             return folder
+        check_resume(recipe, folder)
 
     # Before the folder is touched: weights that are missing or damaged leave it as it was.
     set_seed(recipe.seed)
@@ -91,6 +93,8 @@ def train(prepared: Prepared, resume: bool = False, overwrite: bool = False) -> 
         token_loss=task.token_loss,
         timer=timer,
     )
+    if recipe.method.name == "adalora":
+        trainer.add_callback(RankAllocation(task.token_loss))
     trainer.add_callback(AtTheStart(lambda: check_engine(engine_in_use(trainer), engine)))
     if recipe.training.max_steps != 0:
         try:

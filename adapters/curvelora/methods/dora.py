@@ -1,0 +1,34 @@
+"""DoRA by weight decomposition, PEFT's own: LoRA turns the rows of the weight, a trained magnitude says how long they are."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from curvelora.methods.lora import LORA
+
+METHOD = dataclasses.replace(
+    LORA,
+    name="dora",
+    title="DoRA: weight-decomposed low-rank adaptation",
+    formula="h = m * (W0 + s B A) x / |W0 + s B A|,  a norm for each row, s = alpha / r",
+    paper="DoRA (arXiv 2402.09353)",
+    defaults={"use_dora": True},
+    internal_options=("use_dora",),
+    family=lambda config: "weight space",
+    bases=("none", "nf4"),
+    cost="1.9 times LoRA's step: every pass forms the dense W0 + s B A for its norms",
+    caveats=(
+        "Two methods are called DoRA: this one, and dynamic rank distribution (arXiv 2405.17357), which the tables of "
+        "AuroRA and RanLoRA refer to; `curvelora methods dora_dynamic` says what that means for a comparison.",
+        "The norm of the dense W0 + s B A is computed in every pass: a training step took 1.92 times LoRA's on an "
+        "H100 with eager PEFT.",
+        "The norm counts as a constant in the backward pass, as the paper proposes; the gradient of B and A is then "
+        "not that of the formula.",
+        "With dropout, PEFT recomputes the base's output from the dropped input, so that dropout reaches the term "
+        "(m / norm - 1) W0 x as well, and a quantised base is dequantised in every pass.",
+        "The magnitudes start from the stored weight: on an NF4 base from the dequantised one. PEFT 0.21 fails on int8.",
+        "Two active adapters do not add up, `torch.compile` breaks the graph in every layer, and PEFT gives no rows "
+        "adapters of their own.",
+        "Its adapter is stored as LoRA's with `use_dora`, which is how other tools read it.",
+    ),
+)
