@@ -7,6 +7,7 @@ from curvelora.method import Method
 from curvelora.methods import (
     adalora,
     aurora,
+    bitfit,
     delora,
     dora,
     fourierft,
@@ -43,6 +44,7 @@ METHODS: dict[str, Method] = {
         fourierft.METHOD,
         delora.METHOD,
         linear_probing.METHOD,
+        bitfit.METHOD,
     )
 }
 

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from curvelora.errors import UserError, nearest
+from curvelora.methods.bitfit import check_has_biases
 from curvelora_eval.data import load_rows
 from curvelora_eval.files import check_folder
 from curvelora_eval.models import head_modules, shape_model
@@ -167,6 +168,8 @@ def attach(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
             ) from error
         raise UserError(f"the adapter does not fit this model: {' '.join(str(error).split())}") from error
     _check_patterns(config, wrapped)
+    if getattr(config, "bias", "none") == "all":
+        check_has_biases(wrapped)
     if config.modules_to_save:
         config.modules_to_save = list(dict.fromkeys(config.modules_to_save))  # PEFT appends the heads that it knows
     for name, layer in wrapped.named_modules():
@@ -245,8 +248,8 @@ def _check_combinations(recipe: Recipe, task: Task) -> None:
         )
     if model.quantization not in method.bases:
         problems.append(
-            f"adapter.method {method.name} does not work on a base in {model.quantization}, which PEFT has it for in "
-            f"{' and '.join(method.bases)} only: set model.quantization={method.bases[0]}, or take another method"
+            f"adapter.method {method.name} does not work on a base in {model.quantization} (it does in "
+            f"{' and '.join(method.bases)}): set model.quantization={method.bases[0]}, or take another method"
         )
     if method.name == "adalora" and recipe.training.deepspeed is not None:
         problems.append(
@@ -257,6 +260,11 @@ def _check_combinations(recipe: Recipe, task: Task) -> None:
         problems.append(
             f"adapter.method adalora has a penalty that PEFT leaves out for task {recipe.task.kind}: write "
             "adapter.orth_reg_weight=0 to train without it, or take another method"
+        )
+    if method.name == "bitfit" and model.dtype != "float32":
+        problems.append(
+            f"adapter.method bitfit trains biases in fp32, which a model in {model.dtype} cannot add to its own numbers: set "
+            "model.dtype=float32, or take another method"
         )
     if method.name == "linear_probing" and not task.new_head:
         problems.append(

@@ -88,6 +88,7 @@ REWRITTEN_BASE = Method(
     model_class=None,
     defaults={"r": 16, "lora_alpha": 16, "init_lora_weights": "pissa"},
     aliases=LORA.aliases,
+    bases=("none",),
     family=LORA.family,
     merge=LORA.merge,
     identity_at_init=lambda config: True,
