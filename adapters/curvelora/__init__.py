@@ -14,6 +14,7 @@ from curvelora.errors import UserError
 from curvelora.methods.aurora import AuroraConfig, AuroraModel
 from curvelora.methods.loran import LoranConfig, LoranModel
 from curvelora.methods.ranlora import RanloraConfig, RanloraModel
+from curvelora.methods.sinelora import SineloraConfig, SineloraModel
 from curvelora.registry import METHODS, get_method
 from curvelora.resolvability import Resolvability, measure_resolvability, model_resolvability
 
@@ -28,6 +29,8 @@ __all__ = [
     "RanloraConfig",
     "RanloraModel",
     "Resolvability",
+    "SineloraConfig",
+    "SineloraModel",
     "UserError",
     "get_method",
     "measure_resolvability",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from curvelora.errors import UserError, nearest
 from curvelora.method import Method
-from curvelora.methods import aurora, linear_probing, lora, loran, ranlora
+from curvelora.methods import aurora, linear_probing, lora, loran, ranlora, sinelora
 from curvelora.peft_registration import register
 
 METHODS: dict[str, Method] = {
@@ -15,6 +15,7 @@ METHODS: dict[str, Method] = {
         loran.METHOD,
         ranlora.METHOD,
         aurora.METHOD,
+        sinelora.METHOD,
         linear_probing.METHOD,
     )
 }

@@ -113,8 +113,9 @@ def model_resolvability(
     measured = {}
     for name, layer in weight_space_layers(model, adapter):
         max_rows = None if max_entries_per_layer is None else max(1, max_entries_per_layer // layer.in_features)
-        delta_map = layer.configs[adapter].delta_map()
-        measured[name] = measure_resolvability(*layer.factors(adapter), delta_map, dtype, max_rows=max_rows)
+        measured[name] = measure_resolvability(
+            *layer.factors(adapter), layer.delta_map(adapter), dtype, max_rows=max_rows
+        )
     return measured
 
 

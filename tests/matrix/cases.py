@@ -49,6 +49,7 @@ MAIN = [
     Case("loran", {"r": 4, "alpha": 8, "amplitude": 2e-2}),
     Case("ranlora", {"r": 4, "alpha": 8}),
     Case("aurora", {"r": 4, "alpha": 8}),
+    Case("sinelora", {"r": 4, "alpha": 8, "frequency": 20.0}),
 ]
 VARIANTS = [
     Case("lora", {"r": 3, "alpha": 9, "use_rslora": True}),
@@ -79,6 +80,8 @@ VARIANTS = [
     Case("aurora", {"r": 3, "learnable": False}),
     Case("aurora", {"r": 3, "activation": "leaky_relu", "init_A": "xavier"}),
     Case("aurora", {"r": 3, "activation": "sigmoid", "grid_size": 3, "spline_order": 2, "grid_limit": 2.0}),
+    Case("sinelora", {"r": 3}),
+    Case("sinelora", {"r": 3, "gain": 50, "init_B_std": 0.02}),
 ]
 CASES = [*MAIN, *VARIANTS]
 # the main cases of this package's own methods

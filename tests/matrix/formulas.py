@@ -85,10 +85,18 @@ def aurora(t: Tensors, config: Any, x: Tensor) -> Tensor:
     return s * sigma(x @ t["A"].T) @ t["B"].T
 
 
+def sinelora(t: Tensors, config: Any, x: Tensor) -> Tensor:
+    """s sin(w BA) x / g; s is 1 in the paper."""
+    g = len(t["B"]) ** 0.5 if config.gain == "sqrt" else config.gain
+    s = 1.0 if config.alpha == "r" else config.alpha / config.r
+    return s / g * x @ torch.sin(config.frequency * t["B"] @ t["A"]).T
+
+
 FORMULAS: dict[str, Callable[[Tensors, Any, Tensor], Tensor]] = {
     "lora": lora,
     "qlora": lora,
     "loran": loran,
     "ranlora": ranlora,
     "aurora": aurora,
+    "sinelora": sinelora,
 }

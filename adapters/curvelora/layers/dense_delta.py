@@ -179,6 +179,10 @@ class DenseDeltaLayer(AdapterLayer):
     The config of an adapter has r, dropout, init_B_std and `delta_map() -> DeltaMap`.
     """
 
+    def delta_map(self, adapter: str) -> DeltaMap:
+        """The map u -> dW of `adapter` in this layer as it is now; the config's, unless a method says more."""
+        return self.configs[adapter].delta_map()
+
     def create_parameters(self, adapter: str, config: Any, model: nn.Module | None) -> None:
         """A (r, d_in) Kaiming-uniform, U(-1/sqrt(d_in), 1/sqrt(d_in)), as nn.Linear; B (d_out, r) zero or N(0, init_B_std^2)."""
         A, B = kaiming_A(config.r, self.in_features), zero_B(self.out_features, config.r)
@@ -196,9 +200,9 @@ class DenseDeltaLayer(AdapterLayer):
         """dW drop(x), computed in the dtype in which a linear layer would multiply x. x: (..., d_in) -> (..., d_out)."""
         config = self.configs[adapter]
         x = F.dropout(x.to(compute_dtype(x)), config.dropout, self.training)
-        return dense_delta_product(x, *self.factors(adapter), config.delta_map())
+        return dense_delta_product(x, *self.factors(adapter), self.delta_map(adapter))
 
     def delta_weight(self, adapter: str) -> Tensor:
         """dW: (d_out, d_in), fp32 (fp64 for fp64 factors)."""
         A, B = self.factors(adapter)
-        return dense_delta(A, B, self.configs[adapter].delta_map(), at_least_fp32(A.dtype))
+        return dense_delta(A, B, self.delta_map(adapter), at_least_fp32(A.dtype))

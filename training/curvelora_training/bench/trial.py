@@ -291,7 +291,7 @@ def module_types(names: dict[str, Any], heads: list[str]) -> list[str]:
 
 def _is_factor(part: str) -> bool:
     """`lora_A`, `loran_B`, `aurora_spline`: a tensor inside an adapted layer, not the layer's own name."""
-    return part.split("_")[0] in ("lora", "loran", "ranlora", "aurora")
+    return part.split("_")[0] in ("lora", "loran", "ranlora", "aurora", "sinelora")
 
 
 def _is_head(name: str, heads: list[str]) -> bool:
