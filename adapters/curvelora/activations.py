@@ -99,7 +99,7 @@ _FUNCTIONS: dict[str, tuple[Callable[[Tensor, float, float], Tensor], Callable[[
 # names that the paper, its code and its tables use for the same functions
 ALIASES = {"sin": "sinter", "swish-25": "swish", "swish25": "swish", "swish-1": "silu", "sinusoid": "sinter"}
 # those with a phase w x
-PERIODIC = ("sinter", "cos", "sine")
+PERIODIC = ("sinter", "cos", "sine", "fourier", "chebyshev")
 # those of LoRAN
 NAMES = ("identity", "sinter", "tanh", "sigmoid", "relu", "silu", "swish", "cos", "gaussian")
 

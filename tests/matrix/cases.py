@@ -65,6 +65,16 @@ VARIANTS = [
         Case("loran", {"r": 4, "activation": name})
         for name in ("identity", "tanh", "silu", "swish-25", "cos", "gaussian")
     ),
+    Case("loran", {"r": 3, "amplitude": 2e-2, "frequency": 2e3, "learn": "both"}),
+    Case(
+        "loran",
+        {"r": 3, "alpha": 6, "frequency": 2e3, "learn": "both", "granularity": "row", "scale_position": "inside"},
+    ),
+    Case("loran", {"r": 3, "amplitude": 0.3, "frequency": 100.0, "learn": "frequency", "granularity": "row"}),
+    Case("loran", {"r": 3, "amplitude": 0.3, "frequency": 100.0, "learn": "both", "activation": "fourier", "terms": 3}),
+    Case(
+        "loran", {"r": 3, "amplitude": 0.3, "frequency": 50.0, "learn": "both", "activation": "chebyshev", "terms": 4}
+    ),
     Case("ranlora", {"r": 3, "init": "P"}),
     Case("ranlora", {"r": 3, "init": "K"}),
     Case("ranlora", {"r": 3, "use_v": False}),

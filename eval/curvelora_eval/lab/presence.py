@@ -150,7 +150,8 @@ def weight_space_presence(
     """
     rows = max(1, max_entries // A.shape[1])
     if rows < B.shape[0]:
-        B = B[torch.linspace(0, B.shape[0] - 1, rows, device=B.device).round().long()]
+        chosen = torch.linspace(0, B.shape[0] - 1, rows, device=B.device).round().long()
+        B, delta_map = B[chosen], delta_map.rows(chosen)
     resolvability = measure_resolvability(A, B, delta_map, dtype)
     f = delta_map.activation
     exact = B.double() @ A.double()
