@@ -17,6 +17,7 @@ for Sinter, a = c_1:  df/da = u sin(w u),  df/dw = a u^2 cos(w u).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -50,23 +51,25 @@ class Series:
 
     def value(self, u: Tensor) -> Tensor:
         """f(u), (rows, d_in), in the dtype of u."""
-        return u + u * sum(c * p for c, p, _ in self._terms(self._phase(u)))
+        return u + u * _total(c * p for c, p, _ in self._terms(self._phase(u)))
 
     def slope(self, u: Tensor) -> Tensor:
         """f'(u), (rows, d_in), in the dtype of u."""
         z = self._phase(u)
-        return 1 + sum(c * (p + z * d) for c, p, d in self._terms(z, derivatives=True))
+        return 1 + _total(c * (p + z * d) for c, p, d in self._terms(z, derivatives=True))
 
     def parameter_gradients(self, grad: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
         """(dL/dc (rows, K), dL/dw (rows, 1)) of the rows of u, given dL/df; one row where c or w has one row."""
         through = grad * u
-        bent: Tensor | float = 0.0
-        of_c = []
-        for c, p, d in self._terms(self._phase(u), derivatives=True):
-            of_c.append((through * p).sum(1))
-            bent = bent + c * d
-        of_c, of_w = torch.stack(of_c, 1), (through * u * bent).sum(1, keepdim=True)
-        return _like(of_c, self.amplitude), _like(of_w, self.frequency)
+        of_c: list[Tensor] = []
+
+        def bends() -> Iterator[Tensor]:
+            for c, p, d in self._terms(self._phase(u), derivatives=True):
+                of_c.append((through * p).sum(1))
+                yield c * d
+
+        of_w = (through * u * _total(bends())).sum(1, keepdim=True)
+        return _like(torch.stack(of_c, 1), self.amplitude), _like(of_w, self.frequency)
 
     def _phase(self, u: Tensor) -> Tensor:
         return self.frequency.to(u.dtype) * u
@@ -77,6 +80,11 @@ class Series:
         coefficients = self.amplitude.to(z.dtype).split(1, dim=1)
         for c, (p, d) in zip(coefficients, basis(z, len(coefficients), derivatives), strict=True):
             yield c, p, d
+
+
+def _total(terms: Iterator[Tensor]) -> Tensor:
+    """Their sum, without the addition of 0 that `sum` begins with."""
+    return functools.reduce(torch.add, terms)
 
 
 def _like(gradient: Tensor, tensor: Tensor) -> Tensor:

@@ -75,6 +75,7 @@ VARIANTS = [
     Case(
         "loran", {"r": 3, "amplitude": 0.3, "frequency": 50.0, "learn": "both", "activation": "chebyshev", "terms": 4}
     ),
+    Case("loran", {"r": 3, "amplitude": 2e-2, "amplitude_schedule": {"kind": "anneal", "share": 0.8, "start": 0.5}}),
     Case("ranlora", {"r": 3, "init": "P"}),
     Case("ranlora", {"r": 3, "init": "K"}),
     Case("ranlora", {"r": 3, "use_v": False}),

@@ -41,8 +41,11 @@ def loran(t: Tensors, config: Any, x: Tensor) -> Tensor:
         for n in ("amplitude", "frequency")
     )
 
+    factors = t.get("schedule", torch.ones(2, dtype=torch.float64))
+    a, w = factors[0] * a, factors[1] * w
+
     def of_coefficients(basis: Callable[[int, Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        c = [config.amplitude * (t["amplitude"][..., k : k + 1] + (k == 0)) for k in range(config.terms)]
+        c = [factors[0] * config.amplitude * (t["amplitude"][..., k : k + 1] + (k == 0)) for k in range(config.terms)]
         return lambda u: u + u * sum(c[k] * basis(k + 1, w * u) for k in range(config.terms))
 
     def polynomial(k: int, z: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from curvelora_eval.files import check_folder
 from curvelora_eval.models import head_modules, shape_model
 from curvelora_eval.tasks import LabelledTask, Task, make_task
 from curvelora_training.config import Recipe, RecipeError, load_recipe
+from curvelora_training.curve_schedule import check_schedules
 from curvelora_training.distributed import read_deepspeed_file
 
 T = TypeVar("T")
@@ -111,6 +112,8 @@ def prepare(recipe: Recipe, source: str = "the recipe") -> Prepared:
         peft_config = collect(adapter_config, recipe, task, base)
         if peft_config is not None:
             collect(_check_weights, base, peft_config)
+            if rows["train"] is not None:
+                collect(check_schedules, peft_config, recipe.training, len(rows["train"]))
             with torch.device("meta"):  # the adapter needs no memory either
                 shapes = collect(attach, base, peft_config)
     if collect.problems:

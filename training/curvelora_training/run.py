@@ -21,6 +21,7 @@ from curvelora_eval.evaluator import evaluate_rows
 from curvelora_eval.models import load_base, load_processor, storage_of
 from curvelora_eval.spec import write_task
 from curvelora_training.config import Recipe
+from curvelora_training.curve_schedule import CurveSchedule, has_schedule
 from curvelora_training.distributed import check_engine, engine_in_use, rank, trainer_arguments
 from curvelora_training.effects import describe_start, last_spline, measure_gap, measure_start, merges_approximately
 from curvelora_training.model_card import model_card
@@ -91,6 +92,8 @@ def train(prepared: Prepared, resume: bool = False, overwrite: bool = False) -> 
         token_loss=task.token_loss,
         timer=timer,
     )
+    if has_schedule(prepared.peft_config):
+        trainer.add_callback(CurveSchedule())
     trainer.add_callback(AtTheStart(lambda: check_engine(engine_in_use(trainer), engine)))
     if recipe.training.max_steps != 0:
         try:

@@ -290,6 +290,10 @@ class DenseDeltaLayer(AdapterLayer):
         """The map u -> dW of `adapter` in this layer as it is now; the config's, unless a method says more."""
         return self.configs[adapter].delta_map()
 
+    def set_schedule_position(self, fraction: float, total_steps: int | None = None) -> bool:
+        """See `curvelora.schedules.set_schedule_position`; whether an active adapter has a schedule. Here none has."""
+        return False
+
     def create_parameters(self, adapter: str, config: Any, model: nn.Module | None) -> None:
         """A (r, d_in) Kaiming-uniform, U(-1/sqrt(d_in), 1/sqrt(d_in)), as nn.Linear; B (d_out, r) zero or N(0, init_B_std^2)."""
         A, B = kaiming_A(config.r, self.in_features), zero_B(self.out_features, config.r)

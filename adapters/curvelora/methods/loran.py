@@ -7,20 +7,25 @@ Init: A Kaiming-uniform, B = 0, so the model starts as the base wherever f(0) = 
 exactly. Generalised from the authors' square layers to any d_out x d_in. Cost: forms a d_out x d_in matrix in each pass and
 one product of that size more than LoRA in the backward pass.
 
-Extensions of this package, off by default (`learn`, `terms`): a and w are learned, one for a layer or one for each row of dW, by
+Extensions of this package, off by default (`learn`, `terms`, `amplitude_schedule`, `frequency_schedule`): a and w are learned,
+one for a layer or one for each row of dW, by
 
     a = a0 exp(theta_a)    w = w0 exp(theta_w)    theta = 0 at the start
 
 with a0 and w0 the configured values. A learning rate then means the same for both, where w = 1e4 itself would hardly move under
 Adam at 1e-4; both stay positive, and weight decay pulls them to their start. The coefficients of `fourier` and `chebyshev`
 (`curvelora.series`) may have either sign: c_k = a0 (theta_k + 1 for k = 1), so that Fourier starts as Sinter.
+A schedule (`curvelora.schedules`) multiplies a, or all c_k, or w by a factor that changes over the run; at amplitude 0 the
+adapter is LoRA.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
 from curvelora import series
@@ -30,6 +35,7 @@ from curvelora.layers.dense_delta import DeltaMap, DenseDeltaLayer
 from curvelora.method import Method
 from curvelora.peft_registration import extend_peft_type
 from curvelora.precision import at_least_fp32
+from curvelora.schedules import Schedule, read_schedule
 from curvelora.tuner import AdapterModel, LowRankConfig, check_choice, is_number
 
 SCALE_POSITIONS = ("outside", "inside")
@@ -53,6 +59,8 @@ class LoranConfig(LowRankConfig):
         learn: what of f trains besides A and B: "none", "amplitude" (the coefficients), "frequency" or "both".
         granularity: one value for a "layer", or one for each "row" of dW, that is for each output.
         terms: K of fourier and chebyshev.
+        amplitude_schedule: a mapping as `curvelora.schedules` has it, for example {"kind": "anneal", "share": 0.8}, or None.
+        frequency_schedule: the same for the frequency.
 
     Raises:
         UserError: an unknown choice, a value out of its range, or options that contradict each other.
@@ -69,6 +77,8 @@ class LoranConfig(LowRankConfig):
     learn: str = field(default="none", metadata={"help": "train none, amplitude, frequency or both"})
     granularity: str = field(default="layer", metadata={"help": "one learned value a layer or a row of dW"})
     terms: int = field(default=1, metadata={"help": "terms of fourier and chebyshev"})
+    amplitude_schedule: dict[str, Any] | None = field(default=None, metadata={"help": "factor over the run"})
+    frequency_schedule: dict[str, Any] | None = field(default=None, metadata={"help": "factor over the run"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -82,6 +92,12 @@ class LoranConfig(LowRankConfig):
         check_choice("learn", self.learn, LEARNED)
         check_choice("granularity", self.granularity, GRANULARITIES)
         self._check_learned()
+        for name in ("amplitude_schedule", "frequency_schedule"):
+            schedule = read_schedule(name, getattr(self, name))
+            if schedule is not None and schedule.kind == "constant":
+                setattr(self, name, None)  # what has no schedule needs no tensors
+            elif schedule is not None and self.activation not in series.NAMES:
+                raise UserError(f"{name} needs one of {', '.join(series.NAMES)}, not activation {self.activation}")
 
     def _check_learned(self) -> None:
         if not isinstance(self.terms, int) or isinstance(self.terms, bool) or self.terms < 1:
@@ -108,7 +124,18 @@ class LoranConfig(LowRankConfig):
     @property
     def has_tensors(self) -> bool:
         """Whether f has tensors besides A and B."""
-        return self.learn != "none"
+        return self.learn != "none" or self.amplitude_schedule is not None or self.frequency_schedule is not None
+
+    @property
+    def schedules(self) -> dict[str, Schedule]:
+        """What changes over the run, "amplitude" or "frequency" -> how."""
+        found = {name: read_schedule(name, getattr(self, f"{name}_schedule")) for name in ("amplitude", "frequency")}
+        return {name: schedule for name, schedule in found.items() if schedule is not None}
+
+    def factors_at(self, fraction: float, total_steps: int | None) -> list[float]:
+        """The factors of amplitude and frequency when `fraction` of the run is done."""
+        own = self.schedules
+        return [own[n].factor(fraction, total_steps) if n in own else 1.0 for n in ("amplitude", "frequency")]
 
     @property
     def curve_parameters(self) -> tuple[int, int]:
@@ -136,9 +163,17 @@ class LoranLayer(DenseDeltaLayer):
     """A linear layer with LoRAN adapters."""
 
     adapter_layer_names = ("loran_A", "loran_B", "loran_amplitude", "loran_frequency")
+    other_param_names = ("configs", "loran_schedule")
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.loran_schedule = BufferDict({}, persistent=True)
 
     def create_parameters(self, adapter: str, config: LoranConfig, model: nn.Module | None) -> None:
-        """A and B as the family does; theta_a (K,) or (d_out, K), without K = 1 of Sinter, and theta_w (1,) or (d_out,), zero."""
+        """A and B as the family does; theta_a (K,) or (d_out, K), without K = 1 of Sinter, and theta_w (1,) or (d_out,), zero.
+
+        With a schedule, a buffer (2,) with the factors of amplitude and frequency.
+        """
         super().create_parameters(adapter, config, model)
         lead = (self.out_features,) if config.granularity == "row" else ()
         if config.learns("amplitude"):
@@ -146,9 +181,23 @@ class LoranLayer(DenseDeltaLayer):
             self.loran_amplitude[adapter] = nn.Parameter(torch.zeros(shape))
         if config.learns("frequency"):
             self.loran_frequency[adapter] = nn.Parameter(torch.zeros(lead or (1,)))
+        if config.schedules:
+            # at the start no number of steps is needed
+            self.loran_schedule[adapter] = torch.tensor(config.factors_at(0.0, 1))
+
+    @torch.no_grad()
+    def set_schedule_position(self, fraction: float, total_steps: int | None = None) -> bool:
+        """Set the factors of the active adapters in place; whether there is one with a schedule."""
+        found = [adapter for adapter in self.active_adapters if adapter in self.loran_schedule]
+        for adapter in found:
+            for factor, value in zip(
+                self.loran_schedule[adapter], self.configs[adapter].factors_at(fraction, total_steps), strict=True
+            ):
+                factor.fill_(value)
+        return bool(found)
 
     def delta_map(self, adapter: str) -> DeltaMap:
-        """The map of `adapter` with what it has learned; differentiable in that."""
+        """The map of `adapter` with what it has learned and where its schedule is; differentiable in the former."""
         config = self.configs[adapter]
         if not config.has_tensors:
             return config.delta_map()
@@ -167,6 +216,9 @@ class LoranLayer(DenseDeltaLayer):
             frequency = A.new_full((1, 1), float(config.frequency), dtype=work)
         else:
             frequency = float(config.frequency) * self.loran_frequency[adapter].to(work).view(-1, 1).exp()
+        if adapter in self.loran_schedule:
+            factors = self.loran_schedule[adapter].to(work)
+            amplitude, frequency = factors[0] * amplitude, factors[1] * frequency
         return config.map_of(amplitude, frequency)
 
 
