@@ -19,6 +19,7 @@ from curvelora.methods.neat import NeatConfig, NeatModel
 from curvelora.methods.olora import OloraConfig, OloraModel
 from curvelora.methods.pissa import PissaConfig, PissaModel
 from curvelora.methods.ranlora import RanloraConfig, RanloraModel
+from curvelora.methods.sinelora import SineloraConfig, SineloraModel
 from curvelora.registry import METHODS, get_method
 from curvelora.resolvability import Resolvability, measure_resolvability, model_resolvability
 
@@ -43,6 +44,8 @@ __all__ = [
     "RanloraConfig",
     "RanloraModel",
     "Resolvability",
+    "SineloraConfig",
+    "SineloraModel",
     "UserError",
     "get_method",
     "measure_resolvability",

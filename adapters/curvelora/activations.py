@@ -18,6 +18,10 @@ Activation-space adapters take identity, tanh, sigmoid and relu of these, and tw
     gelu        x Phi(x), exact, with erf   f(0)=0    f'(0)=0.5   RanLoRA's default
     leaky_relu  max(x, 0.01 x)              f(0)=0    f'(0)=0.01  PyTorch's slope; AuroRA's ablation
 
+SineLoRA has one of its own:
+
+    sine        a sin(w x)                  f(0)=0    f'(0)=a w   arXiv 2403.19243; not "sin", LoRAN's name for sinter
+
 All work in the dtype of their argument. The layers call them on fp32: in bf16 and fp16 Sinter at its published setting
 (a = 5e-5, w = 1e4) is the identity, bit for bit, because |f(x) - x| <= 5e-5 |x| is far below half a unit in the last place.
 """
@@ -85,6 +89,7 @@ _FUNCTIONS: dict[str, tuple[Callable[[Tensor, float, float], Tensor], Callable[[
     "swish": (_swish(SWISH_BETA), _swish_slope(SWISH_BETA)),
     "cos": (lambda x, a, w: x * torch.cos(w * x) + x, _cos_slope),
     "gaussian": (lambda x, a, w: 0.5 * x * torch.exp(-x * x), lambda x, a, w: (0.5 - x * x) * torch.exp(-x * x)),
+    "sine": (lambda x, a, w: a * torch.sin(w * x), lambda x, a, w: a * w * torch.cos(w * x)),
     "gelu": (lambda x, a, w: functional.gelu(x), _gelu_slope),
     "leaky_relu": (
         lambda x, a, w: functional.leaky_relu(x, LEAKY_SLOPE),
@@ -93,7 +98,9 @@ _FUNCTIONS: dict[str, tuple[Callable[[Tensor, float, float], Tensor], Callable[[
 }
 # names that the paper, its code and its tables use for the same functions
 ALIASES = {"sin": "sinter", "swish-25": "swish", "swish25": "swish", "swish-1": "silu", "sinusoid": "sinter"}
-# those of weight-space adapters
+# those with a phase w x
+PERIODIC = ("sinter", "cos", "sine", "fourier", "chebyshev")
+# those of LoRAN
 NAMES = ("identity", "sinter", "tanh", "sigmoid", "relu", "silu", "swish", "cos", "gaussian")
 
 
@@ -119,8 +126,8 @@ class Activation:
 
     Args:
         name: a name of the table above or an alias.
-        amplitude: a of Sinter, dimensionless; ignored by the others.
-        frequency: w of Sinter and cos, in radians per unit of BA; ignored by the others.
+        amplitude: a of Sinter and sine, dimensionless; ignored by the others.
+        frequency: w of Sinter, cos and sine, in radians per unit of BA; ignored by the others.
     """
 
     name: str = "sinter"

@@ -88,7 +88,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def _dense_delta_output(layer: DenseDeltaLayer, adapter: str, x: Tensor) -> Tensor:
     """dW x in evaluation mode: (..., d_in) -> (..., d_out); autograd sees every step."""
     A, B = layer.factors(adapter)
-    return F.linear(x, layer.configs[adapter].delta_map().value(B @ A))
+    return F.linear(x, layer.delta_map(adapter).value(B @ A))
 
 
 def _dequantised_output(layer: nn.Linear, x: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from curvelora.methods import (
     pissa,
     ranlora,
     rslora,
+    sinelora,
 )
 from curvelora.peft_registration import register
 
@@ -43,6 +44,7 @@ METHODS: dict[str, Method] = {
         adalora.METHOD,
         fourierft.METHOD,
         delora.METHOD,
+        sinelora.METHOD,
         linear_probing.METHOD,
         bitfit.METHOD,
     )

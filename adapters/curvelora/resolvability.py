@@ -67,19 +67,20 @@ def measure_resolvability(
     if max_rows is not None and max_rows < d_out:
         chosen = torch.linspace(0, d_out - 1, max_rows, device=B.device).round().long()
         B, base_weight = B[chosen], None if base_weight is None else base_weight[chosen]
+        delta_map = delta_map.rows(chosen)
     A, B = A.to(work), B.to(work)
     changed = changed_slope = 0
     total = total_squares = 0.0
     linear = torch.tensor(delta_map.slope_at_zero, dtype=work, device=A.device)
     with exact_products(A.device):
         for rows in row_blocks(B.shape[0], A.shape[1]):
-            u = B[rows] @ A
-            with_f, without_f = delta_map.value(u), linear * u
+            u, own = B[rows] @ A, delta_map.rows(rows)
+            with_f, without_f = own.value(u), linear * u
             if base_weight is not None:
                 w = base_weight[rows].to(work)
                 with_f, without_f = w + with_f, w + without_f
             changed += (with_f.to(dtype) != without_f.to(dtype)).sum().item()
-            changed_slope += (delta_map.slope(u).to(derivative_dtype) != linear.to(derivative_dtype)).sum().item()
+            changed_slope += (own.slope(u).to(derivative_dtype) != linear.to(derivative_dtype)).sum().item()
             total += u.sum(dtype=torch.float64).item()
             total_squares += u.double().square().sum().item()
     entries = B.shape[0] * A.shape[1]
@@ -113,8 +114,9 @@ def model_resolvability(
     measured = {}
     for name, layer in weight_space_layers(model, adapter):
         max_rows = None if max_entries_per_layer is None else max(1, max_entries_per_layer // layer.in_features)
-        delta_map = layer.configs[adapter].delta_map()
-        measured[name] = measure_resolvability(*layer.factors(adapter), delta_map, dtype, max_rows=max_rows)
+        measured[name] = measure_resolvability(
+            *layer.factors(adapter), layer.delta_map(adapter), dtype, max_rows=max_rows
+        )
     return measured
 
 

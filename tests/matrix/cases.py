@@ -116,6 +116,7 @@ MAIN = [
         sized=lambda r: {"n_frequency": r},
     ),
     Case("delora", {"r": 4}, lacks=frozenset(["alpha", "transposed", "rows", "refused rows"])),
+    Case("sinelora", {"r": 4, "alpha": 8, "frequency": 20.0}),
 ]
 VARIANTS = [
     Case("lora", {"r": 3, "alpha": 9, "use_rslora": True}),
@@ -131,6 +132,17 @@ VARIANTS = [
         Case("loran", {"r": 4, "activation": name})
         for name in ("identity", "tanh", "silu", "swish-25", "cos", "gaussian")
     ),
+    Case("loran", {"r": 3, "amplitude": 2e-2, "frequency": 2e3, "learn": "both"}),
+    Case(
+        "loran",
+        {"r": 3, "alpha": 6, "frequency": 2e3, "learn": "both", "granularity": "row", "scale_position": "inside"},
+    ),
+    Case("loran", {"r": 3, "amplitude": 0.3, "frequency": 100.0, "learn": "frequency", "granularity": "row"}),
+    Case("loran", {"r": 3, "amplitude": 0.3, "frequency": 100.0, "learn": "both", "activation": "fourier", "terms": 3}),
+    Case(
+        "loran", {"r": 3, "amplitude": 0.3, "frequency": 50.0, "learn": "both", "activation": "chebyshev", "terms": 4}
+    ),
+    Case("loran", {"r": 3, "amplitude": 2e-2, "amplitude_schedule": {"kind": "anneal", "share": 0.8, "start": 0.5}}),
     Case("ranlora", {"r": 3, "init": "P"}),
     Case("ranlora", {"r": 3, "init": "K"}),
     Case("ranlora", {"r": 3, "use_v": False}),
@@ -153,6 +165,8 @@ VARIANTS = [
     Case("moslora", {"r": 3, "mixer_init": "orthogonal"}),
     Case("neat", {"r": 3, "depth": 2}),
     Case("neat", {"r": 3, "depth": 1, "activation": "tanh", "alpha": "r"}),
+    Case("sinelora", {"r": 3}),
+    Case("sinelora", {"r": 3, "gain": 50, "init_B_std": 0.02}),
 ]
 # PEFT's LoRA with one of its switches set: in the cells on properties only, as variants are
 VARIANTS += [Case("rslora", {"r": 4, "alpha": 8})]

@@ -35,11 +35,28 @@ def lora(t: Tensors, config: Any, x: Tensor) -> Tensor:
 
 
 def loran(t: Tensors, config: Any, x: Tensor) -> Tensor:
-    """s f(BA) x, or f(s BA) x."""
-    a, w = config.amplitude, config.frequency
+    """s f(BA) x, or f(s BA) x; a and w are their starts times exp of what is learned; coefficients are linear in it."""
+    learned = {name: t[name].reshape(-1, 1) for name in ("amplitude", "frequency") if name in t}  # a column: one a row
+    a, w = (
+        getattr(config, n) * torch.exp(learned.get(n, torch.zeros((), dtype=torch.float64)))
+        for n in ("amplitude", "frequency")
+    )
+
+    factors = t.get("schedule", torch.ones(2, dtype=torch.float64))
+    a, w = factors[0] * a, factors[1] * w
+
+    def of_coefficients(basis: Callable[[int, Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        c = [factors[0] * config.amplitude * (t["amplitude"][..., k : k + 1] + (k == 0)) for k in range(config.terms)]
+        return lambda u: u + u * sum(c[k] * basis(k + 1, w * u) for k in range(config.terms))
+
+    def polynomial(k: int, z: Tensor) -> Tensor:
+        return torch.cos(k * torch.arccos(z.clamp(-1, 1))) - torch.cos(torch.tensor(k * torch.pi / 2, dtype=z.dtype))
+
     with_period = {
         "sinter": lambda u: a * u * torch.sin(w * u) + u,
         "cos": lambda u: u * torch.cos(w * u) + u,
+        "fourier": lambda u: of_coefficients(lambda k, z: torch.sin(k * z))(u),
+        "chebyshev": lambda u: of_coefficients(polynomial)(u),
     }
     f = (F | with_period)[config.activation]
     s, u = config.alpha / config.r, t["B"] @ t["A"]
@@ -145,6 +162,13 @@ def delora(t: Tensors, config: Any, x: Tensor) -> Tensor:
     return t["lambda"] / config.r * (z @ t["A"].T / (lengths[0] * lengths[1])) @ t["B"].T
 
 
+def sinelora(t: Tensors, config: Any, x: Tensor) -> Tensor:
+    """s sin(w BA) x / g; s is 1 in the paper."""
+    g = len(t["B"]) ** 0.5 if config.gain == "sqrt" else config.gain
+    s = 1.0 if config.alpha == "r" else config.alpha / config.r
+    return s / g * x @ torch.sin(config.frequency * t["B"] @ t["A"]).T
+
+
 FORMULAS: dict[str, Callable[[Tensors, Any, Tensor], Tensor]] = {
     "lora": lora,
     "qlora": lora,
@@ -161,4 +185,5 @@ FORMULAS: dict[str, Callable[[Tensors, Any, Tensor], Tensor]] = {
     "adalora": adalora,
     "fourierft": fourierft,
     "delora": delora,
+    "sinelora": sinelora,
 }

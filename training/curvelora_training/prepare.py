@@ -26,6 +26,7 @@ from curvelora_eval.models import head_modules, shape_model
 from curvelora_eval.tasks import LabelledTask, Task, make_task
 from curvelora_training.adalora import fit_schedule, optimiser_steps
 from curvelora_training.config import Recipe, RecipeError, load_recipe
+from curvelora_training.curve_schedule import check_schedules
 from curvelora_training.distributed import read_deepspeed_file
 
 T = TypeVar("T")
@@ -115,6 +116,8 @@ def prepare(recipe: Recipe, source: str = "the recipe") -> Prepared:
             if rows["train"] is not None:
                 collect(fit_schedule, peft_config, optimiser_steps(recipe, len(rows["train"])))
             collect(_check_weights, base, peft_config)
+            if rows["train"] is not None:
+                collect(check_schedules, peft_config, recipe.training, len(rows["train"]))
             with torch.device("meta"):  # the adapter needs no memory either
                 shapes = collect(attach, base, peft_config)
     if collect.problems:

@@ -22,6 +22,7 @@ from curvelora_eval.models import load_base, load_processor, storage_of
 from curvelora_eval.spec import write_task
 from curvelora_training.adalora import RankAllocation, check_resume
 from curvelora_training.config import Recipe
+from curvelora_training.curve_schedule import CurveSchedule, has_schedule
 from curvelora_training.distributed import check_engine, engine_in_use, rank, trainer_arguments
 from curvelora_training.effects import describe_start, last_spline, measure_gap, measure_start, merges_approximately
 from curvelora_training.model_card import model_card
@@ -95,6 +96,8 @@ def train(prepared: Prepared, resume: bool = False, overwrite: bool = False) -> 
     )
     if recipe.method.name == "adalora":
         trainer.add_callback(RankAllocation(task.token_loss))
+    if has_schedule(prepared.peft_config):
+        trainer.add_callback(CurveSchedule())
     trainer.add_callback(AtTheStart(lambda: check_engine(engine_in_use(trainer), engine)))
     if recipe.training.max_steps != 0:
         try:

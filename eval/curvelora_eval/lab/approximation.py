@@ -184,7 +184,7 @@ def _start(kind: str, A: Tensor, B: Tensor, X: Tensor, options: Mapping[str, Any
     layer.to(X.device, at_least_fp32(X.dtype))
     slope = layer.scaling["default"] if kind == "lora" else config.scale
     if kind == "loran":
-        slope = config.delta_map().slope_at_zero
+        slope = layer.delta_map("default").slope_at_zero
     elif kind == "ranlora":
         slope *= Activation(config.activation).slope_at_zero
     if kind in START:

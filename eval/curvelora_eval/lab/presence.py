@@ -32,6 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from curvelora.activations import PERIODIC
 from curvelora.errors import UserError
 from curvelora.layers.bottleneck import BottleneckLayer
 from curvelora.layers.dense_delta import DeltaMap, DenseDeltaLayer
@@ -123,7 +124,7 @@ def measure_presence(
         for name, layer in model.named_modules():
             name, x = base_name(name), inputs.get(base_name(name))
             if isinstance(layer, DenseDeltaLayer) and adapter in layer.configs:
-                factors, delta_map = layer.factors(adapter), layer.configs[adapter].delta_map()
+                factors, delta_map = layer.factors(adapter), layer.delta_map(adapter)
                 measured[name] = weight_space_presence(*factors, delta_map, dtype, x, max_entries)
             elif (
                 isinstance(layer, BottleneckLayer)
@@ -149,7 +150,8 @@ def weight_space_presence(
     """
     rows = max(1, max_entries // A.shape[1])
     if rows < B.shape[0]:
-        B = B[torch.linspace(0, B.shape[0] - 1, rows, device=B.device).round().long()]
+        chosen = torch.linspace(0, B.shape[0] - 1, rows, device=B.device).round().long()
+        B, delta_map = B[chosen], delta_map.rows(chosen)
     resolvability = measure_resolvability(A, B, delta_map, dtype)
     f = delta_map.activation
     exact = B.double() @ A.double()
@@ -164,7 +166,7 @@ def weight_space_presence(
     at_zero = f.slope_at_zero
     slope = f.slope(argument(exact))
     slopes = dict(zip(PRECISIONS, (f.slope(argument(naive)), slope.bfloat16(), f.slope(argument(own))), strict=True))
-    frequency = f.frequency if f.name in ("sinter", "cos") else 1.0
+    frequency = f.frequency if f.name in PERIODIC else 1.0
     return {
         "space": "weight",
         "forward": resolvability.forward,
