@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from curvelora import METHODS
+from curvelora.methods_command import markdown
 from curvelora_eval.lab.record import BLOCK, rendered
 from curvelora_training.demo import ARMS, MARKS
 from curvelora_training.reference import reference
@@ -151,6 +153,13 @@ def test_numbers_in_the_lab_s_prose_are_those_of_its_files(root: Path) -> None:
     assert max(abs(loss - base) for loss in small) <= 2e-4 and "no cell differs by more than 2e-4" in text
     means = {product: sum(losses) / len(losses) for product, losses in by_product.items()}
     assert f"at 100 it is {means[100]:.3f}, at 1,000 {means[1000]:.3f}, at 10,000 {means[10000]:.3f}" in text
+
+
+def test_the_table_of_methods_is_the_registry_s(root: Path) -> None:
+    text = (root / "docs/methods.md").read_text(encoding="utf-8")
+    block = text.split("<!-- methods -->\n")[1].split("\n<!-- end of methods -->")[0]
+    assert block == markdown([method.describe() for method in METHODS.values()])
+    assert all(f"[{name}]" in text for name in METHODS if name != "pissa_rewritten_base"), "each has its definition"
 
 
 def test_the_price_of_an_untouched_base_is_that_of_its_file(root: Path) -> None:

@@ -14,6 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Define the arguments of `curvelora methods`."""
     parser.add_argument("name", nargs="?", help="explain this method")
     parser.add_argument("--json", action="store_true", help="print JSON: a list of objects, or one object for NAME")
+    parser.add_argument("--markdown", action="store_true", help="print the list as a Markdown table with cost and caveats")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -30,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     elif args.name:
         print(explanation(described[0]))
     else:
-        print(table(described))
+        print(markdown(described) if args.markdown else table(described))
     return 0
 
 
@@ -43,6 +44,23 @@ def table(methods: list[dict[str, Any]]) -> str:
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
     )
+
+
+def markdown(methods: list[dict[str, Any]]) -> str:
+    """A row a method: what it computes, what it costs, what to know; as docs/methods.md shows it."""
+    lines = ["| method | formula | family | merge | base at the start | cost | caveats |", "|---|---|---|---|---|---|---|"]
+    for method in methods:
+        cells = [
+            f"**{method['name']}** {method['paper']}",
+            method["formula"],
+            method["family"],
+            method["merge"],
+            _cell(method["identity_at_init"]),
+            method["cost"],
+            " ".join(method["caveats"]),
+        ]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines)
 
 
 def explanation(method: dict[str, Any]) -> str:
