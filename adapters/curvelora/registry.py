@@ -11,6 +11,7 @@ from curvelora.methods import (
     delora,
     dora,
     fourierft,
+    full,
     linear_probing,
     lora,
     loran,
@@ -47,6 +48,7 @@ METHODS: dict[str, Method] = {
         sinelora.METHOD,
         linear_probing.METHOD,
         bitfit.METHOD,
+        full.METHOD,
     )
 }
 

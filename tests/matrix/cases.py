@@ -182,4 +182,4 @@ def those_with(*features: str) -> list[Case]:
 OURS = [case for case in MAIN if case.entry.provided_by == "curvelora"]
 
 # Methods of the registry that put no layer into the model, or rewrite the base under it; they have tests of their own.
-APART = {"linear_probing", "bitfit", "pissa_rewritten_base"}
+APART = {"linear_probing", "bitfit", "full", "pissa_rewritten_base"}

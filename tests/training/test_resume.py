@@ -57,13 +57,17 @@ def stopped(
     return path
 
 
+@pytest.mark.parametrize("method", ["loran", "full"])
 def test_resume_equals_the_straight_run(
+    method: str,
     recipe: dict[str, Any],
     write: Callable[..., Path],
     finetune: Callable[..., Path],
     stop_at: Callable[..., None],
     tmp_path: Path,
 ) -> None:
+    if method == "full":
+        recipe["adapter"] = {"method": "full"}
     straight = finetune(write(recipe, **CHANGES, output=str(tmp_path / "straight")))
     path = stopped(write, recipe, stop_at, 8, tmp_path / "resumed")
     assert not (tmp_path / "resumed/adapter").exists()

@@ -101,7 +101,8 @@ def named_arm(text: str) -> Arm:
     if method == FULL and not colon:
         return Arm(text, f"full fine-tuning of these layers{tail}", FULL, {}, fp32)
     # of PEFT's own methods those whose update is s B A on an untouched base
-    known = [name for name, m in METHODS.items() if m.provided_by == "curvelora" or name in ("lora", "qlora", "rslora")]
+    layered = [name for name, m in METHODS.items() if m.provided_by == "curvelora" and name != FULL]
+    known = ["lora", "qlora", "rslora", *layered]
     if method not in known:
         raise UserError(f"unknown arm {text!r}{nearest(method, [*known, FULL])} (methods: {', '.join([*known, FULL])})")
     if not colon:
