@@ -244,6 +244,7 @@ def test_images_have_no_penalty_in_peft(recipe, write, tiny_models, root):
     [
         ({"method": "delora", "r": 4}, {"model.quantization": "nf4"}, "delora does not work on a base in nf4"),
         ({"method": "dora", "r": 4}, {"model.quantization": "int8"}, "in none and nf4 only"),
+        (ADALORA, {"training.deepspeed": "ds_configs/none.json"}, "DeepSpeed has cleared them by then"),
         ({"method": "dora_dynamic"}, {}, "adapter.method dora_dynamic is DoRA by dynamic rank distribution"),
         (
             {"method": "fourierft", "n_frequency_pattern": {"quary": 5}},

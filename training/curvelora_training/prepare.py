@@ -25,7 +25,7 @@ from curvelora_eval.models import head_modules, shape_model
 from curvelora_eval.tasks import LabelledTask, Task, make_task
 from curvelora_training.adalora import fit_schedule, optimiser_steps
 from curvelora_training.config import Recipe, RecipeError, load_recipe
-from curvelora_training.distributed import read_deepspeed_file
+from curvelora_training.distributed import accelerate_asks_for_deepspeed, read_deepspeed_file
 
 T = TypeVar("T")
 PEFT_TASK = {
@@ -248,10 +248,10 @@ def _check_combinations(recipe: Recipe, task: Task) -> None:
             f"adapter.method {method.name} does not work on a base in {model.quantization}, which PEFT has it for in "
             f"{' and '.join(method.bases)} only: set model.quantization={method.bases[0]}, or take another method"
         )
-    if method.name == "adalora" and recipe.training.deepspeed is not None:
+    if method.name == "adalora" and (recipe.training.deepspeed is not None or accelerate_asks_for_deepspeed()):
         problems.append(
             "adapter.method adalora ranks by the gradients after each optimiser step, and DeepSpeed has cleared them by then: "
-            "leave training.deepspeed out"
+            "leave DeepSpeed out"
         )
     if method.name == "adalora" and not PEFT_TASK[recipe.task.kind] and recipe.adapter_options()["orth_reg_weight"]:
         problems.append(
