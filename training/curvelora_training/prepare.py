@@ -248,6 +248,11 @@ def _check_combinations(recipe: Recipe, task: Task) -> None:
             f"adapter.method {method.name} does not work on a base in {model.quantization}, which PEFT has it for in "
             f"{' and '.join(method.bases)} only: set model.quantization={method.bases[0]}, or take another method"
         )
+    if method.name == "dora" and model.quantization == "int8" and not torch.cuda.is_available():
+        problems.append(
+            "adapter.method dora on a base in int8 needs a GPU, because PEFT loses the scales of an int8 weight on a CPU: set "
+            "model.quantization=nf4 or none"
+        )
     if method.name == "adalora" and (recipe.training.deepspeed is not None or accelerate_asks_for_deepspeed()):
         problems.append(
             "adapter.method adalora ranks by the gradients after each optimiser step, and DeepSpeed has cleared them by then: "
