@@ -118,6 +118,7 @@ class Method:
             "merge": self.merge(config).value,
             "identity_at_init": self.identity_at_init(config),
             "required_quantization": self.required_quantization,
+            "bases": list(self.bases),
             "cost": self.cost,
             "defaults": {k: v for k, v in self.settings(config).items() if k != "target_modules"},
             "caveats": list(self.caveats),

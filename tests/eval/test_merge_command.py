@@ -12,7 +12,17 @@ from typing import Any
 
 import pytest
 import torch
-from peft import IA3Config, LilyConfig, LoraConfig, PeftConfig, PromptTuningConfig, get_peft_model
+from peft import (
+    AdaLoraConfig,
+    DeloraConfig,
+    FourierFTConfig,
+    IA3Config,
+    LilyConfig,
+    LoraConfig,
+    PeftConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
@@ -48,7 +58,13 @@ METHOD_CONFIGS: dict[str, Callable[[list[str]], PeftConfig]] = {
     "loran": lambda targets: LoranConfig(r=4, alpha=8, amplitude=2e-2, target_modules=targets),
     "aurora": lambda targets: AuroraConfig(r=4, mode="static", target_modules=targets),
     "ranlora": lambda targets: RanloraConfig(r=4, activation="identity", target_modules=targets),
+    "rslora": lambda targets: LoraConfig(r=4, use_rslora=True, target_modules=targets),
+    "dora": lambda targets: LoraConfig(r=4, use_dora=True, target_modules=targets),
+    "adalora": lambda targets: AdaLoraConfig(init_r=4, target_r=2, total_step=9, target_modules=targets),
+    "fourierft": lambda targets: FourierFTConfig(n_frequency=4, target_modules=targets),
+    "delora": lambda targets: DeloraConfig(r=4, target_modules=targets),
 }
+SIZE = {"adalora": "init_r", "fourierft": "n_frequency"}  # the option that stands for the rank
 
 
 @pytest.fixture
@@ -138,7 +154,8 @@ def test_exact_methods_give_the_adapters_logits_without_peft(
     change = record["drift"]["merge"]
     assert change["relative"] < EXACT and change["agreement"] == 1.0 and change["positions"] > 100
     assert record["drift"]["gap"] is record["drift"]["trained"] is None
-    assert (record["method"], record["merge"], record["settings"]["r"]) == (method, "exact", 4)
+    size = SIZE.get(method, "r")
+    assert (record["method"], record["merge"], record["settings"][size]) == (method, "exact", 4)
 
 
 def test_what_is_written_and_printed(

@@ -25,6 +25,7 @@ LACKS = {
     "fp64": "layers in fp64: the update is computed in fp32",
     "transposed": "layers that store their weight transposed",
     "vectors": "inputs without a leading dimension",
+    "int8": "a base in int8 on a CPU",
     "second": "a second adapter on the model that is to train as well",
     "sums": "two active adapters that add up",
     "rows": "rows with adapters of their own",
@@ -83,7 +84,7 @@ class Case:
         return torch.float64 if self.has("fp64") else torch.float32
 
     def __str__(self) -> str:
-        return "-".join([self.method, *(f"{k}={v}" for k, v in self.options.items() if k not in ("r", "alpha"))])
+        return "-".join([self.method, *(f"{k}={v}" for k, v in self.options.items() if k not in SIZES)])
 
 
 MAIN = [
@@ -100,7 +101,7 @@ MAIN = [
     Case(
         "dora",
         {"r": 4, "alpha": 8},
-        lacks=frozenset(["alpha", "base apart", "vectors", "sums", "rows", "full graph"]),
+        lacks=frozenset(["alpha", "base apart", "vectors", "int8", "sums", "rows", "full graph"]),
     ),
     Case(
         "adalora",

@@ -59,7 +59,7 @@ def in_fp32(model: nn.Module) -> nn.Module:
         (c, s)
         for s, (kind, _) in STORAGE.items()
         for c in MAIN
-        if c.entry.required_quantization in (None, kind) and kind in c.entry.bases
+        if c.entry.required_quantization in (None, kind) and kind in c.entry.bases and (kind != "int8" or c.has("int8"))
     ],
     ids=str,
 )

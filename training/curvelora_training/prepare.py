@@ -27,7 +27,7 @@ from curvelora_eval.tasks import LabelledTask, Task, make_task
 from curvelora_training.adalora import fit_schedule, optimiser_steps
 from curvelora_training.config import Recipe, RecipeError, load_recipe
 from curvelora_training.curve_schedule import check_schedules
-from curvelora_training.distributed import read_deepspeed_file
+from curvelora_training.distributed import accelerate_asks_for_deepspeed, read_deepspeed_file
 
 T = TypeVar("T")
 PEFT_TASK = {
@@ -254,10 +254,15 @@ def _check_combinations(recipe: Recipe, task: Task) -> None:
             f"adapter.method {method.name} does not work on a base in {model.quantization} (it does in "
             f"{' and '.join(method.bases)}): set model.quantization={method.bases[0]}, or take another method"
         )
-    if method.name == "adalora" and recipe.training.deepspeed is not None:
+    if method.name == "dora" and model.quantization == "int8" and not torch.cuda.is_available():
+        problems.append(
+            "adapter.method dora on a base in int8 needs a GPU, because PEFT loses the scales of an int8 weight on a CPU: set "
+            "model.quantization=nf4 or none"
+        )
+    if method.name == "adalora" and (recipe.training.deepspeed is not None or accelerate_asks_for_deepspeed()):
         problems.append(
             "adapter.method adalora ranks by the gradients after each optimiser step, and DeepSpeed has cleared them by then: "
-            "leave training.deepspeed out"
+            "leave DeepSpeed out"
         )
     if method.name == "adalora" and not PEFT_TASK[recipe.task.kind] and recipe.adapter_options()["orth_reg_weight"]:
         problems.append(

@@ -15,7 +15,6 @@ METHOD = dataclasses.replace(
     defaults={"use_dora": True},
     internal_options=("use_dora",),
     family=lambda config: "weight space",
-    bases=("none", "nf4"),
     cost="1.9 times LoRA's step: every pass forms the dense W0 + s B A for its norms",
     caveats=(
         "Two methods are called DoRA: this one, and dynamic rank distribution (arXiv 2405.17357), which the tables of "
@@ -26,7 +25,8 @@ METHOD = dataclasses.replace(
         "not that of the formula.",
         "With dropout, PEFT recomputes the base's output from the dropped input, so that dropout reaches the term "
         "(m / norm - 1) W0 x as well, and a quantised base is dequantised in every pass.",
-        "The magnitudes start from the stored weight: on an NF4 base from the dequantised one. PEFT 0.21 fails on int8.",
+        "The magnitudes start from the stored weight: on an NF4 or int8 base from the dequantised one. Int8 needs a GPU, "
+        "where it is PEFT's and not tried here: on a CPU PEFT 0.21 loses the scales of the weight.",
         "Two active adapters do not add up, `torch.compile` breaks the graph in every layer, and PEFT gives no rows "
         "adapters of their own.",
         "Its adapter is stored as LoRA's with `use_dora`, which is how other tools read it.",
