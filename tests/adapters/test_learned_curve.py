@@ -270,6 +270,30 @@ def test_the_reference_path_differentiates_twice(learning, kind):
     assert all(torch.isfinite(h).all() and h.abs().max() > 0 for h in second)
 
 
+@granularities
+def test_adam_finds_amplitude_and_frequency(loran_layer, granularity):
+    """With one learning rate for both, although a0 and w0 differ by a factor of 100.
+
+    A row in which w u is small determines the product a w only (a u sin(w u) ~ a w u^2), so there dW is compared instead.
+    """
+    options = {"r": 3, "alpha": 3, "B_std": 0.5, "activation": "sinter"}
+    target = loran_layer(37, 53, amplitude=0.13, frequency=11.0, **options).delta_weight("default").detach()
+    layer = loran_layer(37, 53, amplitude=0.1, frequency=10.0, learn="both", granularity=granularity, **options)
+    before = (layer.delta_weight("default").detach() - target).norm()
+    optimizer = torch.optim.Adam(own_tensors(layer).values(), lr=1e-2)
+    x = torch.eye(37)
+    for _ in range(300):
+        optimizer.zero_grad()
+        (layer.adapter_output("default", x) - target.T).square().sum().backward()
+        optimizer.step()
+    assert (layer.delta_weight("default").detach() - target).norm() < 0.02 * before
+    if granularity == "row":
+        return
+    f = layer.delta_map("default").activation
+    torch.testing.assert_close(f.amplitude, torch.full_like(f.amplitude, 0.13), rtol=2e-2, atol=0)
+    torch.testing.assert_close(f.frequency, torch.full_like(f.frequency, 11.0), rtol=5e-3, atol=0)
+
+
 def test_the_fixed_curve_still_takes_the_operator_without_tensors(loran_layer):
     layer = loran_layer(37, 53, r=3)
     assert not own_tensors(layer) and not isinstance(layer.delta_map("default").activation, Series)

@@ -251,5 +251,7 @@ METHOD = Method(
         "relu with B = 0 has zero gradient for ever: set init_B_std.",
         "sigmoid has f(0) = 0.5, so the update is s/2 in every entry before training.",
         "Merging into a bf16 or quantised base loses most of what f added.",
+        "learn, fourier, chebyshev and schedules are extensions of this package, in no paper; what is learned of a and w is a "
+        "factor, theta in a = a0 exp(theta), so the learning rate is relative to the configured values.",
     ),
 )
