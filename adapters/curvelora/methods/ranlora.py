@@ -21,13 +21,13 @@ from torch import Tensor, nn
 
 from curvelora.activations import Activation, canonical_name
 from curvelora.errors import UserError
+from curvelora.factor_cache import cached_triplets
 from curvelora.layers.base_weight import device_of_weight
 from curvelora.layers.bottleneck import BottleneckLayer
 from curvelora.layers.initial import SOURCES, initial_weight, kaiming_A, zero_B
 from curvelora.merging import Merge
 from curvelora.method import Method
 from curvelora.peft_registration import extend_peft_type
-from curvelora.svd import singular_triplets
 from curvelora.tuner import AdapterModel, LowRankConfig, check_choice, check_switch
 
 ACTIVATIONS = ("gelu", "relu", "tanh", "identity")
@@ -153,7 +153,7 @@ class RanloraLayer(BottleneckLayer):
             return tuple(torch.full(shape, math.nan, device=device) for shape in shapes)
         weight = initial_weight(self, config.svd_source, model, config.revision)
         try:
-            found = singular_triplets(weight, config.r, ENDS[config.init])
+            found = cached_triplets(weight, config.r, ENDS[config.init])
         except ValueError as error:
             raise UserError(f"module {self.name!r} has no singular triplets to start from: {error}") from error
         root = found.S.sqrt()
