@@ -1,7 +1,9 @@
 """Extreme eigenvectors of a positive semidefinite matrix by block Lanczos, and a proof that they are the extreme ones.
 
 Search. Thick-restarted block Lanczos (Golub & Underwood 1977; Wu & Simon 2000) with full reorthogonalisation, on G for the
-first pairs and on (G + delta I)^-1 for the last. It converges, or it gives up; that what it found is extreme, it cannot know.
+first pairs and on (G + delta I)^-1 for the last. What has not converged after a few steps goes on with the inverse of G shifted
+to just beyond the edge of the spectrum, which the first steps have located and which spreads a crowded edge. It converges, or it
+gives up; that what it found is extreme, it cannot know.
 
 Proof. Let X (n, r) be any matrix and theta a number. If
 
@@ -15,8 +17,6 @@ that succeeds in floating point proves that M is positive definite up to `roundi
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -25,8 +25,11 @@ SHIFT = (
     1e-14  # delta / trace(G): far above what rounding can make negative, far below a last eigenvalue that is not zero
 )
 CONVERGED = 1e-13  # residual of a Ritz pair of the operator, relative to its value
-MAX_STEPS = 160  # block steps; about 40 settle a random 4096 x 4096 weight
-BASIS_BLOCKS = 16  # blocks of the Krylov basis before it restarts, and
+FIRST_STEPS = (
+    16  # block steps with G, or with its inverse for the last; then the matrix is shifted to where the edge is
+)
+MAX_STEPS = 96  # block steps after that
+BASIS_BLOCKS = 16  # blocks of the Krylov basis before it restarts
 CHECK_EVERY = 8  # after so many steps the projected problem is solved
 DEPENDENT = 1e-6  # ratio of pivots below which a block is orthonormalised by Householder QR, not by Cholesky
 NARROWEST = 16  # block width: at least r, so that a value repeated r times is seen r times
@@ -41,43 +44,77 @@ def extreme_subspace(G: Tensor, r: int, end: str) -> Tensor | None:
         end: "first" for the largest, "last" for the smallest.
 
     Returns:
-        (n, k) fp64, k > r, Ritz vectors from the extreme ones inward; None where it does not converge in `MAX_STEPS` or where
-        the shifted matrix cannot be factorised.
+        (n, k) fp64, k > r, Ritz vectors from the extreme ones inward; None where it does not converge in `MAX_STEPS` more or
+        where the shifted matrix cannot be factorised.
     """
-    if end == "first":
-        return _largest(lambda block: G @ block, G, r)
-    shifted = G.clone()
-    shifted.diagonal().add_(SHIFT * G.trace())
-    factor, failed = torch.linalg.cholesky_ex(shifted)
-    if failed.item():
-        return None
-    # one product with the inverse is as accurate here as two triangular solves and, with few columns, far faster on a GPU
-    inverse = torch.cholesky_inverse(factor)
-    basis = _largest(lambda block: inverse @ block, G, r)
-    if basis is None:
-        return None
+    b = max(r, NARROWEST)
+    # drawn on the CPU, so that every device starts from the same block
+    start = torch.randn(len(G), b, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(G.device)
+    delta = SHIFT * G.trace().item()
+    inverse = None
+    if end == "last":
+        inverse = _inverse(G, -delta, end)
+        if inverse is None:
+            return None
+    operator = G if inverse is None else inverse
+    basis, values, converged = _largest(operator, start, r, FIRST_STEPS)
+    if not converged:
+        if basis is None:
+            return None
+        edge, inner, guard = (values if end == "first" else 1 / values - delta)[[0, r - 1, r + b - 1]].tolist()
+        width = abs(edge - guard)
+        sigma = edge + width if end == "first" else edge - width
+        # the ratio of the r-th value to the first beyond the guards decides how fast it goes: as it is, and shifted
+        if abs(sigma - guard) / abs(sigma - inner) > (values[r - 1] / values[r + b - 1]).item():
+            near = _inverse(G, sigma, end)
+            if near is not None:  # None where an eigenvalue lies beyond sigma, as the edge was not settled
+                operator = inverse = near
+        basis, values, converged = _largest(operator, basis[:, :b], r, MAX_STEPS)
+        if not converged:
+            return None
+    if inverse is None:
+        return basis
     # one step of inverse iteration, written as a correction, takes out what the rounding of the inverse put in
     image = G @ basis
     residual = image - basis @ (basis.T @ image)
-    return _orthonormal(basis - inverse @ residual)[0]
+    return _orthonormal(basis + inverse @ residual if end == "first" else basis - inverse @ residual)[0]
 
 
-def _largest(operator: Callable[[Tensor], Tensor], like: Tensor, r: int) -> Tensor | None:
-    """Ritz vectors (n, r + b) of the largest eigenvalues of a symmetric operator; None if the first r do not converge."""
-    n, b = like.shape[0], max(r, NARROWEST)
+def _inverse(G: Tensor, sigma: float, end: str) -> Tensor | None:
+    """(sigma I - G)^-1 for the first, (G - sigma I)^-1 for the last; None where that matrix is not positive definite.
+
+    One product with it is as accurate here as two triangular solves and, with few columns, far faster on a GPU.
+    """
+    shifted = -G if end == "first" else G.clone()
+    shifted.diagonal().add_(sigma if end == "first" else -sigma)
+    factor, failed = torch.linalg.cholesky_ex(shifted)
+    return None if failed.item() else torch.cholesky_inverse(factor)
+
+
+def _largest(operator: Tensor, start: Tensor, r: int, steps: int) -> tuple[Tensor | None, Tensor | None, bool]:
+    """Ritz vectors (n, r + b) and all Ritz values, descending, of the largest eigenvalues of a symmetric matrix.
+
+    Args:
+        operator: (n, n).
+        start: (n, b), the first block.
+        r: how many have to converge.
+        steps: the most that are taken.
+
+    Returns:
+        Vectors, values, and whether the first r converged; None for the first two where n is too small for blocks this wide.
+    """
+    n, b = start.shape
     room = min(BASIS_BLOCKS * b, 3 * n // 4)
     if room < 4 * b:  # a restart keeps half of it, which has to hold r + b vectors and leave room for more
-        return None
-    # drawn on the CPU, so that every device starts from the same block
-    block = torch.randn(n, b, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(like.device)
-    block = torch.linalg.qr(block)[0]
-    Z = like.new_zeros(n, room)
-    T = like.new_zeros(room, room)  # Z^T operator Z, upper triangle
+        return None, None, False
+    block = torch.linalg.qr(start)[0]
+    Z = start.new_zeros(n, room)
+    T = start.new_zeros(room, room)  # Z^T operator Z, upper triangle
     used = 0
-    for step in range(1, MAX_STEPS + 1):
+    for step in range(1, steps + 1):
         Z[:, used : used + b] = block
         known = Z[:, : used + b]
-        image = operator(block)
+        image = operator @ block
         for _ in range(2):  # "twice is enough"
             part = known.T @ image
             image -= known @ part
@@ -85,20 +122,21 @@ def _largest(operator: Callable[[Tensor], Tensor], like: Tensor, r: int) -> Tens
         used += b
         block, coupling = _orthonormal(image, known)
         full = used + b > room
-        if not full and step % CHECK_EVERY:
+        if not full and step % CHECK_EVERY and step < steps:
             continue
         values, vectors = torch.linalg.eigh(T[:used, :used], UPLO="U")
         values, vectors = values.flip(0), vectors.flip(1)
         residuals = (coupling @ vectors[-b:, :r]).norm(dim=0)
-        if (residuals <= CONVERGED * values[:r].abs()).all():
-            return Z[:, :used] @ vectors[:, : r + b]
+        converged = bool((residuals <= CONVERGED * values[:r].abs()).all())
+        if converged or step == steps:
+            break
         if full:
             kept = room // 2
             Z[:, :kept] = Z[:, :used] @ vectors[:, :kept]
             T.zero_()
             T[:kept, :kept] = values[:kept].diag()
             used = kept
-    return None
+    return Z[:, :used] @ vectors[:, : r + b], values, converged
 
 
 def _orthonormal(block: Tensor, others: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ from math import inf
 import pytest
 import torch
 
-from curvelora import svd
+from curvelora import extreme_eigen, svd
 from curvelora.extreme_eigen import nothing_missed
 from curvelora.svd import singular_triplets
 
@@ -216,3 +216,30 @@ def test_a_matrix_of_low_rank(searching, rank):
 def test_an_unknown_solver_is_refused():
     with pytest.raises(ValueError, match="'auto' or 'eigh', not 'qr'"):
         singular_triplets(matrix((5, 3), "flat"), 1, "last", "qr")
+
+
+@pytest.mark.parametrize("end", ["first", "last"])
+def test_a_search_that_runs_out_of_steps_gives_up(searching, monkeypatch, end):
+    monkeypatch.setattr(extreme_eigen, "FIRST_STEPS", 2)
+    monkeypatch.setattr(extreme_eigen, "MAX_STEPS", 2)
+    W, exact, _ = of_kind("clustered tail", (180, 200))
+    found = singular_triplets(W, 3, end)
+    assert found.bounds.solver == "eigh" and found.bounds.proved
+    torch.testing.assert_close(found.S, exact[:3] if end == "first" else exact[-3:], rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("end", ["first", "last"])
+def test_an_edge_that_was_not_settled_does_not_stop_the_search(searching, monkeypatch, end):
+    """The shifted matrix is then not positive definite, and the search goes on with the matrix that it has."""
+    inverse, sigmas = extreme_eigen._inverse, []
+
+    def refusing(G, sigma, end):
+        sigmas.append(sigma)
+        return None if abs(sigma) > 1e-6 else inverse(G, sigma, end)
+
+    monkeypatch.setattr(extreme_eigen, "FIRST_STEPS", 2)
+    monkeypatch.setattr(extreme_eigen, "_inverse", refusing)
+    W, exact, _ = of_kind("threefold", (180, 200))
+    found = singular_triplets(W, 3, end)
+    assert found.bounds.solver == "lanczos" and found.bounds.proved and abs(sigmas[-1]) > 1e-6
+    torch.testing.assert_close(found.S, exact[:3] if end == "first" else exact[-3:], rtol=0, atol=1e-13)
