@@ -21,13 +21,9 @@ import torch
 from torch import Tensor
 
 UNIT = 2.0**-53
-SHIFT = (
-    1e-14  # delta / trace(G): far above what rounding can make negative, far below a last eigenvalue that is not zero
-)
+SHIFT = 1e-14  # delta / trace(G): above what rounding makes negative, below a last eigenvalue that is not zero
 CONVERGED = 1e-13  # residual of a Ritz pair of the operator, relative to its value
-FIRST_STEPS = (
-    16  # block steps with G, or with its inverse for the last; then the matrix is shifted to where the edge is
-)
+FIRST_STEPS = 16  # block steps (at least 2) with G, or with its inverse for the last; then the matrix is shifted
 MAX_STEPS = 96  # block steps after that
 BASIS_BLOCKS = 16  # blocks of the Krylov basis before it restarts
 CHECK_EVERY = 8  # after so many steps the projected problem is solved

@@ -133,7 +133,7 @@ def test_the_search_finds_the_extreme_ones_and_proves_it(searching, shape, end, 
         assert bounds.solver == "lanczos" and bounds.proved
         chosen = slice(0, r) if end == "first" else slice(len(exact) - r, None)
         error = (found.S - exact[chosen]).abs().max().item()
-        assert error <= 1e-12 * exact[0]  # measured: at most 4e-15 of s_1
+        assert error <= 1e-12 * exact[0]
         # what is said to be proved holds, and says something: the worst rounding of the Gram matrix costs half the digits
         assert error <= bounds.values + 1e-14 * exact[0] and bounds.values < 1e-5 * exact[0]
         mine, wanted = found.U if shape[0] <= shape[1] else found.V, vectors[:, chosen]
