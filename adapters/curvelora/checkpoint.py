@@ -31,7 +31,7 @@ def unquantised_weight(model: PreTrainedModel, module: str, revision: str | None
     if not path:
         raise UserError("the model does not say which checkpoint it was loaded from")
     try:
-        files = _tensor_files(path, revision)
+        files = tensor_files(path, revision)
         wanted = f"{module}.weight"
         name = _stored_name(model, wanted, files)
         if name is None:
@@ -60,7 +60,7 @@ def _stored_name(model: PreTrainedModel, wanted: str, names: Iterable[str]) -> s
     return next((name for name in found if name is not None), None)
 
 
-def _tensor_files(path: str, revision: str | None) -> dict[str, Path]:
+def tensor_files(path: str, revision: str | None) -> dict[str, Path]:
     """Tensor name -> the file that holds it."""
     index = cached_file(path, SAFE_WEIGHTS_INDEX_NAME, revision=revision, _raise_exceptions_for_missing_entries=False)
     if index is None:

@@ -23,8 +23,12 @@ GROUP = "curvelora.commands"
 # command -> the package that brings it and what it does; for help and for the message when the package is missing
 HOME = {
     "methods": ("curvelora", "list the methods, or explain one"),
+    "prepare": ("curvelora", "compute the singular factors that a method starts from, once"),
     "train": ("curvelora-training", "fine-tune a model from a recipe"),
-    "bench": ("curvelora-training", "what a nonlinearity costs, whether it is stable and whether it is there, beside QLoRA"),
+    "bench": (
+        "curvelora-training",
+        "what a nonlinearity costs, whether it is stable and whether it is there, beside QLoRA",
+    ),
     "sweep": ("curvelora-training", "train over a grid of amplitudes, frequencies, ranks or rates"),
     "eval": ("curvelora-eval", "score an adapter on labelled rows, offline"),
     "merge": ("curvelora-eval", "add an adapter to the weights of its base, and measure what that changes"),

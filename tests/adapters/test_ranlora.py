@@ -247,7 +247,7 @@ def test_the_file_restores_the_model_without_any_svd(llama, token_ids, tmp_path,
     ]
     assert json.loads((tmp_path / "adapter_config.json").read_text())["factors_stored"] is True
     assert model.peft_config["default"].factors_stored is False
-    monkeypatch.setattr("curvelora.layers.decomposed.singular_triplets", lambda *_: pytest.fail("no SVD is needed"))
+    monkeypatch.setattr("curvelora.layers.decomposed.cached_triplets", lambda *_: pytest.fail("no SVD is needed"))
     for options in ({}, {"is_trainable": True}, {"low_cpu_mem_usage": True}):
         assert torch.equal(logits(PeftModel.from_pretrained(llama(), tmp_path, **options), token_ids), expected)
 

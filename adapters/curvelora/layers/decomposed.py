@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from curvelora.errors import UserError
+from curvelora.factor_cache import cached_triplets
 from curvelora.layers.base_weight import device_of_weight
 from curvelora.layers.bottleneck import BottleneckLayer
 from curvelora.layers.initial import SOURCES, initial_weight
-from curvelora.svd import singular_triplets
 from curvelora.tuner import LowRankConfig, check_choice, check_switch
 
 
@@ -105,14 +105,14 @@ class DecomposedLayer(BottleneckLayer):
 
 
 def balanced_factors(weight: Tensor, r: int, end: str) -> tuple[Tensor, Tensor]:
-    """(S^1/2 V^T, U S^1/2) of the first or last r singular triplets of `weight` (d_out, d_in), in fp64.
+    """(S^1/2 V^T, U S^1/2) of the first or last r singular triplets of `weight`, in fp64; from the cache if it has them.
 
     Args:
         end: "first" or "last".
 
     Raises:
-        ValueError: as `singular_triplets`.
+        ValueError: as `curvelora.svd.singular_triplets`.
     """
-    found = singular_triplets(weight, r, end)
+    found = cached_triplets(weight, r, end)
     root = found.S.sqrt()
     return root[:, None] * found.V.T, found.U * root
