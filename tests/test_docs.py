@@ -167,6 +167,7 @@ def test_the_price_of_an_untouched_base_is_that_of_its_file(root: Path) -> None:
     ratio = json.loads((root / "docs/results/residual_quantisation.json").read_text(encoding="utf-8"))["ratio"]
     pissa, milora, olora = ([f"{ratio[name][r]:.2f}" for r in ("16", "64")] for name in ("pissa", "milora", "olora"))
     assert f"is {pissa[0]} (r = 16) and {pissa[1]} (r = 64) of ours for PiSSA" in text
+    assert f"{pissa[0]} (r = 16) and {pissa[1]} (r = 64) times this form's on MiniLM" in METHODS["pissa"].caveats[0]
     assert f"{olora[0]} and {olora[1]} for OLoRA, and {milora[0]} and {milora[1]} for MiLoRA" in text
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
+from peft.utils.integrations import dequantize_bnb_weight
 from torch import Tensor, nn
 
 from curvelora.errors import UserError
@@ -115,18 +116,16 @@ def _block_scales(state: Any) -> Tensor:
     """The scale of every block of codes, fp32, with double quantisation undone."""
     if not state.nested:
         return state.absmax.float()
-    from bitsandbytes.functional import dequantize_blockwise
-
-    return dequantize_blockwise(state.absmax, state.state2).float() + state.offset
+    inner = state.state2
+    scales = inner.absmax.float().repeat_interleave(inner.blocksize)[: state.absmax.numel()]
+    return inner.code[state.absmax.long()].float() * scales + state.offset
 
 
 def _from_4bit(weight: Tensor, absmax: Tensor, rows: slice, d_in: int) -> Tensor:
     """These rows in the dtype that the layer dequantises to."""
-    from bitsandbytes.functional import QuantState, dequantize_4bit
-
     state = weight.quant_state
     first, last = rows.start * d_in, rows.stop * d_in
-    part = QuantState(
+    part = type(state)(
         absmax=absmax[first // state.blocksize : -(-last // state.blocksize)].contiguous(),
         shape=torch.Size((rows.stop - rows.start, d_in)),
         code=state.code,
@@ -135,7 +134,10 @@ def _from_4bit(weight: Tensor, absmax: Tensor, rows: slice, d_in: int) -> Tensor
         dtype=state.dtype,
     )
     packed = weight.data.reshape(-1)[first // 2 : -(-last // 2)].reshape(-1, 1)
-    return dequantize_4bit(packed, quant_state=part)
+    options = {"blocksize": state.blocksize, "quant_type": state.quant_type, "compress_statistics": False}
+    return dequantize_bnb_weight(
+        type(weight)(packed, requires_grad=False, quant_state=part, bnb_quantized=True, **options)
+    )
 
 
 def _from_int8(base_layer: nn.Module, rows: slice) -> Tensor:

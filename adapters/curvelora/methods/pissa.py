@@ -70,9 +70,9 @@ METHOD = Method(
     trainable_parameters=lambda config, d_out, d_in: config.r * (d_in + d_out),
     cost="four thin products per layer, one SVD a layer at the start",
     caveats=(
-        "On a quantised base this is not QPiSSA: that quantises what is left of the weight, whose error is smaller (by how much, "
-        "docs/methods.md says); here W0 is quantised, and the factors come from the unquantised weight. PEFT's own form is "
-        "pissa_rewritten_base.",
+        "On a quantised base this is not QPiSSA: that quantises what is left of the weight, with an error of 0.87 (r = 16) and "
+        "0.68 (r = 64) times this form's on MiniLM in NF4; here W0 is quantised, and the factors come from the unquantised "
+        "weight. PEFT's own form is pissa_rewritten_base.",
         FILE_IS_DOUBLE,
         "Weight decay pulls A and B to zero and not to their start, which takes what was removed with them.",
     ),
