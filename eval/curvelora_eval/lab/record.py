@@ -43,7 +43,10 @@ def keep(folder: Path, target: Path) -> None:
     target.mkdir(parents=True)
     for name in KEPT:
         if (folder / name).is_file():
-            shutil.copyfile(folder / name, target / name)
+            text = (folder / name).read_text(encoding="utf-8")
+            if name.endswith(".json"):  # a record is data: without indentation it is half as large
+                text = json.dumps(json.loads(text), separators=(",", ":"), allow_nan=False) + "\n"
+            write_text(target / name, text)
     page = target / "report.html"
     if page.is_file():
         record = "results.json" if (target / "results.json").is_file() else "sweep.json"

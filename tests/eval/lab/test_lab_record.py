@@ -95,6 +95,8 @@ def test_what_is_kept_is_small_and_has_no_dead_links(tmp_path: Path) -> None:
     )
     keep(tmp_path / "lab", tmp_path / "kept")
     kept = {p.name for p in (tmp_path / "kept").iterdir()}
+    results = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("lab", "kept")]
+    assert results[0] == results[1] and (tmp_path / "kept/results.json").read_text().count("\n") == 1
     assert {"report.html", "results.json"} <= kept and "runs" not in kept
     assert (tmp_path / "kept/report.html").read_text() == '<a href="results.json">steps</a> <a href="#top">top</a>'
 
