@@ -12,12 +12,13 @@ fills up unasked. `curvelora prepare` writes where it is told, and into the defa
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import re
-import tempfile
+import secrets
 from dataclasses import asdict
 from math import inf
 from pathlib import Path
@@ -125,21 +126,22 @@ def store(folder: Path, key: str, triplets: Triplets, end: str) -> Path:
     # JSON has no infinity: None stands for it
     bounds = {k: None if v == inf else v for k, v in asdict(triplets.bounds).items()} if triplets.bounds else None
     metadata = {"schema": SCHEMA, "weight": key, "end": end, "bounds": json.dumps(bounds, allow_nan=False)}
-    temporary = None
+    temporary = folder / f".writing-{os.getpid()}-{secrets.token_hex(4)}.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=folder, prefix=".writing-", suffix=".tmp")
-        os.close(handle)
+        temporary.touch(exist_ok=False)
+        mode = temporary.stat().st_mode  # as the user's umask has it: safetensors makes files that only their owner can read
         save_file(tensors, temporary, metadata=metadata)
-        os.replace(temporary, path)
+        temporary.chmod(mode)
+        temporary.replace(path)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UserError(
             f"the factors cannot be written to {folder} ({reason}): name another folder in {VARIABLE} or with --cache"
         ) from error
     finally:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
     return path
 
 
@@ -157,6 +159,8 @@ def _read(path: Path, key: str, shape: tuple[int, ...], end: str) -> Triplets:
         bounds = json.loads(metadata.get("bounds", "null"))
         if bounds is not None:
             bounds = Bounds(**{k: inf if v is None else v for k, v in bounds.items()})
+    except PermissionError as error:
+        raise UserError(f"the cache entry {path} belongs to somebody else and cannot be read") from error
     except (OSError, SafetensorError, ValueError, TypeError, AttributeError) as error:
         reason = (str(error).splitlines() or ["no reason given"])[0]
         raise UserError(f"the cache entry {path} is damaged: it cannot be read ({reason})") from error

@@ -2,7 +2,8 @@
 
     curvelora prepare --model meta-llama/Meta-Llama-3-8B --method ranlora --rank 2
 
-The checkpoint is read tensor by tensor, so a model of any size needs the memory of one weight (and its Gram matrix in fp64).
+The checkpoint is read tensor by tensor, so a model of any size needs the memory of its largest weight: that in fp64, and about
+six square matrices of its smaller side, also in fp64, while triplets are searched and proved.
 What is in the cache is kept, so an interrupted run goes on where it stopped. Training looks into the folder that
 CURVELORA_FACTOR_CACHE names, or into the default one; see `curvelora.factor_cache`.
 """
@@ -65,10 +66,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--rank {args.rank}: a rank is at least 1")
     if args.dtype is not None and args.dtype not in DTYPES:
         raise UserError(f"--dtype {args.dtype} is unknown{nearest(args.dtype, DTYPES)} (known: {', '.join(DTYPES)})")
-    if args.device.split(":")[0] not in ("cpu", "cuda"):
-        raise UserError(f"--device {args.device} is unknown: write cpu or cuda")
-    if args.device != "cpu" and not torch.cuda.is_available():
-        raise UserError(f"--device {args.device}: there is no CUDA device here; write --device cpu")
+    device = _device(args.device)
     transposed = _is_transposed(args.model, args.revision)
     weights = list(_targets(args.model, args.revision, args.target_modules.split(","), args.rank))
     folder = args.cache.expanduser() if args.cache else cache_folder()
@@ -82,23 +80,42 @@ def run(args: argparse.Namespace) -> int:
         if load(folder, key, tensor.shape, args.rank, end) is not None:
             return False
         try:
-            found = singular_triplets(tensor.to(args.device), args.rank, end)
+            found = singular_triplets(tensor.to(device), args.rank, end)
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"{weight.name} ({' x '.join(map(str, weight.shape))}) does not fit on {device}: write --device cpu; what is "
+                "in the cache is kept"
+            ) from error
         except ValueError as error:
             raise UserError(f"{weight.name} in {args.model} has no singular triplets: {error}") from error
         store(folder, key, found, end)
         return True
 
-    print(f"{len(weights)} weights, {end} {args.rank} triplets each, on {args.device}, into {folder}", flush=True)
+    print(f"{len(weights)} weights, {end} {args.rank} triplets each, on {device}, into {folder}", flush=True)
     computed, rest, seconds = _first_of_each_shape(weights, prepare)
     if rest:
         remaining = sum(seconds.get(weight.shape, 0.0) for weight in rest)
-        print(f"at most {_clock(remaining)} for the remaining {len(rest)} weights", flush=True)
+        print(f"about {_clock(remaining)} for the remaining {len(rest)} weights", flush=True)
     for weight in tqdm(rest, desc="factors", unit="weight"):
         computed += prepare(weight)
     print(f"computed {computed}, kept {len(weights) - computed}: {folder}")
     if args.cache and folder != cache_folder():
         print(f"to use them in training: export {VARIABLE}={folder}")
     return 0
+
+
+def _device(name: str) -> torch.device:
+    """The device of that name. Raises `UserError` where there is none."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {name} is unknown: write cpu, cuda or cuda:0")
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise UserError(f"--device {name}: there are {count} CUDA devices here; write --device cpu or another number")
+    return device
 
 
 def end_of(method: str, init: str = "R") -> str:
@@ -164,7 +181,7 @@ def _targets(model: str, revision: str | None, targets: list[str], r: int) -> It
                     # PEFT's rule for a list of names
                     if any(module == target or module.endswith(f".{target}") for target in targets):
                         chosen.append((Stored(name, path, shape), file.get_slice(name).get_dtype()))
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:  # TypeError: an index that is no mapping
         reason = str(error).splitlines()[0]
         raise UserError(
             f"--model {model}: there is no safetensors checkpoint that can be read ({reason}); name a folder with one, or a "
@@ -193,13 +210,14 @@ def _is_transposed(model: str, revision: str | None) -> bool:
     try:
         path = cached_file(model, CONFIG_NAME, revision=revision, _raise_exceptions_for_missing_entries=False)
         config = json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
-    except (OSError, ValueError) as error:
+        quantised = config.get("quantization_config")
+        kind = quantised.get("quant_method", "an unnamed method") if quantised else None
+    except (OSError, ValueError, AttributeError) as error:  # the last: JSON, but no mapping
         raise UserError(
             f"--model {model}: there is no checkpoint that can be read ({str(error).splitlines()[0]}); name a folder with "
             "one, or a hub name that is in the local cache"
         ) from error
-    if config.get("quantization_config"):
-        kind = config["quantization_config"].get("quant_method", "an unnamed method")
+    if kind is not None:
         raise UserError(
             f"--model {model} is quantised (with {kind}), and its factors would be those of the rounded weight: name the "
             "unquantised checkpoint"

@@ -105,8 +105,12 @@ def set_schedule_position(model: nn.Module, fraction: float, total_steps: int | 
         The number of layers that have a schedule.
 
     Raises:
-        UserError: a fraction out of its range, or no `total_steps` where a schedule needs them.
+        UserError: a fraction or a number of steps out of its range, or no `total_steps` where a schedule needs them.
     """
+    if total_steps is not None and (
+        not isinstance(total_steps, int) or isinstance(total_steps, bool) or total_steps < 1
+    ):
+        raise UserError(f"total_steps must be a whole number of at least 1, not {total_steps!r}")
     if not is_number(fraction) or not 0 <= fraction <= 1:
         raise UserError(f"a schedule's position is a fraction of the run, 0 to 1, not {fraction!r}")
     layers = [module for module in model.modules() if isinstance(module, DenseDeltaLayer)]

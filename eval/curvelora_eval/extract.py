@@ -73,6 +73,11 @@ def check_extractable(folder: Path, config: PeftConfig) -> None:
         raise UserError(
             f"no LoRA can be extracted from {folder}: {config.peft_type.value} changes no weight of the base; keep it as it is"
         )
+    if method is not None and method.name == "full":
+        raise UserError(
+            f"no LoRA can be extracted from {folder}: full fine-tuning changes every weight, embeddings and norms too; serve the "
+            "model that `curvelora merge` writes"
+        )
     if method is not None and method.merge(config) is not Merge.EXACT:
         raise UserError(
             f"no LoRA can be extracted from {folder}: in {title_of(method)} as set here "

@@ -30,6 +30,7 @@ from curvelora.errors import UserError
 from curvelora.loading import load_adapter
 from curvelora.merging import Merge, allow_approximate
 from curvelora.method import Method
+from curvelora.methods.bitfit import is_bitfit
 from curvelora.output_change import Comparison, OutputChange, Outputs, merge_gap, outputs
 from curvelora.registry import METHODS
 from curvelora_eval.merge_probe import Probe
@@ -44,9 +45,9 @@ FULL = 1 << 20  # bytes; a disk with less is called full
 
 def method_of(config: PeftConfig, storage: str = "none") -> Method | None:
     """The registry's entry for a saved config that was trained on a base in `storage`; None for one that PEFT alone knows."""
-    if getattr(config, "target_modules", None) == DUMMY_TARGET_MODULES:
-        return METHODS["linear_probing"]
     method = METHODS.get(str(config.peft_type.value).lower())
+    if method is not METHODS["full"] and getattr(config, "target_modules", None) == DUMMY_TARGET_MODULES:
+        return METHODS["bitfit" if is_bitfit(config) else "linear_probing"]
     if switched := next((m for m in METHODS.values() if _is_switched_to(m, config)), None):
         return switched
     by_storage = (m for m in METHODS.values() if m.required_quantization == storage)  # QLoRA is LoRA on NF4

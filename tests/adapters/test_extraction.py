@@ -12,7 +12,16 @@ from peft import get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from curvelora import AuroraConfig, LoranConfig, RanloraConfig
+from curvelora import (
+    AuroraConfig,
+    LoranConfig,
+    MosloraConfig,
+    NeatConfig,
+    OloraConfig,
+    PissaConfig,
+    RanloraConfig,
+    SineloraConfig,
+)
 from curvelora.errors import UserError
 from curvelora.extraction import nearest_factors, rank_for, squared_singular_values, weight_change
 
@@ -120,6 +129,11 @@ LINEAR = {
     "loran": LoranConfig(r=3, alpha=6, target_modules=["linear", "transposed"]),
     "aurora static": AuroraConfig(r=3, mode="static", target_modules=["linear", "transposed"]),
     "ranlora identity": RanloraConfig(r=3, activation="identity", target_modules=["linear", "transposed"]),
+    "neat": NeatConfig(r=3, depth=1, target_modules=["linear", "transposed"]),
+    "moslora": MosloraConfig(r=3, target_modules=["linear", "transposed"]),
+    "pissa": PissaConfig(r=3, target_modules=["linear", "transposed"]),
+    "olora": OloraConfig(r=3, target_modules=["linear", "transposed"]),
+    "sinelora": SineloraConfig(r=3, target_modules=["linear", "transposed"]),
     "lora": peft.LoraConfig(r=3, target_modules=["linear", "transposed"]),
     "rslora": peft.LoraConfig(r=3, use_rslora=True, target_modules=["linear", "transposed"]),
     "dora": peft.LoraConfig(r=3, use_dora=True, target_modules=["linear", "transposed"]),
@@ -135,8 +149,9 @@ LINEAR = {
     "hira": peft.HiraConfig(r=3, target_modules=["linear"]),
     "ia3": peft.IA3Config(target_modules=["linear"], feedforward_modules=["linear"]),
 }
-# the rank by construction; RanLoRA's init takes out B0 A0, which counts as well
-RANK = dict.fromkeys(["aurora static", "lora", "rslora", "adalora", "delora", "vera"], 3) | {"ranlora identity": 6}
+# the rank by construction; what an init takes out, B0 A0, counts as well
+RANK = dict.fromkeys(["aurora static", "neat", "moslora", "lora", "rslora", "adalora", "delora", "vera"], 3)
+RANK |= dict.fromkeys(["ranlora identity", "pissa", "olora"], 6)
 
 
 @pytest.mark.parametrize("name", LINEAR)

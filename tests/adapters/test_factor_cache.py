@@ -170,6 +170,29 @@ def test_training_goes_on_where_the_cache_cannot_be_written(monkeypatch, tmp_pat
     assert "cannot be written" in caplog.text
 
 
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_others_may_read_an_entry_where_the_umask_lets_them(named, umask):
+    before = os.umask(umask)
+    try:
+        path = store(named, "0" * 64, singular_triplets(torch.randn(6, 5), 2, "last"), "last")
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+def test_an_entry_that_may_not_be_read_is_not_called_damaged(named, monkeypatch, caplog):
+    weight = torch.randn(6, 5)
+    key = weight_key(weight)
+    store(named, key, singular_triplets(weight, 2, "last"), "last")
+
+    def closed(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("curvelora.factor_cache.safe_open", closed)
+    assert load(named, key, weight.shape, 2, "last") is None
+    assert "belongs to somebody else and cannot be read" in caplog.text and "damaged" not in caplog.text
+
+
 def test_foreign_files_are_left_alone(named):
     store(named, KEY, singular_triplets(W, 2, "first"), "first")
     for name in (f"{KEY}-first-x.safetensors", f"{KEY}-first-9.safetensors.tmp", ".writing-abc.tmp", "notes.txt"):

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from peft import PeanutConfig, get_peft_model
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
@@ -40,7 +41,11 @@ def packed(kind: str, d_out: int, d_in: int) -> nn.Module:
     else:
         layer = bnb.nn.LinearNF4(d_in, d_out, bias=False, compute_dtype=torch.float32)
         layer.weight = bnb.nn.Params4bit(
-            plain.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=kind == "double"
+            plain.weight.data,
+            requires_grad=False,
+            quant_type="nf4",
+            compress_statistics=kind == "double",
+            quant_storage=torch.bfloat16 if kind == "stored as bf16" else torch.uint8,
         )
     return layer.to("cpu")
 
@@ -77,10 +82,10 @@ def test_equals_peft_s_peanut_in_training(llama, depth, alpha, scaling):
 
 
 @pytest.mark.parametrize("shape", [(48, 64), (130, 64), (64, 192), (1, 64), (7, 100), (33, 96)])
-@pytest.mark.parametrize("kind", ["nf4", "double", "int8", "plain", "conv1d"])
+@pytest.mark.parametrize("kind", ["nf4", "double", "stored as bf16", "int8", "plain", "conv1d"])
 def test_blocks_are_the_weight(shape, kind, monkeypatch):
     """One row, several blocks, a last one that is smaller; for 4 bits on a CPU see the next test."""
-    if kind in ("nf4", "double") and shape[1] % 64:
+    if kind in ("nf4", "double", "stored as bf16") and shape[1] % 64:
         shape = (shape[0], 128)
     monkeypatch.setattr(weight_product, "BLOCK_ENTRIES", 700)
     d_out, d_in = shape
@@ -178,6 +183,20 @@ def test_merging_one_after_the_other_starts_from_the_weight_as_it_was(kind):
         torch.testing.assert_close(layer.get_base_weight(), merged + delta)
     layer.unmerge()
     assert torch.equal(layer.get_base_weight(), before)
+
+
+def test_an_offloaded_weight_comes_block_by_block(monkeypatch):
+    """Nothing of its size is brought to the device."""
+    monkeypatch.setattr(weight_product, "BLOCK_ENTRIES", 700)
+    plain = nn.Linear(64, 48)
+    weight = plain.weight.detach().clone()
+    offloaded = nn.Linear(64, 48)
+    offloaded.load_state_dict(plain.state_dict())
+    cpu_offload(offloaded, execution_device=torch.device("cpu"))
+    assert offloaded.weight.is_meta
+    blocks = [block for _, block in weight_blocks(offloaded)]
+    assert max(block.numel() for block in blocks) <= 700
+    assert torch.equal(torch.cat(blocks), weight)
 
 
 def test_a_copy_has_a_weight_of_its_own():

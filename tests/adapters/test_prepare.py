@@ -75,7 +75,7 @@ def test_the_time_that_is_left_is_estimated_from_one_weight_of_each_shape(capsys
     # q; k and v; up; down
     timed = {line.split(":")[0] for line in lines if line.endswith(" s") and " x " in line.split(":")[0]}
     assert timed == {"128 x 128", "64 x 128", "192 x 128", "128 x 192"}
-    assert any(line.startswith("at most ") and line.endswith("for the remaining 6 weights") for line in lines)
+    assert any(line.startswith("about ") and line.endswith("for the remaining 6 weights") for line in lines)
     assert len(list(home.iterdir())) == 10 and "export" not in out  # the default folder is found without
 
 
@@ -193,7 +193,15 @@ REFUSED = {
         r"--target-modules query: .* no such linear layer .*q_proj",
     ),
     "no such dtype": (["--dtype", "bf16"], None, "--dtype bf16 is unknown"),
-    "no such device": (["--device", "tpu"], None, "--device tpu is unknown: write cpu or cuda"),
+    "no such device": (["--device", "tpu"], None, "--device tpu is unknown: write cpu, cuda or cuda:0"),
+    "no device's number": (["--device", "cuda:x"], None, "--device cuda:x is unknown: write cpu"),
+    "a device too many": (["--device", "cuda:99"], None, r"--device cuda:99: there are \d+ CUDA devices here"),
+    "no config": ([], lambda base: (base / "config.json").write_text("[]"), "no checkpoint that can be read"),
+    "no index": (
+        [],
+        lambda base: (base / "model.safetensors.index.json").write_text("[]"),
+        "no safetensors checkpoint that can be read",
+    ),
     "quantised": (
         [],
         lambda base: packed(base, quantization_config={"quant_method": "gptq"}),
@@ -217,6 +225,15 @@ def test_what_is_refused_is_refused_in_one_sentence(capsys, base, home, case):
     assert (code, out) == (2, "") and len(err.splitlines()) == 1 and err.startswith("error: ")
     assert re.search(said, err), err
     assert not home.exists()
+
+
+def test_a_weight_that_does_not_fit_on_the_device(capsys, base, monkeypatch):
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(prepare_command, "singular_triplets", full)
+    code, _, err = prepare(capsys, "--model", base, "--method", "pissa", "--rank", 2)
+    assert code == 2 and len(err.splitlines()) == 1 and re.search(r"does not fit on cpu.*is kept", err), err
 
 
 @pytest.mark.parametrize("model", ["nowhere", "empty", "no/such-model"])

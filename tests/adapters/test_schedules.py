@@ -142,3 +142,10 @@ def test_a_position_that_is_none_is_refused(loran_layer):
         set_schedule_position(layer, 1.5)
     with pytest.raises(UserError, match="counts 5 steps: say how many the run has"):
         set_schedule_position(layer, 0.5)
+
+
+@pytest.mark.parametrize("steps", [0, -5, 2.5, True])
+def test_a_number_of_steps_that_is_none_is_refused(loran_layer, steps):
+    layer = loran_layer(37, 53, r=3, amplitude_schedule={"kind": "warmup", "steps": 5})
+    with pytest.raises(UserError, match="total_steps must be a whole number of at least 1"):
+        set_schedule_position(layer, 0.5, steps)

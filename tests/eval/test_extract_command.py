@@ -18,10 +18,11 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from curvelora import AuroraConfig, LoranConfig, RanloraConfig, cli
+from curvelora import METHODS, AuroraConfig, LoranConfig, RanloraConfig, cli
 from curvelora.errors import UserError
 from curvelora.extraction import weight_change
 from curvelora.loading import load_adapter
+from curvelora.methods.full import FullConfig
 from curvelora_eval import extract, extract_command, models
 from curvelora_eval.spec import ModelSpec, TaskSpec, read_task, write_task
 from curvelora_eval.tasks import make_task
@@ -290,6 +291,8 @@ REFUSED: dict[str, tuple[PeftConfig, list[str], list[str]]] = {
     "aurora dynamic": (AuroraConfig(r=4, target_modules=LLAMA), [], ["AuroRA", "B sigma(A x)", "mode: static"]),
     "prompt": (PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3), [], ["changes no weight of the base"]),
     "biases": (LoraConfig(target_modules=LLAMA, bias="lora_only"), [], ["trains biases too", "merge it instead"]),
+    "full": (FullConfig(), [], ["full fine-tuning changes every weight", "`curvelora merge`"]),
+    "bitfit": (METHODS["bitfit"].build_config(), [], ["trains biases too"]),
     "rank 0": (loran(), ["--rank", "0"], ["--rank takes a whole number of at least 1, or auto, not '0'"]),
     "rank many": (loran(), ["--rank", "many"], ["or auto, not 'many'"]),
     "energy and rank": (loran(), ["--rank", "4", "--energy", "0.9"], ["leave one of them out"]),

@@ -343,6 +343,18 @@ def test_an_adapter_without_task_and_a_method_of_peft_alone(adapter: Any, merged
     assert record["drift"]["merge"]["relative"] < EXACT and record["drift"]["gap"] is None
 
 
+def test_methods_without_a_layer_keep_their_names(adapter: Any, merged: Any, batch: Any, tmp_path: Path) -> None:
+    """BitFit, linear probing and full fine-tuning share PEFT's word for no target."""
+    named = {name: METHODS[name].build_config() for name in ("bitfit", "full", "linear_probing")}
+    assert {name: merge.method_of(config).name for name, config in named.items()} == {name: name for name in named}
+    folder = adapter(named["full"])
+    record = merged("--adapter", folder)
+    assert (record["method"], record["merge"]) == ("full", "exact")
+    wanted = logits(load_adapter(base_of(folder), folder), batch)
+    assert relative(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged"), batch), wanted) < EXACT
+    assert relative(logits(base_of(folder), batch), wanted) > 0.02
+
+
 def test_what_only_peft_knows_to_be_unmergeable(
     adapter: Any, merged: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

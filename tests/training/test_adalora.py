@@ -245,6 +245,7 @@ def test_images_have_no_penalty_in_peft(recipe, write, tiny_models, root):
         ({"method": "delora", "r": 4}, {"model.quantization": "nf4"}, "delora does not work on a base in nf4"),
         ({"method": "dora", "r": 4}, {"model.quantization": "int8"}, "dora on a base in int8 needs a GPU"),
         (ADALORA, {"training.deepspeed": "ds_configs/none.json"}, "DeepSpeed has cleared them by then"),
+        (ADALORA | {"orth_reg_weight": -0.1}, {}, "`orth_reg_weight` should be greater than or equal to 0"),
         ({"method": "dora_dynamic"}, {}, "adapter.method dora_dynamic is DoRA by dynamic rank distribution"),
         (
             {"method": "fourierft", "n_frequency_pattern": {"quary": 5}},

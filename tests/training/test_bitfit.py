@@ -54,6 +54,15 @@ def test_a_model_without_biases_is_refused(recipe, write, tiny_models):
         load_and_prepare(write(recipe | BITFIT | {"model": decoder, "task": task}), [])
 
 
+def test_lora_that_trains_biases_too_needs_none(recipe, write, tiny_models):
+    """PEFT's `bias: all` beside factors is LoRA's, also on a model without biases."""
+    decoder = {"path": str(tiny_models["llama"]), "dtype": "float32"}
+    task = {"kind": "causal_lm", "columns": {"text": "sentence"}, "max_length": 32}
+    adapter = {"method": "lora", "bias": "all", "r": 4, "target_modules": ["q_proj"]}
+    prepared = load_and_prepare(write(recipe | {"adapter": adapter, "model": decoder, "task": task}), [])
+    assert any(p.requires_grad for p in prepared.shapes.parameters())
+
+
 def test_the_published_count():
     """RoBERTa-base: 102,144 biases."""
     import transformers

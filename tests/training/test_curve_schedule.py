@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from curvelora_training.config import TrainingSpec
-from curvelora_training.curve_schedule import total_steps
 from curvelora_training.finetune import main
 from curvelora_training.prepare import load_and_prepare
+from curvelora_training.run_length import optimiser_steps
 
 # 96 rows in batches of 8: 12 steps
 ADAPTER = {"method": "loran", "r": 4, "alpha": 8, "amplitude": 0.02, "target_modules": ["query", "value"]}
@@ -82,4 +82,4 @@ def test_one_that_fits_is_taken(recipe: dict[str, Any], write: Callable[..., Pat
     ids=str,
 )
 def test_steps_are_counted_as_transformers_does(options: dict[str, Any], expected: int) -> None:
-    assert total_steps(TrainingSpec(**({"batch_size": 8} | options)), 96) == expected
+    assert optimiser_steps(TrainingSpec(**({"batch_size": 8} | options)), 96) == expected

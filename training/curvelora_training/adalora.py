@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from peft import AdaLoraConfig, PeftConfig, PeftModel
@@ -11,17 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from curvelora.errors import UserError
 from curvelora.methods.adalora import check_schedule
 from curvelora_training.config import Recipe
-from curvelora_training.distributed import world_size
 from curvelora_training.run_folder import RunFolder
-
-
-def optimiser_steps(recipe: Recipe, rows: int) -> int:
-    """How many optimiser steps the trainer will take over `rows` training rows."""
-    spec = recipe.training
-    if spec.max_steps is not None:
-        return spec.max_steps
-    batches = math.ceil(rows / (spec.batch_size * world_size()))
-    return math.ceil(spec.epochs * math.ceil(batches / spec.accumulation))
 
 
 def fit_schedule(config: PeftConfig, steps: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from peft import PeftConfig
@@ -11,8 +10,6 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from curvelora.errors import UserError
 from curvelora.schedules import set_schedule_position
-from curvelora_training.config import TrainingSpec
-from curvelora_training.distributed import world_size
 
 
 class CurveSchedule(TrainerCallback):
@@ -32,19 +29,10 @@ def has_schedule(config: PeftConfig) -> bool:
     return bool(getattr(config, "schedules", None))
 
 
-def total_steps(spec: TrainingSpec, rows: int) -> int:
-    """Optimiser steps of a run on `rows` training rows, as transformers counts them."""
-    if spec.max_steps is not None:
-        return spec.max_steps
-    batches = math.ceil(rows / (spec.batch_size * world_size()))
-    return math.ceil(spec.epochs * max(1, math.ceil(batches / spec.accumulation)))
-
-
-def check_schedules(config: PeftConfig, spec: TrainingSpec, rows: int) -> None:
-    """Raise `UserError` where a schedule is longer than the run, so that its end would never come."""
-    if spec.max_steps == 0 or not has_schedule(config):
+def check_schedules(config: PeftConfig, run: int) -> None:
+    """Raise `UserError` where a schedule is longer than the run's optimiser steps, so that its end would never come."""
+    if run == 0 or not has_schedule(config):  # an untrained run has none to end
         return
-    run = total_steps(spec, rows)
     for name, schedule in config.schedules.items():
         if schedule.steps is not None and schedule.steps > run:
             raise UserError(

@@ -19,15 +19,16 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from curvelora.errors import UserError, nearest
-from curvelora.methods.bitfit import check_has_biases
+from curvelora.methods.bitfit import check_has_biases, is_bitfit
 from curvelora_eval.data import load_rows
 from curvelora_eval.files import check_folder
 from curvelora_eval.models import head_modules, shape_model
 from curvelora_eval.tasks import LabelledTask, Task, make_task
-from curvelora_training.adalora import fit_schedule, optimiser_steps
+from curvelora_training.adalora import fit_schedule
 from curvelora_training.config import Recipe, RecipeError, load_recipe
 from curvelora_training.curve_schedule import check_schedules
 from curvelora_training.distributed import accelerate_asks_for_deepspeed, read_deepspeed_file
+from curvelora_training.run_length import optimiser_steps
 
 T = TypeVar("T")
 PEFT_TASK = {
@@ -114,10 +115,10 @@ def prepare(recipe: Recipe, source: str = "the recipe") -> Prepared:
         peft_config = collect(adapter_config, recipe, task, base)
         if peft_config is not None:
             if rows["train"] is not None:
-                collect(fit_schedule, peft_config, optimiser_steps(recipe, len(rows["train"])))
+                steps = optimiser_steps(recipe.training, len(rows["train"]))
+                collect(fit_schedule, peft_config, steps)
+                collect(check_schedules, peft_config, steps)
             collect(_check_weights, base, peft_config)
-            if rows["train"] is not None:
-                collect(check_schedules, peft_config, recipe.training, len(rows["train"]))
             with torch.device("meta"):  # the adapter needs no memory either
                 shapes = collect(attach, base, peft_config)
     if collect.problems:
@@ -171,7 +172,7 @@ def attach(model: PreTrainedModel, config: PeftConfig) -> PeftModel:
             ) from error
         raise UserError(f"the adapter does not fit this model: {' '.join(str(error).split())}") from error
     _check_patterns(config, wrapped)
-    if getattr(config, "bias", "none") == "all":
+    if is_bitfit(config):
         check_has_biases(wrapped)
     if config.modules_to_save:
         config.modules_to_save = list(dict.fromkeys(config.modules_to_save))  # PEFT appends the heads that it knows

@@ -51,7 +51,8 @@ def device_of_weight(base_layer: nn.Module) -> torch.device:
 def offloading_hook(base_layer: nn.Module) -> Any | None:
     """Accelerate's hook that brings the weight for each pass; None where the weight is here."""
     hook = getattr(base_layer, "_hf_hook", None)
-    return hook if getattr(hook, "offload", False) and getattr(hook, "weights_map", None) is not None else None
+    several = getattr(hook, "hooks", [hook])  # where one was added to another
+    return next((h for h in several if getattr(h, "offload", False) and getattr(h, "weights_map", None) is not None), None)
 
 
 def requantised(base_layer: nn.Module, weight: Tensor) -> Tensor | None:

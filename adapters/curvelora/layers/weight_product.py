@@ -91,9 +91,9 @@ def weight_blocks(base_layer: nn.Module) -> Iterator[tuple[slice, Tensor]]:
         UserError: the weight is packed in a way that cannot be read back.
     """
     d_in, d_out = linear_shape(base_layer, "")
-    weight = base_layer.weight
+    weight, device = base_layer.weight, device_of_weight(base_layer)
     if (hook := offloading_hook(base_layer)) is not None:
-        weight = hook.weights_map["weight"].to(device_of_weight(base_layer))
+        weight = hook.weights_map["weight"]  # on the host or on disk: brought to the device block by block
     kind = type(weight).__name__
     unit = 1
     if kind == "Params4bit":  # a block of rows must begin where a block of codes begins
@@ -107,7 +107,7 @@ def weight_blocks(base_layer: nn.Module) -> Iterator[tuple[slice, Tensor]]:
         elif kind == "Int8Params":
             yield rows, _from_int8(base_layer, rows)
         elif weight.is_floating_point():
-            yield rows, (weight[:, rows].T if is_transposed(base_layer) else weight[rows]).detach()
+            yield rows, (weight[:, rows].T if is_transposed(base_layer) else weight[rows]).detach().to(device)
         else:
             raise UserError(f"a weight of type {kind} cannot be read back: take an unquantised, NF4 or int8 base")
 
@@ -133,7 +133,8 @@ def _from_4bit(weight: Tensor, absmax: Tensor, rows: slice, d_in: int) -> Tensor
         quant_type=state.quant_type,
         dtype=state.dtype,
     )
-    packed = weight.data.reshape(-1)[first // 2 : -(-last // 2)].reshape(-1, 1)
+    codes = weight.data.reshape(-1).view(torch.uint8)  # two codes a byte, in whichever dtype the bytes are stored
+    packed = codes[first // 2 : -(-last // 2)].reshape(-1, 1)
     options = {"blocksize": state.blocksize, "quant_type": state.quant_type, "compress_statistics": False}
     return dequantize_bnb_weight(
         type(weight)(packed, requires_grad=False, quant_state=part, bnb_quantized=True, **options)

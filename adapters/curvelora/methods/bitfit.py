@@ -8,13 +8,19 @@ of the model (RoBERTa-base 102,144). Nothing to merge: the trained biases are th
 
 from __future__ import annotations
 
-from peft import LoraConfig
+from peft import LoraConfig, PeftConfig
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
 from curvelora.errors import UserError
 from curvelora.merging import Merge
 from curvelora.method import Method
+
+
+def is_bitfit(config: PeftConfig) -> bool:
+    """Whether a config is BitFit's, as it is saved: every bias, and no layer."""
+    alone = getattr(config, "target_modules", None) == DUMMY_TARGET_MODULES
+    return alone and getattr(config, "bias", "none") == "all"
 
 
 def check_has_biases(model: nn.Module) -> None:

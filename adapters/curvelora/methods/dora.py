@@ -15,12 +15,10 @@ METHOD = dataclasses.replace(
     defaults={"use_dora": True},
     internal_options=("use_dora",),
     family=lambda config: "weight space",
-    cost="1.9 times LoRA's step: every pass forms the dense W0 + s B A for its norms",
+    cost="every pass forms the dense W0 + s B A for its norms: far above LoRA",
     caveats=(
         "Two methods are called DoRA: this one, and dynamic rank distribution (arXiv 2405.17357), which the tables of "
         "AuroRA and RanLoRA refer to; `curvelora methods dora_dynamic` says what that means for a comparison.",
-        "The norm of the dense W0 + s B A is computed in every pass: a training step took 1.92 times LoRA's on an "
-        "H100 with eager PEFT.",
         "The norm counts as a constant in the backward pass, as the paper proposes; the gradient of B and A is then "
         "not that of the formula.",
         "With dropout, PEFT recomputes the base's output from the dropped input, so that dropout reaches the term "

@@ -3,8 +3,9 @@
     dW^T = s f(W0^T T1) T2        T1: (d_out, r)   T2: (r, d_out)        h = W0 x + dW drop(x)
 
 Paper: arXiv 2410.01870; PEFT has it as PEANuT. With `depth` D, between the two stand D encoders and D decoders, r x r each with
-f after it; the output of decoder i is added to the input of encoder D - i. Init: all Kaiming-uniform but T2 = 0, so the model
-starts as the base. Trains 2 r d_out + 2 D r^2 entries. Merges exactly, from the weight as it was before any merge.
+f after it; the input of encoder D + 1 - i, counted from 1, is added to the output of decoder i. Init: all Kaiming-uniform but
+T2 = 0, so the model starts as the base. Trains 2 r d_out + 2 D r^2 entries. Merges exactly, from the weight as it was before any
+merge.
 
 dW has at most rank r: dW = s B A with B = T2^T and A = f(T1^T W0), (r, d_in). So dW is never formed here: the skinny product
 T1^T W0 (`layers.weight_product`), by blocks, then two thin products a token as LoRA has them. Cost: LoRA, and two skinny products

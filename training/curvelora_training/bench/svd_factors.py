@@ -106,15 +106,18 @@ def drawn(spectrum: str, shape: tuple[int, int], seed: int, device: torch.device
     """A weight (d_out, d_in) with the spectrum of that name; see the module. bf16, or fp64 where bf16 would undo the cluster."""
     generator = torch.Generator(device).manual_seed(seed)
 
+    # fp32 will do for what is rounded to bf16, and its QR takes a fraction of the time
+    dtype = torch.float64 if spectrum == "clustered" else torch.float32
+
     def normal(*size: int) -> Tensor:
-        return torch.randn(size, generator=generator, device=device, dtype=torch.float64)
+        return torch.randn(size, generator=generator, device=device, dtype=dtype)
 
     if spectrum == "random":
         return (normal(*shape) / shape[1] ** 0.5).bfloat16()
     n = min(shape)
     U, V = (torch.linalg.qr(normal(d, n))[0] for d in shape)
     if spectrum == "decaying":
-        S = torch.arange(1, n + 1, device=device, dtype=torch.float64) ** -0.5
+        S = torch.arange(1, n + 1, device=device, dtype=dtype) ** -0.5
         return ((U * S) @ V.T).bfloat16()
     tail = max(2, n // 8)
     S = torch.cat([torch.linspace(1, 0.6, n - tail), torch.full((tail,), 0.5)]).double().to(device)
@@ -140,11 +143,15 @@ def measure(
     cases = [(r, end, solver) for r in ranks for end in ENDS for solver in SOLVERS]
     seconds = {case: {module: [] for module in shapes} for case in cases}
     bounds = {case: [] for case in cases}
+    peaks = {case: {} for case in cases}  # bytes beside the weight
     for layer in range(-1, layers):  # the first is not counted: it loads libraries
         for number, (module, shape) in enumerate(shapes.items()):
             weight = drawn(spectrum, shape, max(layer, 0) * len(shapes) + number, device)
             for case in cases:
+                held = _held(device)
                 spent, triplets = timed(lambda w=weight, c=case: singular_triplets(w, *c), device)
+                if held is not None:
+                    peaks[case][module] = torch.cuda.max_memory_allocated(device) - held
                 if layer >= 0:
                     seconds[case][module].append(spent)
                     bounds[case].append(triplets.bounds)
@@ -160,10 +167,19 @@ def measure(
             "proved": len(proved),
             "searched": sum(b.solver == "lanczos" for b in bounds[case]),
             "largest_proved_bound_on_values": max(proved, default=None),
+            "peak_bytes_beside_the_weight": peaks[case] or None,
         }
         print(f"{spectrum:<10} r {r:<3} {end:<5} {solver:<5} {record['total_seconds']:8.2f} s")
         records.append(record)
     return records
+
+
+def _held(device: torch.device) -> int | None:
+    """Bytes allocated now, from where a peak is then counted; None on a CPU, where nothing counts them."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
 
 
 def compare(
