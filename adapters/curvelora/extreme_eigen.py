@@ -17,6 +17,8 @@ that succeeds in floating point proves that M is positive definite up to `roundi
 
 from __future__ import annotations
 
+from math import inf
+
 import torch
 from torch import Tensor
 
@@ -24,7 +26,7 @@ UNIT = 2.0**-53
 SHIFT = 1e-14  # delta / trace(G): above what rounding makes negative, below a last eigenvalue that is not zero
 CONVERGED = 1e-13  # residual of a Ritz pair of the operator, relative to its value
 FIRST_STEPS = 16  # block steps (at least 2) with G, or with its inverse for the last; then the matrix is shifted
-MAX_STEPS = 96  # block steps after that
+MAX_STEPS = 64  # block steps after that
 BASIS_BLOCKS = 16  # blocks of the Krylov basis before it restarts
 CHECK_EVERY = 8  # after so many steps the projected problem is solved
 DEPENDENT = 1e-6  # ratio of pivots below which a block is orthonormalised by Householder QR, not by Cholesky
@@ -40,8 +42,8 @@ def extreme_subspace(G: Tensor, r: int, end: str) -> Tensor | None:
         end: "first" for the largest, "last" for the smallest.
 
     Returns:
-        (n, k) fp64, k > r, Ritz vectors from the extreme ones inward; None where it does not converge in `MAX_STEPS` more or
-        where the shifted matrix cannot be factorised.
+        (n, k) fp64, k > r, Ritz vectors from the extreme ones inward; None where it does not converge or where the shifted
+        matrix cannot be factorised.
     """
     b = max(r, NARROWEST)
     # drawn on the CPU, so that every device starts from the same block
@@ -94,7 +96,7 @@ def _largest(operator: Tensor, start: Tensor, r: int, steps: int) -> tuple[Tenso
         operator: (n, n).
         start: (n, b), the first block.
         r: how many have to converge.
-        steps: the most that are taken.
+        steps: the most that are taken; fewer where the residuals grow from one look to the next.
 
     Returns:
         Vectors, values, and whether the first r converged; None for the first two where n is too small for blocks this wide.
@@ -106,15 +108,16 @@ def _largest(operator: Tensor, start: Tensor, r: int, steps: int) -> tuple[Tenso
     block = torch.linalg.qr(start)[0]
     Z = start.new_zeros(n, room)
     T = start.new_zeros(room, room)  # Z^T operator Z, upper triangle
-    used = 0
+    used, before = 0, inf
     for step in range(1, steps + 1):
         Z[:, used : used + b] = block
         known = Z[:, : used + b]
         image = operator @ block
-        for _ in range(2):  # "twice is enough"
-            part = known.T @ image
-            image -= known @ part
-            T[: used + b, used : used + b] += part
+        part = known.T @ image
+        image.addmm_(known, part, alpha=-1)
+        again = known.T @ image  # "twice is enough"
+        image.addmm_(known, again, alpha=-1)
+        T[: used + b, used : used + b] = part + again
         used += b
         block, coupling = _orthonormal(image, known)
         full = used + b > room
@@ -123,9 +126,10 @@ def _largest(operator: Tensor, start: Tensor, r: int, steps: int) -> tuple[Tenso
         values, vectors = torch.linalg.eigh(T[:used, :used], UPLO="U")
         values, vectors = values.flip(0), vectors.flip(1)
         residuals = (coupling @ vectors[-b:, :r]).norm(dim=0)
-        converged = bool((residuals <= CONVERGED * values[:r].abs()).all())
-        if converged or step == steps:
+        converged, worst = bool((residuals <= CONVERGED * values[:r].abs()).all()), residuals.max().item()
+        if converged or step == steps or worst > before:  # a block that gets worse sits in a cluster wider than itself
             break
+        before = worst
         if full:
             kept = room // 2
             Z[:, :kept] = Z[:, :used] @ vectors[:, :kept]
@@ -138,12 +142,13 @@ def _largest(operator: Tensor, start: Tensor, r: int, steps: int) -> tuple[Tenso
 def _orthonormal(block: Tensor, others: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Q with Q^T Q = I, orthogonal to `others`, and R with block = Q R up to rounding.
 
-    Two Cholesky-QR passes: a Householder QR of a few columns costs milliseconds on a GPU. It is the way out for a block that is
-    nearly dependent, whose other columns are then drawn by rounding and have to be cleared of what is known already.
+    Two Cholesky-QR passes: a Householder QR of a few columns costs milliseconds on a GPU, and so would their many small kernels
+    if the b x b part were not done on the host. Householder QR is the way out for a block that is nearly dependent, whose other
+    columns are then drawn by rounding and have to be cleared of what is known already.
     """
     Q, R = block, None
     for _ in range(2):
-        factor, failed = torch.linalg.cholesky_ex(Q.T @ Q)
+        factor, failed = torch.linalg.cholesky_ex((Q.T @ Q).cpu())
         pivots = factor.diagonal()
         if failed.item() or not (pivots.min() > DEPENDENT * pivots.max()).item():
             Q, R = torch.linalg.qr(block)
@@ -151,9 +156,10 @@ def _orthonormal(block: Tensor, others: Tensor | None = None) -> tuple[Tensor, T
                 for _ in range(2):
                     Q = torch.linalg.qr(Q - others @ (others.T @ Q))[0]
             return Q, R
-        Q = torch.linalg.solve_triangular(factor.T, Q, upper=True, left=False)
+        identity = torch.eye(len(factor), dtype=factor.dtype)
+        Q = Q @ torch.linalg.solve_triangular(factor, identity, upper=False).T.to(Q.device)
         R = factor.T if R is None else factor.T @ R
-    return Q, R
+    return Q, R.to(Q.device)
 
 
 def rounding(diagonal: Tensor, norm: Tensor | float, m: int, r: int, tau: float) -> float:

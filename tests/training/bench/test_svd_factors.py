@@ -66,9 +66,10 @@ def test_the_record(tmp_path, monkeypatch):
 
 
 def test_without_the_full_svd(tmp_path):
-    argv = ("--ranks", "2", "--scale", 64, "--spectra", "random", "--device", "cpu", "--no-svd")
+    argv = ("--ranks", "2", "--scale", 64, "--spectra", "random", "--solvers", "auto", "--device", "cpu", "--no-svd")
     assert bench(*argv, "--out", tmp_path / "svd.json") == 0
     record = json.loads((tmp_path / "svd.json").read_text())
+    assert [(case["solver"], case["end"]) for case in record["cases"]] == [("auto", "first"), ("auto", "last")]
     assert record["full_svd_seconds"] == {} and "against_full_svd" not in record["cases"][0]
 
 
@@ -80,6 +81,7 @@ def test_without_the_full_svd(tmp_path):
         (["--ranks", "0,2"], "--ranks 0,2: a rank is at least 1 and below 16"),
         (["--ranks", "16"], "--ranks 16: a rank is at least 1 and below 16"),
         (["--spectra", "flat"], "--spectra flat: known are decaying"),
+        (["--solvers", "eig"], "--solvers eig: known are auto, eigh"),
         (["--layers", "0"], "--scale and --layers must be at least 1"),
     ],
 )

@@ -39,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shape", default="llama3-8b", help=f"{', '.join(SHAPES)} (default %(default)s)")
     parser.add_argument("--ranks", default="2,16", help="default %(default)s")
     parser.add_argument("--spectra", default=",".join(SPECTRA), help="default %(default)s")
+    parser.add_argument("--solvers", default=",".join(SOLVERS), help="default %(default)s")
     layers = "layers that are timed; the total is scaled to all of them (default: all on cuda, 1 on cpu)"
     parser.add_argument("--layers", type=int, metavar="N", help=layers)
     parser.add_argument("--scale", type=int, default=1, metavar="K", help="divide every width by K")
@@ -58,6 +59,9 @@ def run(args: argparse.Namespace) -> int:
     spectra = args.spectra.split(",")
     if not set(spectra) <= set(SPECTRA):
         raise UserError(f"--spectra {args.spectra}: known are {', '.join(SPECTRA)}")
+    solvers = args.solvers.split(",")
+    if not set(solvers) <= set(SOLVERS):
+        raise UserError(f"--solvers {args.solvers}: known are {', '.join(SOLVERS)}")
     if args.scale < 1 or (args.layers is not None and args.layers < 1):
         raise UserError("--scale and --layers must be at least 1")
     shapes = layer_shapes(args.shape, args.scale)
@@ -81,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
         "full_svd_seconds": {},
     }
     for spectrum in spectra:
-        record["cases"] += measure(spectrum, shapes, ranks, layers, total, device)
+        record["cases"] += measure(spectrum, shapes, ranks, solvers, layers, total, device)
         if not args.no_svd:
             seconds, errors = compare(spectrum, shapes, ranks, device)
             record["full_svd_seconds"][spectrum] = seconds
@@ -137,10 +141,10 @@ def timed(work: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
 
 
 def measure(
-    spectrum: str, shapes: dict, ranks: list[int], layers: int, total: int, device: torch.device
+    spectrum: str, shapes: dict, ranks: list[int], solvers: list[str], layers: int, total: int, device: torch.device
 ) -> list[dict[str, Any]]:
     """One record for each rank, end and solver: seconds of every module, and of the whole model."""
-    cases = [(r, end, solver) for r in ranks for end in ENDS for solver in SOLVERS]
+    cases = [(r, end, solver) for r in ranks for end in ENDS for solver in solvers]
     seconds = {case: {module: [] for module in shapes} for case in cases}
     bounds = {case: [] for case in cases}
     peaks = {case: {} for case in cases}  # bytes beside the weight
