@@ -143,16 +143,50 @@ def test_numbers_in_the_lab_s_prose_are_those_of_its_files(root: Path) -> None:
     loss = {arm: own["heldout_loss"]["mean"] for arm, own in pooled.items()}
     assert max(loss["ranlora"], loss["aurora"], loss["full"]) < loss["qlora"] < loss["loran:sinter-large"]
 
-    sweep = read("minilm_sweep/sweep.json")
-    base, by_product = sweep["baseline"]["heldout_loss"], {}
-    for cell in sweep["cells"]:
-        product = round(cell["values"]["amplitude"] * cell["values"]["frequency"], 9)
-        by_product.setdefault(product, []).append(cell["heldout_loss"])
-    assert f"held-out loss of {base:.3f}" in text and min(map(min, by_product.values())) > base - 2e-4
-    small = [loss for product, losses in by_product.items() if product <= 10 for loss in losses]
-    assert max(abs(loss - base) for loss in small) <= 2e-4 and "no cell differs by more than 2e-4" in text
+    base, by_product = grid(read("minilm_sweep/sweep.json"))
+    assert f"beside {base:.3f}: up to 10 within 2e-4" in text
+    assert max(abs(loss - base) for product in by_product if product <= 10 for loss in by_product[product]) <= 2e-4
     means = {product: sum(losses) / len(losses) for product, losses in by_product.items()}
     assert f"at 100 it is {means[100]:.3f}, at 1,000 {means[1000]:.3f}, at 10,000 {means[10000]:.3f}" in text
+
+    sweep = read("smollm2_sweep/sweep.json")
+    base, by_product = grid(sweep)
+    assert len(sweep["cells"]) == 36 and f"held-out loss beside QLoRA's {base:.3f}: up to a w = 10 within 0.001" in text
+    assert max(abs(loss - base) for product in by_product if product <= 10 for loss in by_product[product]) <= 0.001
+    more = {product: sum(losses) / len(losses) - base for product, losses in by_product.items()}
+    assert f"at 100 it is {more[100]:.3f} more, at 1,000 {more[1000]:.3f}, at 10,000 {more[10000]:.3f}" in text
+    lowest = min(map(min, by_product.values())) - base
+    assert f"the lowest cell is {-lowest:.4f} less" in text
+    invisible = [cell["heldout_loss"] for cell in sweep["cells"] if cell["values"]["amplitude"] < 1e-4]
+    assert max(abs(loss - base) for loss in invisible) >= -lowest
+    assert not any(cell["diverged"] or cell["spikes"] for cell in sweep["cells"])
+    visible = {cell["values"]["amplitude"] for cell in sweep["cells"] if cell["resolvability_forward"] > 0.09}
+    assert min(visible) == 1e-3
+
+
+def grid(sweep: dict) -> tuple[float, dict[float, list[float]]]:
+    """The baseline's held-out loss, and those of the cells by the product of amplitude and frequency."""
+    found: dict[float, list[float]] = {}
+    for cell in sweep["cells"]:
+        product = round(cell["values"]["amplitude"] * cell["values"]["frequency"], 9)
+        found.setdefault(product, []).append(cell["heldout_loss"])
+    return sweep["baseline"]["heldout_loss"], found
+
+
+def test_times_of_the_singular_factors_are_those_of_their_files(root: Path) -> None:
+    decisions, methods = (
+        " ".join((root / "docs" / name).read_text(encoding="utf-8").split()) for name in ("decisions.md", "methods.md")
+    )
+    seconds = []
+    for name, spectrum in (("decaying", "s_i = i^-1/2, rounded to bf16"), ("random", "Gaussian, bf16")):
+        record = json.loads((root / f"docs/results/svd_factors_h100_{name}.json").read_text(encoding="utf-8"))
+        assert record["totals"] == "measured" and record["shape"] == "llama3-8b" and "H100" in record["device"]
+        assert all(case["proved"] == case["weights"] == 160 for case in record["cases"])
+        by = {(case["end"], case["rank"]): case["total_seconds"] for case in record["cases"]}
+        row = [by[end, r] for end in ("first", "last") for r in (2, 16)]
+        assert f"| {spectrum} | {' | '.join(f'{value:.1f} s' for value in row)} |" in decisions
+        seconds += row
+    assert f"takes {min(seconds):.1f} to {max(seconds):.1f} s on one H100" in methods
 
 
 def test_the_table_of_methods_is_the_registry_s(root: Path) -> None:

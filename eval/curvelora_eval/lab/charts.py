@@ -144,8 +144,12 @@ def noise_and_spikes(rows: Sequence[SpikeRow], steps: float, title: str) -> Mark
     canvas.text("strong", left, 13, "Noise")
     total = sum(len(found) for row in rows for found in row.spikes.values())
     seeds = max((len(row.spikes) for row in rows), default=0)
-    none = f"No spikes in {steps:,.0f} steps × {seeds} seed{'s' if seeds != 1 else ''}"
-    canvas.text("strong", start, 13, none if seeds and not total else "Spikes")
+    if seeds and not total:  # long, so it ends with the plot
+        canvas.text(
+            "strong end", right, 13, f"No spikes in {steps:,.0f} steps × {seeds} seed{'s' if seeds != 1 else ''}"
+        )
+    else:
+        canvas.text("strong", start, 13, "Spikes")
     for position, row in enumerate(rows):
         y = top + ROW * position
         with canvas.arm(row.arm), canvas.link(row.href):

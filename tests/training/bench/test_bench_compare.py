@@ -166,6 +166,12 @@ def test_resuming_what_is_complete_makes_nothing(cli, lab, options):
     assert times(lab / "runs" / "qlora" / "seed-1") == before
 
 
+def test_the_same_model_by_another_path_is_the_same(cli, lab, options):
+    model = os.path.relpath(options[options.index("--model") + 1])
+    code, printed, _ = cli("bench", "compare", *options, "--model", model, "--out", lab, "--resume")
+    assert code == 0 and "6 of 6 runs are there already" in printed
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [

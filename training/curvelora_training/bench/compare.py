@@ -40,6 +40,7 @@ KEPT = ("status", "steps", "seconds", "trainable_parameters", "heldout")
 KEPT += ("presence", "sharpness", "spectra", "approximation")
 # what may differ between the comparison that DIR holds and the one that continues it
 FREE = ("title", "seeds")
+PATHS = ("model", "recipe", "data")
 
 
 def compare(
@@ -120,7 +121,7 @@ def open_folder(out: Path, settings: LabSettings, resume: bool, overwrite: bool)
         )
     if held and resume:
         before, now = LabSettings.read(out / SETTINGS).as_dict(), settings.as_dict()
-        differing = [key for key in now if key not in (*FREE, "arms") and before[key] != now[key]]
+        differing = [key for key in now if key not in (*FREE, "arms") and _differ(key, before[key], now[key])]
         kept = {arm["key"]: arm for arm in before["arms"]}
         differing += [f"arm {arm['key']}" for arm in now["arms"] if kept.get(arm["key"], arm) != arm]
         if before["arms"][0] != now["arms"][0]:
@@ -135,6 +136,13 @@ def open_folder(out: Path, settings: LabSettings, resume: bool, overwrite: bool)
             target = out / name
             shutil.rmtree(target) if target.is_dir() else target.unlink()
     write_json(out / SETTINGS, settings.as_dict())
+
+
+def _differ(key: str, before: Any, now: Any) -> bool:
+    """Whether a setting changed; a file may be named by another path."""
+    if key in PATHS and before and now:
+        return Path(before).resolve() != Path(now).resolve()
+    return before != now
 
 
 def gather(out: Path, sweep: Path | None = None) -> Path:
