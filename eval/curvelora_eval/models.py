@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers.modeling_utils import set_zero3_state
 from transformers.utils import logging
 
 from curvelora.errors import UserError
@@ -78,7 +79,7 @@ def storage_of(spec: ModelSpec, config: Any) -> str:
 def shape_model(spec: ModelSpec, task: Task) -> PreTrainedModel:
     """The model without its weights (meta device): every name and shape, in a moment and without memory."""
     config = load_config(spec, task)
-    with torch.device("meta"):
+    with torch.device("meta"), set_zero3_state():  # also where DeepSpeed is to partition the model itself, and not its shapes
         return task.auto_class.from_config(config, trust_remote_code=spec.trust_remote_code)
 
 

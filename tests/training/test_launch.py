@@ -99,6 +99,8 @@ def test_launchers(
         "processes": 2,
         "device": "cpu",
         "trainable_dtype": "float32",
+        "frozen_dtype": "bfloat16, uint8" if QUANTISED[1] in overrides else "float32",
+        "share_of_base": 1.0,
     }
     assert (run["steps"], run["examples"]) == (4, 32)
     own = [o for o in overrides if not o.startswith("training.")]

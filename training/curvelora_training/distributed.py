@@ -16,6 +16,7 @@ import torch
 from transformers import Trainer
 
 from curvelora.errors import UserError
+from curvelora_training.zero3 import share_held, stage_of
 
 # What DeepSpeed means where no file says more; "auto" takes the trainer's values.
 AUTO = {
@@ -94,8 +95,8 @@ def read_deepspeed_file(path: str) -> dict[str, Any]:
         )
     zero = settings["zero_optimization"]
     stage = zero.get("stage") if isinstance(zero, dict) else None
-    if stage not in (0, 1, 2):
-        raise UserError(f"the DeepSpeed configuration {path} has ZeRO stage {stage!r}: stages 0, 1 and 2 are supported")
+    if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
+        raise UserError(f"the DeepSpeed configuration {path} has ZeRO stage {stage!r}: write 0, 1, 2 or 3")
     for section in ("bf16", "fp16"):
         value = settings.get(section)
         if (value.get("enabled") if isinstance(value, dict) else value) is True:
@@ -151,16 +152,20 @@ def _deepspeed_on_cpu() -> None:
 
 
 def engine_in_use(trainer: Trainer) -> dict[str, Any]:
-    """What wraps the model after `train()`: engine class, ZeRO stage, processes, device, dtype of what trains."""
+    """What wraps the model after `train()`: engine, ZeRO stage, processes, device, dtype of what trains, share of the base."""
     wrapped = trainer.model_wrapped
     stage = wrapped.zero_optimization_stage() if hasattr(wrapped, "zero_optimization_stage") else None
-    dtypes = {str(p.dtype).removeprefix("torch.") for p in trainer.model.parameters() if p.requires_grad}
+    dtypes = {True: set(), False: set()}
+    for parameter in trainer.model.parameters():
+        dtypes[parameter.requires_grad].add(str(parameter.dtype).removeprefix("torch."))
     return {
         "engine": type(wrapped).__name__ if world_size() > 1 or stage is not None else "single process",
         "zero_stage": stage,
         "processes": trainer.args.world_size,
         "device": trainer.args.device.type,
-        "trainable_dtype": ", ".join(sorted(dtypes)),
+        "trainable_dtype": ", ".join(sorted(dtypes[True])),
+        "frozen_dtype": ", ".join(sorted(dtypes[False])),
+        "share_of_base": share_held(trainer.model),
     }
 
 
@@ -176,12 +181,26 @@ def check_engine(engine: dict[str, Any], asked: dict[str, Any]) -> None:
             f"DeepSpeed was asked for but {engine['engine']} ran: with `accelerate launch`, do not combine --cpu with "
             "DeepSpeed; use ds_configs/accelerate_zero2.yaml"
         )
+    if engine["zero_stage"] != (stage := stage_of(asked.get("deepspeed"))):
+        raise UserError(f"ZeRO stage {stage} was asked for and stage {engine['zero_stage']} ran")
     if engine["processes"] != world_size():
         raise UserError(
             f"the launcher started {world_size()} processes but the trainer sees {engine['processes']}: see docs/launching.md"
         )
+    if stage == 3 and engine["share_of_base"] > (most := 1.1 / engine["processes"]):
+        raise UserError(f"ZeRO-3 left {engine['share_of_base']:.0%} of the base on this process, and {most:.0%} is the most")
     if engine["trainable_dtype"] != "float32":
         raise UserError(f"the engine stored what trains in {engine['trainable_dtype']}, and it must be float32")
+
+
+def agree(error: UserError | None) -> None:
+    """Raise on every process what one of them found, so that none waits for another that has given up."""
+    found = [str(error) if error else None]
+    if world_size() > 1:
+        found *= world_size()
+        torch.distributed.all_gather_object(found, str(error) if error else None)
+    if why := next(filter(None, found), None):
+        raise UserError(why)
 
 
 def leave() -> None:

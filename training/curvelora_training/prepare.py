@@ -27,8 +27,9 @@ from curvelora_eval.tasks import LabelledTask, Task, make_task
 from curvelora_training.adalora import fit_schedule
 from curvelora_training.config import Recipe, RecipeError, load_recipe
 from curvelora_training.curve_schedule import check_schedules
-from curvelora_training.distributed import accelerate_asks_for_deepspeed, read_deepspeed_file
+from curvelora_training.distributed import deepspeed_settings
 from curvelora_training.run_length import optimiser_steps
+from curvelora_training.zero3 import stage_of
 
 T = TypeVar("T")
 PEFT_TASK = {
@@ -96,8 +97,6 @@ def prepare(recipe: Recipe, source: str = "the recipe") -> Prepared:
     collect(_check_combinations, recipe, task)
     collect(task.check_metrics)
     collect(check_folder, Path(recipe.output))
-    if recipe.training.deepspeed is not None:
-        collect(read_deepspeed_file, recipe.training.deepspeed)
     rows = {}
     for name in ("train", "validation", "test"):
         spec = getattr(recipe.data, name)
@@ -245,6 +244,11 @@ def _check_weights(model: PreTrainedModel, config: PeftConfig) -> None:
 def _check_combinations(recipe: Recipe, task: Task) -> None:
     problems = []
     method, model = recipe.method, recipe.model
+    try:
+        stage = stage_of(deepspeed_settings(recipe.training.deepspeed, model.dtype))
+    except UserError as error:
+        stage = None
+        problems.append(str(error))
     if method.required_quantization and model.quantization != method.required_quantization:
         problems.append(
             f"adapter.method {method.name} means an adapter on a base in {method.required_quantization}: "
@@ -260,7 +264,7 @@ def _check_combinations(recipe: Recipe, task: Task) -> None:
             "adapter.method dora on a base in int8 needs a GPU, because PEFT loses the scales of an int8 weight on a CPU: set "
             "model.quantization=nf4 or none"
         )
-    if method.name == "adalora" and (recipe.training.deepspeed is not None or accelerate_asks_for_deepspeed()):
+    if method.name == "adalora" and stage is not None:
         problems.append(
             "adapter.method adalora ranks by the gradients after each optimiser step, and DeepSpeed has cleared them by then: "
             "leave DeepSpeed out"
@@ -270,6 +274,13 @@ def _check_combinations(recipe: Recipe, task: Task) -> None:
             f"adapter.method adalora has a penalty that PEFT leaves out for task {recipe.task.kind}: write "
             "adapter.orth_reg_weight=0 to train without it, or take another method"
         )
+    if stage == 3 and method.name == "delora":
+        problems.append(
+            "adapter.method delora needs the norms of the weights, which PEFT takes of ZeRO-3's placeholders: take ZeRO-2 or "
+            "another method"
+        )
+    if stage == 3 and recipe.training.max_steps == 0:
+        problems.append("training.max_steps=0 trains nothing, and ZeRO-3 cannot run without training: leave DeepSpeed out")
     if method.name == "bitfit" and model.dtype != "float32":
         problems.append(
             f"adapter.method bitfit trains biases in fp32, which a model in {model.dtype} cannot add to its own numbers: set "

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import dataclasses
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from peft import PeftModel
 from transformers import TrainingArguments, set_seed
 
+from curvelora.layers.decomposed import DecomposedConfig, share_factors
 from curvelora.loading import WEIGHTS_FILE
 from curvelora.merging import merged_form
 from curvelora_eval.data import fingerprint
@@ -19,16 +20,17 @@ from curvelora_eval.environment import describe_environment
 from curvelora_eval.eval_command import prediction_lines
 from curvelora_eval.evaluator import evaluate_rows
 from curvelora_eval.models import load_base, load_processor, storage_of
-from curvelora_eval.spec import write_task
 from curvelora_training.adalora import RankAllocation, check_resume
 from curvelora_training.config import Recipe
 from curvelora_training.curve_schedule import CurveSchedule, has_schedule
-from curvelora_training.distributed import check_engine, engine_in_use, rank, trainer_arguments
+from curvelora_training.distributed import check_engine, engine_in_use, rank, trainer_arguments, world_size
 from curvelora_training.effects import describe_start, last_spline, measure_gap, measure_start, merges_approximately
 from curvelora_training.model_card import model_card
 from curvelora_training.prepare import Prepared, attach
-from curvelora_training.run_folder import RunFolder, whole_or_none
+from curvelora_training.run_folder import RunFolder
+from curvelora_training.saving import save_adapter
 from curvelora_training.trainer import AdapterTrainer, AtTheStart, RunLog, StepTimer, peak_memory
+from curvelora_training.zero3 import gather_for_readers, keep_adapters_whole, loading_into_shares, stage_of
 
 
 def train(prepared: Prepared, resume: bool = False, overwrite: bool = False) -> RunFolder:
@@ -45,6 +47,9 @@ def train(prepared: Prepared, resume: bool = False, overwrite: bool = False) -> 
     recipe, task = prepared.recipe, prepared.task
     folder = RunFolder(recipe.output)
     engine = trainer_arguments(recipe.training.deepspeed, recipe.model.dtype)  # first: it brings the process group up
+    in_shares = stage_of(engine.get("deepspeed")) == 3
+    if in_shares:
+        keep_adapters_whole(engine["deepspeed"], prepared.shapes)
     arguments = TrainingArguments(**training_arguments(recipe, folder, bool(prepared.rows.get("validation"))), **engine)
     # Without a launcher the trainer would spread one process over all GPUs (DataParallel) and multiply the batch.
     arguments._n_gpu = min(1, arguments.n_gpu)
@@ -61,7 +66,8 @@ def train(prepared: Prepared, resume: bool = False, overwrite: bool = False) -> 
     # Before the folder is touched: weights that are missing or damaged leave it as it was.
     set_seed(recipe.seed)
     processor = load_processor(recipe.model, task)
-    model = adapted_model(prepared, arguments.device)
+    with loading_into_shares(arguments, recipe.model) if in_shares else contextlib.nullcontext():
+        model = adapted_model(prepared, arguments.device)
     rows = {name: task.encode(found, processor) for name, found in prepared.rows.items() if name != "test"}
     with arguments.main_process_first(desc="opening the run folder"):
         if rank() == 0:
@@ -72,16 +78,7 @@ def train(prepared: Prepared, resume: bool = False, overwrite: bool = False) -> 
         folder.write_text("config.yaml", recipe.as_yaml())
         folder.write_json("environment.json", describe_environment())
         folder.forget_after(int(checkpoint.name.rpartition("-")[2]) if checkpoint else -1)
-    # measured in batches of training's size: those fit, and evaluation's may not where a model has no test rows
     collate, size = task.collator(processor), recipe.training.batch_size
-    shift = None
-    if checkpoint is None:
-        shift = measure_start(model, rows["train"], collate, size)
-        if rank() == 0:
-            print(describe_start(shift), flush=True)
-            if recipe.training.max_steps != 0:  # an untrained run has no log
-                folder.log({"step": 0, "seconds": 0.0, "start_shift": shift.as_dict()})
-
     timer, log = StepTimer(), RunLog(folder, getattr(torch, recipe.model.dtype))
     trainer = AdapterTrainer(
         model=model,
@@ -99,6 +96,23 @@ def train(prepared: Prepared, resume: bool = False, overwrite: bool = False) -> 
     if has_schedule(prepared.peft_config):
         trainer.add_callback(CurveSchedule())
     trainer.add_callback(AtTheStart(lambda: check_engine(engine_in_use(trainer), engine)))
+    shift = None
+    if checkpoint is None:
+
+        def look_at_the_start() -> None:
+            # in batches of training's size: those fit, and evaluation's may not where a model has no test rows
+            nonlocal shift
+            shift = measure_start(model, rows["train"], collate, size)
+            if rank() == 0:
+                print(describe_start(shift), flush=True)
+                if recipe.training.max_steps != 0:  # an untrained run has no log
+                    folder.log({"step": 0, "seconds": 0.0, "start_shift": shift.as_dict()})
+
+        if in_shares:  # weights in shares can only be used once the engine is there
+            gather_for_readers(model)
+            trainer.add_callback(AtTheStart(look_at_the_start))
+        else:
+            look_at_the_start()
     if recipe.training.max_steps != 0:
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -114,12 +128,15 @@ def train(prepared: Prepared, resume: bool = False, overwrite: bool = False) -> 
         "spline": last_spline(folder),
     }
     save_adapter(trainer, prepared, folder)
+    can_merge = not in_shares  # a weight in shares cannot be changed
+    if rank() == 0 and can_merge and merges_approximately(recipe, model):
+        # after the summary, whose peak memory is that of training
+        test = prepared.rows.get("test")
+        probe = task.encode(test, processor) if test else rows["train"]
+        result["merge_gap"] = measure_gap(model, probe, collate, size).as_dict()
+    if rank() == 0 or in_shares:  # every process has a share of the weights, so all of them score the same rows
+        evaluation = score_unseen(prepared, model, processor, folder, can_merge)
     if rank() == 0:
-        if merges_approximately(recipe, model):  # after the summary, whose peak memory is that of training
-            test = prepared.rows.get("test")
-            probe = task.encode(test, processor) if test else rows["train"]
-            result["merge_gap"] = measure_gap(model, probe, collate, size).as_dict()
-        evaluation = score_unseen(prepared, model, processor, folder)
         folder.write_text("adapter/README.md", model_card(recipe, result, evaluation))
         folder.write_json("result.json", result)
         print(f"written: {folder.path}")
@@ -179,10 +196,18 @@ def head_settings(recipe: Recipe) -> dict[str, float]:
 
 def adapted_model(prepared: Prepared, device: torch.device) -> PeftModel:
     """The base with the adapter on it; what trains is fp32, whatever the base is stored in."""
-    trained = prepared.peft_config.modules_to_save or ()
-    base = load_base(prepared.recipe.model, prepared.task, device, trained)
+    config = prepared.peft_config
+    base = load_base(prepared.recipe.model, prepared.task, device, config.modules_to_save or ())
     base.config.use_cache = False  # no generation while training; warnings otherwise
-    model = attach(base, prepared.peft_config)
+    if world_size() > 1 and isinstance(config, DecomposedConfig) and not config.factors_stored:
+        # each process decomposes its part of the layers
+        waiting = copy.copy(config)
+        waiting.factors_stored = True
+        model = attach(base, waiting)
+        share_factors(model, base)
+        model.peft_config["default"].factors_stored = False
+    else:
+        model = attach(base, config)
     for parameter in model.parameters():
         if parameter.requires_grad:
             # A head that was created in bf16 would lose its small updates to rounding.
@@ -228,32 +253,22 @@ def summary(prepared: Prepared, trainer: AdapterTrainer, timer: StepTimer, log: 
     }
 
 
-def save_adapter(trainer: AdapterTrainer, prepared: Prepared, folder: RunFolder) -> None:
-    """Write adapter/ under a temporary name and rename it: there is a whole adapter or none."""
-    temporary = folder.path / ".adapter.tmp"
-    with whole_or_none(temporary, folder.adapter):
-        trainer.save_model(str(temporary))
-        if rank() == 0:
-            # a pickle, and nothing that config.yaml does not say
-            (temporary / "training_args.bin").unlink(missing_ok=True)
-            write_task(temporary, prepared.recipe.model, prepared.recipe.task)
-    if rank() == 0:
-        shutil.rmtree(folder.adapter, ignore_errors=True)
-        os.replace(temporary, folder.adapter)
-
-
-def score_unseen(prepared: Prepared, model: PeftModel, processor: Any, folder: RunFolder) -> dict[str, Any] | None:
-    """Score the test rows once, on this process, and write evaluation.json and predictions.jsonl; None without test rows."""
+def score_unseen(
+    prepared: Prepared, model: PeftModel, processor: Any, folder: RunFolder, can_merge: bool
+) -> dict[str, Any] | None:
+    """Score the test rows once; the first process writes evaluation.json and predictions.jsonl. None without test rows."""
     rows, spec = prepared.rows.get("test"), prepared.recipe.data.test
     if rows is None:
         return None
     size = prepared.recipe.training.eval_batch_size
     result, predicted = evaluate_rows(model, prepared.task, rows, processor, size)
-    if merges_approximately(prepared.recipe, model):
+    if can_merge and merges_approximately(prepared.recipe, model):
         # another function, so it gets scores of its own
         with merged_form(model):
             merged, _ = evaluate_rows(model, prepared.task, rows, processor, size)
         result["merged_form"] = {"metrics": merged["metrics"]}
+    if rank() != 0:
+        return None
     result |= {
         "model": dataclasses.asdict(prepared.recipe.model),
         "adapter": {"path": str(folder.adapter), "sha256": fingerprint(folder.adapter / WEIGHTS_FILE)},

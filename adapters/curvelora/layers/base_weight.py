@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import chain
 from typing import Any
 
 import torch
-from peft.utils.integrations import dequantize_bnb_weight
+from peft.utils.integrations import dequantize_bnb_weight, gather_params_ctx
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -53,6 +54,33 @@ def offloading_hook(base_layer: nn.Module) -> Any | None:
     hook = getattr(base_layer, "_hf_hook", None)
     several = getattr(hook, "hooks", [hook])  # where one was added to another
     return next((h for h in several if getattr(h, "offload", False) and getattr(h, "weights_map", None) is not None), None)
+
+
+def is_partitioned(tensor: Tensor) -> bool:
+    """Whether ZeRO-3 holds this parameter in shares, and here only a placeholder of size 0."""
+    return tensor.numel() == 0 and getattr(tensor, "ds_numel", 0) > 0
+
+
+@contextlib.contextmanager
+def whole_weight(base_layer: nn.Module) -> Iterator[Tensor]:
+    """The weight as it is stored, for reading inside the `with` block.
+
+    Under ZeRO-3 it is gathered from all processes and given back afterwards, so every process has to come here.
+
+    Raises:
+        UserError: it is partitioned, and transformers does not know of it.
+    """
+    weight = base_layer.weight
+    if not is_partitioned(weight):
+        yield weight
+        return
+    with gather_params_ctx(weight, modifier_rank=None):
+        if is_partitioned(weight):
+            raise UserError(
+                "the weights are partitioned by ZeRO-3, which transformers was not told: make a HfDeepSpeedConfig and keep it "
+                "before the model is loaded"
+            )
+        yield weight
 
 
 def requantised(base_layer: nn.Module, weight: Tensor) -> Tensor | None:

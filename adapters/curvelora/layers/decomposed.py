@@ -15,11 +15,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from curvelora.errors import UserError
 from curvelora.factor_cache import cached_triplets
-from curvelora.layers.base_weight import device_of_weight
+from curvelora.layers.base_weight import device_of_weight, is_partitioned, whole_weight
 from curvelora.layers.bottleneck import BottleneckLayer
 from curvelora.layers.initial import SOURCES, initial_weight
 from curvelora.tuner import LowRankConfig, check_choice, check_switch
@@ -102,6 +103,55 @@ class DecomposedLayer(BottleneckLayer):
         except ValueError as error:
             raise UserError(f"module {self.name!r} has no factors to start from: {error}") from error
         return A0.float(), B0.float()
+
+
+@torch.no_grad()
+def share_factors(model: nn.Module, base_model: nn.Module | None = None) -> None:
+    """Decompose every layer on one process each (its number modulo the number of processes) and give all of them the factors.
+
+    To be called on all processes of the default group, on a model whose adapters wait for their factors: attached with
+    `factors_stored`. It is unset here.
+
+    Args:
+        base_model: knows its checkpoint, for factors of a quantised layer.
+
+    Raises:
+        UserError: on every process, where one of them cannot decompose a layer.
+    """
+    here, processes = dist.get_rank(), dist.get_world_size()
+    waiting = [
+        (layer, adapter, config)
+        for layer in model.modules()
+        if isinstance(layer, DecomposedLayer)
+        for adapter, config in layer.configs.items()
+        if config.factors_stored and layer.removed(adapter) is not None
+    ]
+    found, problem = {}, None
+    for number, (layer, adapter, config) in enumerate(waiting):
+        own = copy.copy(config)
+        own.factors_stored = False
+        if number % processes == here:
+            try:
+                found[number] = layer.removed_factors(own, base_model)
+            except UserError as error:
+                problem = problem or str(error)
+        elif is_partitioned(layer.get_base_layer().weight):
+            with whole_weight(layer.get_base_layer()):  # all have to give their shares
+                pass
+        layer.configs[adapter] = own
+    problems: list[str | None] = [None] * processes
+    dist.all_gather_object(problems, problem)
+    if any(problems):
+        raise UserError(next(filter(None, problems)))
+    for number, (layer, adapter, _) in enumerate(waiting):
+        A0, B0 = (found[number] if number in found else map(torch.empty_like, layer.removed(adapter)))
+        A0, B0 = A0.contiguous(), B0.contiguous()
+        for factor in (A0, B0):
+            dist.broadcast(factor, number % processes)
+        a, b = layer.divisors(layer.configs[adapter])
+        names = (*layer.adapter_layer_names[:2], *layer.removed_names)
+        for name, value in zip(names, (A0 / a, B0 / b, A0, B0), strict=True):
+            getattr(layer, name)[adapter].data.copy_(value)
 
 
 def balanced_factors(weight: Tensor, r: int, end: str) -> tuple[Tensor, Tensor]:

@@ -12,10 +12,12 @@ from curvelora.errors import UserError
 from curvelora.layers.adapter_layer import AdapterLayer
 from curvelora.layers.base_weight import (
     device_of_weight,
+    is_partitioned,
     is_transposed,
     offloading_hook,
     refuse_reordered_4bit,
     requantised,
+    whole_weight,
 )
 
 SOURCES = ("unquantised", "dequantised")
@@ -61,7 +63,7 @@ def initial_weight(layer: AdapterLayer, source: str, model: nn.Module | None, re
     if (hook := offloading_hook(base_layer)) is not None and layer.quantization_backend is None:
         weight = hook.weights_map["weight"].to(device_of_weight(base_layer))
     if layer.quantization_backend is None and weight is not None and weight.is_floating_point():
-        return weight.T if is_transposed(base_layer) else weight
+        return _floating_point(base_layer, weight)
     backend = layer.quantization_backend
     if backend is None or not backend.supports_merge:  # GPTQ, AWQ and others, which PEFT only runs forward
         kind = backend.backend_name if backend is not None else f"{type(base_layer).__name__}, which PEFT does not know,"
@@ -91,6 +93,14 @@ def initial_weight(layer: AdapterLayer, source: str, model: nn.Module | None, re
         f"module {layer.name!r} is quantised, and the checkpoint has another weight under its name (of shape "
         f"{' x '.join(map(str, weight.shape))}; another revision, perhaps): {remedy}"
     )
+
+
+def _floating_point(base_layer: nn.Module, weight: Tensor) -> Tensor:
+    """`weight` as (d_out, d_in); a copy where ZeRO-3 takes the original away again."""
+    if is_partitioned(weight):
+        with whole_weight(base_layer) as whole:
+            weight = whole.detach().clone()
+    return weight.T if is_transposed(base_layer) else weight
 
 
 def _is_same(base_layer: nn.Module, dequantised: Tensor, weight: Tensor) -> bool:

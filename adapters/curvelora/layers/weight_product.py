@@ -17,7 +17,7 @@ from peft.utils.integrations import dequantize_bnb_weight
 from torch import Tensor, nn
 
 from curvelora.errors import UserError
-from curvelora.layers.base_weight import device_of_weight, is_transposed, linear_shape, offloading_hook
+from curvelora.layers.base_weight import device_of_weight, is_transposed, linear_shape, offloading_hook, whole_weight
 from curvelora.precision import exact_products
 
 BLOCK_ENTRIES = 1 << 22  # of a block in fp32: 16 MiB
@@ -32,6 +32,11 @@ def number_of(layer: nn.Module) -> int:
     number = next(_numbers)
     _LAYERS[number] = layer
     return number
+
+
+def reads_weight(module: nn.Module) -> bool:
+    """Whether this module's passes call `weight_product`, so that its base weight has to be there in them (ZeRO-3)."""
+    return _LAYERS.get(getattr(module, "number", None)) is module
 
 
 def weight_product(T: Tensor, number: int, d_in: int) -> Tensor:
@@ -90,10 +95,15 @@ def weight_blocks(base_layer: nn.Module) -> Iterator[tuple[slice, Tensor]]:
     Raises:
         UserError: the weight is packed in a way that cannot be read back.
     """
+    with whole_weight(base_layer) as weight:
+        if (hook := offloading_hook(base_layer)) is not None:
+            weight = hook.weights_map["weight"]  # on the host or on disk: brought to the device block by block
+        yield from _blocks(base_layer, weight)
+
+
+def _blocks(base_layer: nn.Module, weight: Tensor) -> Iterator[tuple[slice, Tensor]]:
     d_in, d_out = linear_shape(base_layer, "")
-    weight, device = base_layer.weight, device_of_weight(base_layer)
-    if (hook := offloading_hook(base_layer)) is not None:
-        weight = hook.weights_map["weight"]  # on the host or on disk: brought to the device block by block
+    device = device_of_weight(base_layer)
     kind = type(weight).__name__
     unit = 1
     if kind == "Params4bit":  # a block of rows must begin where a block of codes begins

@@ -1,0 +1,220 @@
+"""ZeRO-1, 2 and 3 on two CPU processes: the same training as one process on the same global batches, whatever the method.
+
+One launch makes all cells (`cells.py`), as a launch costs ten seconds of imports and a cell one or two; most methods are slow
+tests.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from curvelora import METHODS
+from curvelora.errors import UserError
+from curvelora_training.config import RecipeError
+from curvelora_training.prepare import load_and_prepare
+from curvelora_training.saving import check_saved
+from curvelora_training.zero3 import THRESHOLD, keep_adapters_whole, share_held
+from run_files import metrics, result
+
+TORCHRUN = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc-per-node", "2"]
+REFUSED = {
+    "delora": "which PEFT takes of ZeRO-3's placeholders",
+    "adalora": "DeepSpeed has cleared them by then",
+}
+NF4 = ["model.dtype=bfloat16", "model.quantization=nf4"]
+# fp32 shows that the arithmetic agrees; bf16 and NF4, that the base is stored as asked
+FP32 = [name for name in METHODS if name not in ("qlora", "dora_dynamic")]
+BF16 = ["loran", "ranlora", "neat"]
+QUANTISED = ["qlora", "loran", "ranlora", "aurora", "neat"]
+
+
+def adapter(method: str) -> dict[str, Any]:
+    """Small settings of this method, without dropout: its masks differ between one process and two."""
+    if method in ("bitfit", "full", "linear_probing"):
+        return {"method": method}
+    own = {"method": method, "target_modules": ["query", "value"]}
+    if method == "fourierft":
+        return own | {"n_frequency": 50}
+    if method == "adalora":
+        return own | {"init_r": 4, "target_r": 2}
+    own |= {"r": 4}
+    return own if method == "delora" else own | {"alpha": 8, "dropout": 0.0}
+
+
+def cells() -> dict[str, list[str]]:
+    """Name -> overrides."""
+    found = {
+        f"{method} {base} ZeRO-3": [f"adapter={json.dumps(adapter(method))}", *overrides, deepspeed(3)]
+        for base, methods, overrides in (
+            ("fp32", FP32, []),
+            ("bf16", BF16, ["model.dtype=bfloat16"]),
+            ("nf4", QUANTISED, NF4),
+        )
+        for method in methods
+    }
+    return found | {
+        f"{method} fp32 ZeRO-{stage}": [f"adapter={json.dumps(adapter(method))}", deepspeed(stage)]
+        for method in ("loran", "ranlora")
+        for stage in (1, 2)
+    }
+
+
+def deepspeed(stage: int) -> str:
+    return f"training.deepspeed=ds_configs/zero{stage}.json"
+
+
+CELLS = cells()
+CORE = ["loran fp32 ZeRO-1", "loran fp32 ZeRO-2", "loran nf4 ZeRO-3", "loran bf16 ZeRO-3", "adalora fp32 ZeRO-3"]
+CORE += [f"{method} fp32 ZeRO-3" for method in ("loran", "ranlora", "aurora", "neat", "full", "bitfit", "delora")]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory, tiny_models: dict[str, Path], root: Path) -> Callable[[str], Path]:
+    """`made(name)` -> the run of that cell, beside which "NAME alone" is that of one process; made with its like when asked."""
+    folder = tmp_path_factory.mktemp("zero")
+    rows = [{"path": str(root / f"tests/data/sst2_sentences_{name}.tsv"), "limit": 32} for name in ("train", "unseen")]
+    settings = {"learning_rate": 1e-3, "epochs": 1, "batch_size": 4, "eval_batch_size": 4, "log_every": 1}
+    recipe = {
+        "output": str(folder / "unused"),
+        "model": {"path": str(tiny_models["bert"]), "dtype": "float32"},
+        "task": {"kind": "sequence_classification", "columns": {"text": "sentence"}, "max_length": 32},
+        "data": {"train": rows[0], "validation": rows[1], "test": rows[1] | {"limit": 20}},
+        "adapter": {"method": "loran"},
+        "training": settings,
+    }
+    path = folder / "recipe.json"
+    path.write_text(json.dumps(recipe), encoding="utf-8")
+
+    def make(core: bool) -> None:
+        two, one = [], []
+        for name, overrides in CELLS.items():
+            if (name in CORE) is core:
+                two.append([str(path), [*overrides, f"output={folder / name}"]])
+                if name.split()[0] not in REFUSED:
+                    alone = [o for o in overrides if "deepspeed" not in o]
+                    one.append([str(path), [*alone, "training.batch_size=8", f"output={folder / name} alone"]])
+        for launcher, listed in ((TORCHRUN, two), ([sys.executable], one)):
+            (folder / "cells.json").write_text(json.dumps(listed), encoding="utf-8")
+            run([*launcher, str(root / "tests/training/cells.py"), str(folder / "cells.json")], root)
+
+    groups: set[bool] = set()
+
+    def made(name: str) -> Path:
+        core = name in CORE
+        if core not in groups:
+            make(core)
+            groups.add(core)
+        return folder / name
+
+    return made
+
+
+def run(command: list[str], root: Path) -> None:
+    done = subprocess.run(
+        command,
+        cwd=root,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("name", [n if n in CORE else pytest.param(n, marks=pytest.mark.slow) for n in CELLS])
+def test_training_is_that_of_one_process(made: Callable[[str], Path], name: str) -> None:
+    """Losses, evaluation, start shift and what is saved; the base lies in shares, in the dtype that was asked for."""
+    method, base, engine = name.split()
+    run = made(name)
+    refused, alone = (run.with_name(f"{name}{ending}") for ending in (".refused", " alone"))
+    if method in REFUSED:
+        assert REFUSED[method] in refused.read_text(encoding="utf-8")
+        assert not run.exists()
+        return
+    assert not refused.exists(), refused.read_text(encoding="utf-8")
+    used = result(run)["engine"]
+    assert (used["engine"], used["zero_stage"], used["processes"]) == ("DeepSpeedEngine", int(engine[-1]), 2)
+    assert used["frozen_dtype"] == {"fp32": "float32", "bf16": "bfloat16", "nf4": "bfloat16, uint8"}[base]
+    assert used["share_of_base"] == pytest.approx(0.5 if used["zero_stage"] == 3 else 1, abs=0.01)
+    for kind in ("loss", "eval_loss"):
+        losses, wanted = ([line[kind] for line in metrics(f) if kind in line] for f in (run, alone))
+        assert losses == pytest.approx(wanted, rel=1e-5 if base == "fp32" else 2e-3)
+        assert len(losses) == (4 if kind == "loss" else 1)
+    shifts = [(result(f)["start_shift"] or {}).get("relative") for f in (run, alone)]
+    assert shifts[0] == pytest.approx(shifts[1], rel=1e-3, abs=1e-6)
+    saved, wanted = (load_file(f / "adapter/adapter_model.safetensors") for f in (run, alone))
+    for key, tensor in wanted.items():
+        if ".original_module." not in key:  # see check_saved
+            torch.testing.assert_close(saved[key], tensor, rtol=1e-4, atol=1e-5 if base == "fp32" else 3e-3)
+    scores = [json.loads((f / "evaluation.json").read_text())["metrics"]["accuracy"]["value"] for f in (run, alone)]
+    assert scores[0] == pytest.approx(scores[1], abs=0 if base == "fp32" else 0.1)
+
+
+@pytest.mark.slow
+def test_a_run_in_shares_resumes_exactly(made: Callable[[str], Path], root: Path) -> None:
+    """Stopped after two of four steps, with dropout: the adapter is the straight run's, bit for bit."""
+    output = made("loran fp32 ZeRO-3").with_name("resumed")
+    command = [*TORCHRUN, "-m", "curvelora_training.finetune", "--config", str(output.with_name("recipe.json"))]
+    command += [deepspeed(3), f"adapter={json.dumps(adapter('loran') | {'dropout': 0.1})}", "training.save_every=2"]
+    run([*command, f"output={output}"], root)
+    straight = load_file(output / "adapter/adapter_model.safetensors")
+    for name in ("adapter", "checkpoints/checkpoint-4"):
+        shutil.rmtree(output / name)
+    (output / "result.json").unlink()
+    run([*command, f"output={output}", "--resume"], root)
+    again = load_file(output / "adapter/adapter_model.safetensors")
+    assert straight.keys() == again.keys() and all(torch.equal(straight[key], again[key]) for key in straight)
+
+
+def test_adapters_stay_whole() -> None:
+    shapes = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 3))
+    shapes[0].requires_grad_(False)
+    for given in ({}, {THRESHOLD: "auto"}):
+        settings = {"zero_optimization": {"stage": 3, **given}}
+        keep_adapters_whole(settings, shapes)
+        assert settings["zero_optimization"][THRESHOLD] == 12
+    settings = {"zero_optimization": {"stage": 3, THRESHOLD: 100}}
+    keep_adapters_whole(settings, shapes)
+    assert settings["zero_optimization"][THRESHOLD] == 100
+    with pytest.raises(UserError, match=r"is 11 in the DeepSpeed configuration, .* a tensor of 12 entries"):
+        keep_adapters_whole({"zero_optimization": {"stage": 3, THRESHOLD: 11}}, shapes)
+    assert share_held(shapes) == 1
+
+
+def test_zero_3_needs_a_run_that_trains(recipe: dict, write: Callable[..., Path], root: Path) -> None:
+    changes = {"training.max_steps": 0, "training.deepspeed": str(root / "ds_configs/zero3.json")}
+    with pytest.raises(RecipeError, match="ZeRO-3 cannot run without training"):
+        load_and_prepare(write(recipe, **changes), [])
+
+
+def test_a_saved_adapter_is_read_again(recipe: dict, write: Callable[..., Path], tmp_path: Path) -> None:
+    """A tensor that is missing, foreign or empty is found."""
+    shapes = load_and_prepare(write(recipe), []).shapes
+    file = tmp_path / "adapter_model.safetensors"
+    from peft import get_peft_model_state_dict
+
+    whole = {name: torch.zeros(t.shape) for name, t in get_peft_model_state_dict(shapes).items()}
+    save_file(whole, file)
+    check_saved(tmp_path, shapes)
+    name = next(iter(whole))
+    for damaged in (
+        {key: tensor for key, tensor in whole.items() if key != name},
+        whole | {"foreign": torch.zeros(1)},
+        whole | {name: torch.zeros(0)},
+    ):
+        save_file(damaged, file)
+        with pytest.raises(UserError, match="the saved adapter is not whole"):
+            check_saved(tmp_path, shapes)

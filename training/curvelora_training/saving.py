@@ -1,0 +1,64 @@
+"""The adapter on disk: written under a temporary name, read again, and renamed only when it is what it should be."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+from peft import PeftModel, get_peft_model_state_dict
+from transformers import Trainer
+
+from curvelora.errors import UserError
+from curvelora.loading import stored_shapes
+from curvelora_eval.spec import write_task
+from curvelora_training.distributed import agree, rank
+from curvelora_training.prepare import Prepared
+from curvelora_training.run_folder import RunFolder, whole_or_none
+
+
+def save_adapter(trainer: Trainer, prepared: Prepared, folder: RunFolder) -> None:
+    """Write adapter/; there is a whole adapter or none.
+
+    Raises:
+        UserError: it cannot be written, or what was written is not the adapter.
+    """
+    temporary, problem = folder.path / ".adapter.tmp", None
+    try:
+        with whole_or_none(temporary, folder.adapter):
+            trainer.save_model(str(temporary))
+            if rank() == 0:
+                check_saved(temporary, prepared.shapes)
+                # a pickle, and nothing that config.yaml does not say
+                (temporary / "training_args.bin").unlink(missing_ok=True)
+                write_task(temporary, prepared.recipe.model, prepared.recipe.task)
+        if rank() == 0:
+            shutil.rmtree(folder.adapter, ignore_errors=True)
+            os.replace(temporary, folder.adapter)
+    except UserError as error:
+        problem = error
+    agree(problem)
+
+
+def check_saved(folder: Path, shapes: PeftModel) -> None:
+    """Compare the file in `folder` with the adapter: names, and shapes, of which ZeRO-3 elsewhere leaves nothing.
+
+    Args:
+        shapes: the model with its adapter, on the meta device.
+
+    Raises:
+        UserError: a tensor is missing, foreign or of another shape.
+    """
+    # with BitFit PEFT also writes the bias of a head that was replaced, and under ZeRO-3 it does not
+    wanted = {
+        name: tuple(tensor.shape)
+        for name, tensor in get_peft_model_state_dict(shapes).items()
+        if ".original_module." not in name
+    }
+    found = {name: shape for name, shape in stored_shapes(folder).items() if ".original_module." not in name}
+    for name in (*wanted, *found):
+        if wanted.get(name) != found.get(name):
+            raise UserError(
+                f"the saved adapter is not whole: {name} has the shape {found.get(name)} in the file, and {wanted.get(name)} in "
+                "the model"
+            )
