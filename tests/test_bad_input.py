@@ -169,6 +169,41 @@ TRAIN: dict[str, tuple[Callable[[World], dict[str, Any]], list[str]]] = {
         lambda w: {"training.deepspeed": w.file("z.json", "5")},
         ["no zero_optimization section"],
     ),
+    **{
+        f"a DeepSpeed JSON with {what}": (
+            lambda w, text=text: {"training.deepspeed": w.file("z.json", text)},
+            [*said, "z.json"],
+        )
+        for what, text, said in (
+            (
+                "a misspelt section",
+                '{"zero_optimization": {"stage": 2}, "comms_loger": {}}',
+                ["'comms_loger'", "'comms_logger'"],
+            ),
+            ("a misspelt key", '{"zero_optimization": {"stage": 3, "stag3_x": 1}}', ["zero_optimization.stag3_x"]),
+            (
+                "a wrong value",
+                '{"zero_optimization": {"stage": 3, "overlap_comm": "maybe"}}',
+                ["zero_optimization.overlap_comm"],
+            ),
+            ("no such stage", '{"zero_optimization": {"stage": 4}}', ["ZeRO stage 4", "write 0, 1, 2 or 3"]),
+            (
+                "an optimiser",
+                '{"zero_optimization": {"stage": 2}, "optimizer": {"type": "Adam"}}',
+                ["its own optimizer"],
+            ),
+            (
+                "a batch size",
+                '{"zero_optimization": {"stage": 2}, "train_batch_size": 8}',
+                ["train_batch_size", "auto"],
+            ),
+            (
+                "bf16 weights",
+                '{"zero_optimization": {"stage": 2}, "bf16": {"enabled": true}}',
+                ["enables bf16", "float32"],
+            ),
+        )
+    },
     "errors of several stages": (
         lambda w: {
             "data.test": w.path("none.tsv"),

@@ -64,19 +64,33 @@ def cells() -> dict[str, list[str]]:
         )
         for method in methods
     }
-    return found | {
-        f"{method} fp32 ZeRO-{stage}": [f"adapter={json.dumps(adapter(method))}", deepspeed(stage)]
-        for method in ("loran", "ranlora")
-        for stage in (1, 2)
-    }
+    return (
+        found
+        | {
+            f"{method} fp32 ZeRO-{stage}": [f"adapter={json.dumps(adapter(method))}", deepspeed(stage)]
+            for method in ("loran", "ranlora")
+            for stage in (1, 2)
+        }
+        | {
+            f"loran fp32 ZeRO-{kind}": [f"adapter={json.dumps(adapter('loran'))}", deepspeed(kind)]
+            for kind in ("1_offload", "2_offload", "3_offload", "3_offload_params")
+        }
+    )
 
 
-def deepspeed(stage: int) -> str:
-    return f"training.deepspeed=ds_configs/zero{stage}.json"
+def deepspeed(kind: int | str) -> str:
+    return f"training.deepspeed=ds_configs/zero{kind}.json"
 
 
 CELLS = cells()
-CORE = ["loran fp32 ZeRO-1", "loran fp32 ZeRO-2", "loran nf4 ZeRO-3", "loran bf16 ZeRO-3", "adalora fp32 ZeRO-3"]
+CORE = [
+    "loran fp32 ZeRO-1",
+    "loran fp32 ZeRO-2",
+    "loran fp32 ZeRO-3_offload_params",
+    "loran nf4 ZeRO-3",
+    "loran bf16 ZeRO-3",
+    "adalora fp32 ZeRO-3",
+]
 CORE += [f"{method} fp32 ZeRO-3" for method in ("loran", "ranlora", "aurora", "neat", "full", "bitfit", "delora")]
 
 
@@ -146,7 +160,7 @@ def test_training_is_that_of_one_process(made: Callable[[str], Path], name: str)
         return
     assert not refused.exists(), refused.read_text(encoding="utf-8")
     used = result(run)["engine"]
-    assert (used["engine"], used["zero_stage"], used["processes"]) == ("DeepSpeedEngine", int(engine[-1]), 2)
+    assert (used["engine"], used["zero_stage"], used["processes"]) == ("DeepSpeedEngine", int(engine[5]), 2)
     assert used["frozen_dtype"] == {"fp32": "float32", "bf16": "bfloat16", "nf4": "bfloat16, uint8"}[base]
     assert used["share_of_base"] == pytest.approx(0.5 if used["zero_stage"] == 3 else 1, abs=0.01)
     for kind in ("loss", "eval_loss"):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import Trainer
 
-from curvelora.errors import UserError
+from curvelora.errors import UserError, nearest
 from curvelora_training.zero3 import share_held, stage_of
 
 # What DeepSpeed means where no file says more; "auto" takes the trainer's values.
@@ -24,6 +24,25 @@ AUTO = {
     "gradient_accumulation_steps": "auto",
     "gradient_clipping": "auto",
 }
+FROM_THE_RECIPE = (*AUTO, "train_batch_size")
+# Other sections that a file may have.
+HEEDED = (
+    "zero_optimization",
+    "bf16",
+    "fp16",
+    "zero_force_ds_cpu_optimizer",
+    "zero_allow_untested_optimizer",
+    "steps_per_print",
+)
+HEEDED += (
+    "wall_clock_breakdown",
+    "memory_breakdown",
+    "communication_data_type",
+    "prescale_gradients",
+    "dump_state",
+    "aio",
+)
+HEEDED += ("gradient_predivide_factor", "comms_logger", "flops_profiler", "comms_config", "data_types")
 DEFAULT_STAGE = 2
 # Entries a bucket. DeepSpeed's default of 5e8 takes 2 GB of device memory, for adapters that are a hundredth of it.
 BUCKETS = {"reduce_bucket_size": 50_000_000, "allgather_bucket_size": 50_000_000}
@@ -81,30 +100,53 @@ def read_deepspeed_file(path: str) -> dict[str, Any]:
     """Read a DeepSpeed JSON.
 
     Raises:
-        UserError: it cannot be read, shards nothing, or asks for half-precision weights.
+        UserError: it cannot be read, shards nothing, asks for half-precision weights, or has a key that would not be heeded.
     """
+    name = f"the DeepSpeed configuration {path}"
     try:
         settings = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"the DeepSpeed configuration {path} cannot be read ({error.strerror})") from error
+        raise UserError(f"{name} cannot be read ({error.strerror})") from error
     except ValueError as error:
-        raise UserError(f"the DeepSpeed configuration {path} is no valid JSON ({error})") from error
+        raise UserError(f"{name} is no valid JSON ({error})") from error
     if not isinstance(settings, dict) or "zero_optimization" not in settings:
-        raise UserError(
-            f"the DeepSpeed configuration {path} has no zero_optimization section, so it would shard nothing"
-        )
+        raise UserError(f"{name} has no zero_optimization section, so it would shard nothing")
     zero = settings["zero_optimization"]
     stage = zero.get("stage") if isinstance(zero, dict) else None
     if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
-        raise UserError(f"the DeepSpeed configuration {path} has ZeRO stage {stage!r}: write 0, 1, 2 or 3")
+        raise UserError(f"{name} has ZeRO stage {stage!r}: write 0, 1, 2 or 3")
     for section in ("bf16", "fp16"):
         value = settings.get(section)
         if (value.get("enabled") if isinstance(value, dict) else value) is True:
             raise UserError(
-                f"the DeepSpeed configuration {path} enables {section}, which would store the adapter in it, and BA needs "
+                f"{name} enables {section}, which would store the adapter in it, and BA needs "
                 f"float32 factors: leave the section out, the recipe's model.dtype decides"
             )
+    for key, value in settings.items():
+        if key in FROM_THE_RECIPE:
+            if value != "auto":
+                raise UserError(f'{name} sets {key}, which the recipe decides: write "auto", or leave it out')
+        elif key in ("optimizer", "scheduler"):
+            raise UserError(f"{name} has its own {key}, which would replace the recipe's: leave it out")
+        elif key not in HEEDED:
+            raise UserError(
+                f"{name} has a key {key!r} that DeepSpeed would not heed{nearest(key, HEEDED)}: leave it out"
+            )
+    _check_zero_section(name, zero)
     return settings
+
+
+def _check_zero_section(name: str, zero: dict[str, Any]) -> None:
+    """Raise `UserError` where DeepSpeed would not take the section, which it says only when the model is loaded."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+    from pydantic import ValidationError
+
+    try:
+        DeepSpeedZeroConfig(**{key: value for key, value in zero.items() if value != "auto"})
+    except ValidationError as error:
+        found = error.errors()[0]
+        where = ".".join(map(str, found["loc"]))
+        raise UserError(f"{name}: zero_optimization.{where}: {found['msg']}") from error
 
 
 def trainer_arguments(recipe_file: str | None, dtype: str) -> dict[str, Any]:
@@ -188,7 +230,9 @@ def check_engine(engine: dict[str, Any], asked: dict[str, Any]) -> None:
             f"the launcher started {world_size()} processes but the trainer sees {engine['processes']}: see docs/launching.md"
         )
     if stage == 3 and engine["share_of_base"] > (most := 1.1 / engine["processes"]):
-        raise UserError(f"ZeRO-3 left {engine['share_of_base']:.0%} of the base on this process, and {most:.0%} is the most")
+        raise UserError(
+            f"ZeRO-3 left {engine['share_of_base']:.0%} of the base on this process, and {most:.0%} is the most"
+        )
     if engine["trainable_dtype"] != "float32":
         raise UserError(f"the engine stored what trains in {engine['trainable_dtype']}, and it must be float32")
 

@@ -244,10 +244,11 @@ def _check_weights(model: PreTrainedModel, config: PeftConfig) -> None:
 def _check_combinations(recipe: Recipe, task: Task) -> None:
     problems = []
     method, model = recipe.method, recipe.model
+    stage, deepspeed = None, True
     try:
-        stage = stage_of(deepspeed_settings(recipe.training.deepspeed, model.dtype))
+        settings = deepspeed_settings(recipe.training.deepspeed, model.dtype)
+        stage, deepspeed = stage_of(settings), settings is not None
     except UserError as error:
-        stage = None
         problems.append(str(error))
     if method.required_quantization and model.quantization != method.required_quantization:
         problems.append(
@@ -264,7 +265,7 @@ def _check_combinations(recipe: Recipe, task: Task) -> None:
             "adapter.method dora on a base in int8 needs a GPU, because PEFT loses the scales of an int8 weight on a CPU: set "
             "model.quantization=nf4 or none"
         )
-    if method.name == "adalora" and stage is not None:
+    if method.name == "adalora" and deepspeed:
         problems.append(
             "adapter.method adalora ranks by the gradients after each optimiser step, and DeepSpeed has cleared them by then: "
             "leave DeepSpeed out"
