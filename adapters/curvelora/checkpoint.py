@@ -60,6 +60,24 @@ def _stored_name(model: PreTrainedModel, wanted: str, names: Iterable[str]) -> s
     return next((name for name in found if name is not None), None)
 
 
+def stored_tensor_shapes(path: str, revision: str | None = None) -> dict[str, tuple[int, ...]]:
+    """Tensor name -> shape, from the headers of a checkpoint's safetensors files.
+
+    Raises:
+        UserError: there is no such checkpoint.
+    """
+    found: dict[str, tuple[int, ...]] = {}
+    try:
+        for file in sorted(set(tensor_files(path, revision).values())):
+            with safe_open(str(file), framework="pt") as opened:
+                found |= {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise UserError(
+            f"the checkpoint {path} cannot be read as safetensors ({str(error).splitlines()[0]})"
+        ) from error
+    return found
+
+
 def tensor_files(path: str, revision: str | None) -> dict[str, Path]:
     """Tensor name -> the file that holds it."""
     index = cached_file(path, SAFE_WEIGHTS_INDEX_NAME, revision=revision, _raise_exceptions_for_missing_entries=False)

@@ -156,7 +156,7 @@ def _orthonormal(block: Tensor, others: Tensor | None = None) -> tuple[Tensor, T
                 for _ in range(2):
                     Q = torch.linalg.qr(Q - others @ (others.T @ Q))[0]
             return Q, R
-        identity = torch.eye(len(factor), dtype=factor.dtype)
+        identity = torch.eye(len(factor), dtype=factor.dtype, device=factor.device)
         Q = Q @ torch.linalg.solve_triangular(factor, identity, upper=False).T.to(Q.device)
         R = factor.T if R is None else factor.T @ R
     return Q, R.to(Q.device)

@@ -152,6 +152,8 @@ def _path(folder: Path, key: str, r: int, end: str) -> Path:
 def _read(path: Path, key: str, shape: tuple[int, ...], end: str) -> Triplets:
     """An entry as it was stored. Raises `UserError`, in one sentence, for one that is not whole."""
     r = int(path.stem.rpartition("-")[2])
+    if not os.access(path, os.R_OK):  # safetensors would say that there is no such file
+        raise UserError(f"the cache entry {path} belongs to somebody else and cannot be read")
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
@@ -159,8 +161,6 @@ def _read(path: Path, key: str, shape: tuple[int, ...], end: str) -> Triplets:
         bounds = json.loads(metadata.get("bounds", "null"))
         if bounds is not None:
             bounds = Bounds(**{k: inf if v is None else v for k, v in bounds.items()})
-    except PermissionError as error:
-        raise UserError(f"the cache entry {path} belongs to somebody else and cannot be read") from error
     except (OSError, SafetensorError, ValueError, TypeError, AttributeError) as error:
         reason = (str(error).splitlines() or ["no reason given"])[0]
         raise UserError(f"the cache entry {path} is damaged: it cannot be read ({reason})") from error

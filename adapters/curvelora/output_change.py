@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from curvelora.merging import merged_form
@@ -114,7 +116,10 @@ def start_shift(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Outpu
         model: a PEFT model.
         batches: keyword arguments of its forward pass, on its device; with `labels`, the loss is compared as well.
     """
-    return output_change(model, batches, reference=model.disable_adapter, changed=contextlib.nullcontext)
+    # PEFT refuses to disable what trains in the base itself and added nothing: full fine-tuning
+    adapted = any(isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) for module in model.modules())
+    reference = model.disable_adapter if adapted else contextlib.nullcontext
+    return output_change(model, batches, reference=reference, changed=contextlib.nullcontext)
 
 
 def merge_gap(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> OutputChange:

@@ -19,13 +19,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import BertForSequenceClassification
 
 from curvelora import METHODS
 from curvelora.errors import UserError
 from curvelora_training.config import RecipeError
 from curvelora_training.prepare import load_and_prepare
 from curvelora_training.saving import check_saved
-from curvelora_training.zero3 import THRESHOLD, keep_adapters_whole, share_held
+from curvelora_training.zero3 import share_held
 from run_files import metrics, result
 
 TORCHRUN = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc-per-node", "2"]
@@ -38,60 +39,38 @@ NF4 = ["model.dtype=bfloat16", "model.quantization=nf4"]
 FP32 = [name for name in METHODS if name not in ("qlora", "dora_dynamic")]
 BF16 = ["loran", "ranlora", "neat"]
 QUANTISED = ["qlora", "loran", "ranlora", "aurora", "neat"]
+# a causal language model has no new head, and so no wrapper around one: another order of modules
+LANGUAGE = [name for name in FP32 if name not in ("delora", "adalora", "bitfit", "linear_probing")]
 
 
-def adapter(method: str) -> dict[str, Any]:
-    """Small settings of this method, without dropout: its masks differ between one process and two."""
-    if method in ("bitfit", "full", "linear_probing"):
-        return {"method": method}
-    own = {"method": method, "target_modules": ["query", "value"]}
-    if method == "fourierft":
-        return own | {"n_frequency": 50}
-    if method == "adalora":
-        return own | {"init_r": 4, "target_r": 2}
-    own |= {"r": 4}
-    return own if method == "delora" else own | {"alpha": 8, "dropout": 0.0}
-
-
-def cells() -> dict[str, list[str]]:
-    """Name -> overrides."""
-    found = {
-        f"{method} {base} ZeRO-3": [f"adapter={json.dumps(adapter(method))}", *overrides, deepspeed(3)]
-        for base, methods, overrides in (
-            ("fp32", FP32, []),
-            ("bf16", BF16, ["model.dtype=bfloat16"]),
-            ("nf4", QUANTISED, NF4),
-        )
-        for method in methods
-    }
-    return (
-        found
-        | {
-            f"{method} fp32 ZeRO-{stage}": [f"adapter={json.dumps(adapter(method))}", deepspeed(stage)]
-            for method in ("loran", "ranlora")
-            for stage in (1, 2)
-        }
-        | {
-            f"loran fp32 ZeRO-{kind}": [f"adapter={json.dumps(adapter('loran'))}", deepspeed(kind)]
-            for kind in ("1_offload", "2_offload", "3_offload", "3_offload_params")
-        }
-    )
+def adapter(method: str, targets: tuple[str, ...] = ("query", "value")) -> str:
+    """Small settings of this method, as an override; without dropout: its masks differ between one process and two."""
+    own: dict[str, Any] = {"method": method}
+    if method not in ("bitfit", "full", "linear_probing"):
+        own["target_modules"] = targets
+        own |= {"fourierft": {"n_frequency": 50}, "adalora": {"init_r": 4, "target_r": 2}}.get(method, {"r": 4})
+        if method not in ("fourierft", "adalora", "delora"):
+            own |= {"alpha": 8, "dropout": 0.0}
+    return f"adapter={json.dumps(own)}"
 
 
 def deepspeed(kind: int | str) -> str:
     return f"training.deepspeed=ds_configs/zero{kind}.json"
 
 
-CELLS = cells()
-CORE = [
-    "loran fp32 ZeRO-1",
-    "loran fp32 ZeRO-2",
-    "loran fp32 ZeRO-3_offload_params",
-    "loran nf4 ZeRO-3",
-    "loran bf16 ZeRO-3",
-    "adalora fp32 ZeRO-3",
-]
-CORE += [f"{method} fp32 ZeRO-3" for method in ("loran", "ranlora", "aurora", "neat", "full", "bitfit", "delora")]
+# "METHOD BASE ZeRO-KIND" -> overrides
+CELLS = {f"{method} fp32 ZeRO-3": [adapter(method), deepspeed(3)] for method in FP32}
+CELLS |= {f"{method} bf16 ZeRO-3": [adapter(method), "model.dtype=bfloat16", deepspeed(3)] for method in BF16}
+CELLS |= {f"{method} nf4 ZeRO-3": [adapter(method), *NF4, deepspeed(3)] for method in QUANTISED}
+CELLS |= {f"{method} lm ZeRO-3": [adapter(method, ("q_proj", "down_proj")), deepspeed(3)] for method in LANGUAGE}
+CELLS |= {f"ranlora fp32 ZeRO-{stage}": [adapter("ranlora"), deepspeed(stage)] for stage in (1, 2)}
+OFFLOADED = ("1_offload", "2_offload", "3_offload", "3_offload_params")
+CELLS |= {f"loran fp32 ZeRO-{kind}": [adapter("loran"), deepspeed(kind)] for kind in (1, 2, *OFFLOADED)}
+# the others are slow tests
+CORE = {f"{method} fp32 ZeRO-3" for method in ("loran", "ranlora", "aurora", "full", "bitfit", "delora", "adalora")}
+CORE |= {f"{method} lm ZeRO-3" for method in ("loran", "ranlora", "neat", "full", "lora")}
+CORE |= {"loran fp32 ZeRO-1", "loran fp32 ZeRO-2", "loran fp32 ZeRO-3_offload_params"}
+CORE |= {"loran nf4 ZeRO-3", "loran bf16 ZeRO-3"}
 
 
 @pytest.fixture(scope="module")
@@ -108,13 +87,16 @@ def made(tmp_path_factory: pytest.TempPathFactory, tiny_models: dict[str, Path],
         "adapter": {"method": "loran"},
         "training": settings,
     }
-    path = folder / "recipe.json"
-    path.write_text(json.dumps(recipe), encoding="utf-8")
+    (folder / "recipe.json").write_text(json.dumps(recipe), encoding="utf-8")
+    recipe["model"]["path"] = str(tiny_models["llama"])
+    recipe["task"] = {"kind": "causal_lm", "columns": {"text": "sentence"}, "max_length": 32}
+    (folder / "lm.json").write_text(json.dumps(recipe), encoding="utf-8")
 
     def make(core: bool) -> None:
         two, one = [], []
         for name, overrides in CELLS.items():
             if (name in CORE) is core:
+                path = folder / ("lm.json" if name.split()[1] == "lm" else "recipe.json")
                 two.append([str(path), [*overrides, f"output={folder / name}"]])
                 if name.split()[0] not in REFUSED:
                     alone = [o for o in overrides if "deepspeed" not in o]
@@ -161,20 +143,25 @@ def test_training_is_that_of_one_process(made: Callable[[str], Path], name: str)
     assert not refused.exists(), refused.read_text(encoding="utf-8")
     used = result(run)["engine"]
     assert (used["engine"], used["zero_stage"], used["processes"]) == ("DeepSpeedEngine", int(engine[5]), 2)
-    assert used["frozen_dtype"] == {"fp32": "float32", "bf16": "bfloat16", "nf4": "bfloat16, uint8"}[base]
+    frozen = "" if name.startswith("full lm") else "float32"  # nothing is
+    assert used["frozen_dtype"] == {"bf16": "bfloat16", "nf4": "bfloat16, uint8"}.get(base, frozen)
     assert used["share_of_base"] == pytest.approx(0.5 if used["zero_stage"] == 3 else 1, abs=0.01)
+    rounded = base in ("bf16", "nf4")
+    # AdamW's first steps go by the signs of gradients, which rounding decides where they are zero but for rounding
+    free = name.startswith("full lm")
     for kind in ("loss", "eval_loss"):
         losses, wanted = ([line[kind] for line in metrics(f) if kind in line] for f in (run, alone))
-        assert losses == pytest.approx(wanted, rel=1e-5 if base == "fp32" else 2e-3)
+        assert losses == pytest.approx(wanted, rel=2e-3 if rounded else 1e-4 if free else 1e-5)
         assert len(losses) == (4 if kind == "loss" else 1)
     shifts = [(result(f)["start_shift"] or {}).get("relative") for f in (run, alone)]
     assert shifts[0] == pytest.approx(shifts[1], rel=1e-3, abs=1e-6)
     saved, wanted = (load_file(f / "adapter/adapter_model.safetensors") for f in (run, alone))
     for key, tensor in wanted.items():
         if ".original_module." not in key:  # see check_saved
-            torch.testing.assert_close(saved[key], tensor, rtol=1e-4, atol=1e-5 if base == "fp32" else 3e-3)
-    scores = [json.loads((f / "evaluation.json").read_text())["metrics"]["accuracy"]["value"] for f in (run, alone)]
-    assert scores[0] == pytest.approx(scores[1], abs=0 if base == "fp32" else 0.1)
+            torch.testing.assert_close(saved[key], tensor, rtol=1e-4, atol=3e-3 if rounded or free else 1e-5)
+    scores = [json.loads((f / "evaluation.json").read_text()) for f in (run, alone)]
+    values = [score["metrics"][score["primary_metric"]]["value"] for score in scores]
+    assert values[0] == pytest.approx(values[1], rel=0.2 if rounded else 1e-3 if free else 1e-5)
 
 
 @pytest.mark.slow
@@ -182,7 +169,7 @@ def test_a_run_in_shares_resumes_exactly(made: Callable[[str], Path], root: Path
     """Stopped after two of four steps, with dropout: the adapter is the straight run's, bit for bit."""
     output = made("loran fp32 ZeRO-3").with_name("resumed")
     command = [*TORCHRUN, "-m", "curvelora_training.finetune", "--config", str(output.with_name("recipe.json"))]
-    command += [deepspeed(3), f"adapter={json.dumps(adapter('loran') | {'dropout': 0.1})}", "training.save_every=2"]
+    command += [deepspeed(3), adapter("loran"), "adapter.dropout=0.1", "training.save_every=2"]
     run([*command, f"output={output}"], root)
     straight = load_file(output / "adapter/adapter_model.safetensors")
     for name in ("adapter", "checkpoints/checkpoint-4"):
@@ -193,24 +180,45 @@ def test_a_run_in_shares_resumes_exactly(made: Callable[[str], Path], root: Path
     assert straight.keys() == again.keys() and all(torch.equal(straight[key], again[key]) for key in straight)
 
 
-def test_adapters_stay_whole() -> None:
-    shapes = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 3))
-    shapes[0].requires_grad_(False)
-    for given in ({}, {THRESHOLD: "auto"}):
-        settings = {"zero_optimization": {"stage": 3, **given}}
-        keep_adapters_whole(settings, shapes)
-        assert settings["zero_optimization"][THRESHOLD] == 12
-    settings = {"zero_optimization": {"stage": 3, THRESHOLD: 100}}
-    keep_adapters_whole(settings, shapes)
-    assert settings["zero_optimization"][THRESHOLD] == 100
-    with pytest.raises(UserError, match=r"is 11 in the DeepSpeed configuration, .* a tensor of 12 entries"):
-        keep_adapters_whole({"zero_optimization": {"stage": 3, THRESHOLD: 11}}, shapes)
-    assert share_held(shapes) == 1
+def test_the_share_counts_what_stays_whole() -> None:
+    model = nn.Sequential(nn.Linear(10, 10, bias=False), nn.Linear(10, 10, bias=False)).requires_grad_(False)
+    assert share_held(model) == 1
+    for layer in model:
+        layer.weight.ds_numel, layer.weight.ds_tensor, layer.weight.ds_persist = 100, torch.zeros(50), False
+        layer.weight.data = torch.zeros(0)
+    assert share_held(model) == 0.5
+    model[0].weight.ds_persist = True
+    assert share_held(model) == 0.75
 
 
-def test_zero_3_needs_a_run_that_trains(recipe: dict, write: Callable[..., Path], root: Path) -> None:
-    changes = {"training.max_steps": 0, "training.deepspeed": str(root / "ds_configs/zero3.json")}
-    with pytest.raises(RecipeError, match="ZeRO-3 cannot run without training"):
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"training.max_steps": 0}, "ZeRO-3 cannot run without training"),
+        ({"model.quantization": "int8"}, "int8 keeps its codes where ZeRO-3 does not look"),
+        ({"adapter": {"method": "full"}, "model.dtype": "bfloat16"}, "set model.dtype=float32, or take ZeRO-2"),
+        ({"adapter": {"method": "delora", "r": 4}}, "which PEFT takes of ZeRO-3's placeholders"),
+    ],
+)
+def test_what_zero_3_cannot_do_is_refused(
+    recipe: dict, write: Callable[..., Path], root: Path, changes: dict[str, Any], said: str
+) -> None:
+    path = write(recipe, **changes, **{"training.deepspeed": str(root / "ds_configs/zero3.json")})
+    with pytest.raises(RecipeError, match=said):
+        load_and_prepare(path, [])
+
+
+def test_a_head_of_other_classes_is_refused_under_zero_3(
+    recipe: dict, write: Callable[..., Path], root: Path, tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    five = BertForSequenceClassification.from_pretrained(tiny_models["bert"], num_labels=5)
+    five.save_pretrained(tmp_path / "five")
+    for file in tiny_models["bert"].glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "five")
+    changes = {"model.path": str(tmp_path / "five")}
+    load_and_prepare(write(recipe, **changes), [])
+    changes["training.deepspeed"] = str(root / "ds_configs/zero3.json")
+    with pytest.raises(RecipeError, match=r"classifier\.\w+ in the shape \(5, ?(64)?\), \(2, ?(64)?\) is needed"):
         load_and_prepare(write(recipe, **changes), [])
 
 

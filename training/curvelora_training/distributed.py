@@ -16,7 +16,7 @@ import torch
 from transformers import Trainer
 
 from curvelora.errors import UserError, nearest
-from curvelora_training.zero3 import share_held, stage_of
+from curvelora_training.zero3 import THRESHOLD, share_held, stage_of
 
 # What DeepSpeed means where no file says more; "auto" takes the trainer's values.
 AUTO = {
@@ -91,6 +91,8 @@ def deepspeed_settings(recipe_file: str | None, dtype: str) -> dict[str, Any] | 
         settings |= read_deepspeed_file(recipe_file)
     for section in ("bf16", "fp16"):
         settings.pop(section, None)
+    if stage_of(settings) == 3:  # nothing of the base stays whole unless a file says so
+        settings["zero_optimization"] = {THRESHOLD: 0} | settings["zero_optimization"]
     if dtype != "float32":
         settings["torch_autocast"] = {"enabled": True, "dtype": dtype, "lower_precision_safe_modules": []}
     return settings
@@ -239,12 +241,11 @@ def check_engine(engine: dict[str, Any], asked: dict[str, Any]) -> None:
 
 def agree(error: UserError | None) -> None:
     """Raise on every process what one of them found, so that none waits for another that has given up."""
-    found = [str(error) if error else None]
+    found: list[str | None] = [str(error) if error else None] * world_size()
     if world_size() > 1:
-        found *= world_size()
-        torch.distributed.all_gather_object(found, str(error) if error else None)
+        torch.distributed.all_gather_object(found, found[0])
     if why := next(filter(None, found), None):
-        raise UserError(why)
+        raise UserError(why) from error
 
 
 def leave() -> None:

@@ -29,7 +29,7 @@ from curvelora_training.config import Recipe, RecipeError, load_recipe
 from curvelora_training.curve_schedule import check_schedules
 from curvelora_training.distributed import deepspeed_settings
 from curvelora_training.run_length import optimiser_steps
-from curvelora_training.zero3 import stage_of
+from curvelora_training.zero3 import check_head, stage_of, why_not
 
 T = TypeVar("T")
 PEFT_TASK = {
@@ -117,7 +117,7 @@ def prepare(recipe: Recipe, source: str = "the recipe") -> Prepared:
                 steps = optimiser_steps(recipe.training, len(rows["train"]))
                 collect(fit_schedule, peft_config, steps)
                 collect(check_schedules, peft_config, steps)
-            collect(_check_weights, base, peft_config)
+            collect(_check_weights, recipe, task, base, peft_config)
             with torch.device("meta"):  # the adapter needs no memory either
                 shapes = collect(attach, base, peft_config)
     if collect.problems:
@@ -232,7 +232,9 @@ def _group(name: str) -> str:
     return ".".join(parts[-2:]) if parts[-1].rpartition("_")[0] else parts[-1]
 
 
-def _check_weights(model: PreTrainedModel, config: PeftConfig) -> None:
+def _check_weights(recipe: Recipe, task: Task, model: PreTrainedModel, config: PeftConfig) -> None:
+    if task.new_head and stage_of(deepspeed_settings(recipe.training.deepspeed, recipe.model.dtype)) == 3:
+        check_head(recipe, model)
     if getattr(model.config, "quantization_config", None) and getattr(config, "needs_unquantised_weight", False):
         raise UserError(
             f"adapter.method {config.peft_type.value.lower()} starts from the unquantised weights, and the checkpoint is "
@@ -275,13 +277,8 @@ def _check_combinations(recipe: Recipe, task: Task) -> None:
             f"adapter.method adalora has a penalty that PEFT leaves out for task {recipe.task.kind}: write "
             "adapter.orth_reg_weight=0 to train without it, or take another method"
         )
-    if stage == 3 and method.name == "delora":
-        problems.append(
-            "adapter.method delora needs the norms of the weights, which PEFT takes of ZeRO-3's placeholders: take ZeRO-2 or "
-            "another method"
-        )
-    if stage == 3 and recipe.training.max_steps == 0:
-        problems.append("training.max_steps=0 trains nothing, and ZeRO-3 cannot run without training: leave DeepSpeed out")
+    if stage == 3:
+        problems += why_not(recipe)
     if method.name == "bitfit" and model.dtype != "float32":
         problems.append(
             f"adapter.method bitfit trains biases in fp32, which a model in {model.dtype} cannot add to its own numbers: set "

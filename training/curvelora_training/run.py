@@ -30,7 +30,7 @@ from curvelora_training.prepare import Prepared, attach
 from curvelora_training.run_folder import RunFolder
 from curvelora_training.saving import save_adapter
 from curvelora_training.trainer import AdapterTrainer, AtTheStart, RunLog, StepTimer, peak_memory
-from curvelora_training.zero3 import gather_for_readers, keep_adapters_whole, loading_into_shares, stage_of
+from curvelora_training.zero3 import announce_parameters, keep_adapters_whole, loading_into_shares, stage_of
 
 
 def train(prepared: Prepared, resume: bool = False, overwrite: bool = False) -> RunFolder:
@@ -48,8 +48,6 @@ def train(prepared: Prepared, resume: bool = False, overwrite: bool = False) -> 
     folder = RunFolder(recipe.output)
     engine = trainer_arguments(recipe.training.deepspeed, recipe.model.dtype)  # first: it brings the process group up
     in_shares = stage_of(engine.get("deepspeed")) == 3
-    if in_shares:
-        keep_adapters_whole(engine["deepspeed"], prepared.shapes)
     arguments = TrainingArguments(**training_arguments(recipe, folder, bool(prepared.rows.get("validation"))), **engine)
     # Without a launcher the trainer would spread one process over all GPUs (DataParallel) and multiply the batch.
     arguments._n_gpu = min(1, arguments.n_gpu)
@@ -95,24 +93,30 @@ def train(prepared: Prepared, resume: bool = False, overwrite: bool = False) -> 
         trainer.add_callback(RankAllocation(task.token_loss))
     if has_schedule(prepared.peft_config):
         trainer.add_callback(CurveSchedule())
-    trainer.add_callback(AtTheStart(lambda: check_engine(engine_in_use(trainer), engine)))
     shift = None
-    if checkpoint is None:
 
-        def look_at_the_start() -> None:
-            # in batches of training's size: those fit, and evaluation's may not where a model has no test rows
-            nonlocal shift
-            shift = measure_start(model, rows["train"], collate, size)
-            if rank() == 0:
-                print(describe_start(shift), flush=True)
-                if recipe.training.max_steps != 0:  # an untrained run has no log
-                    folder.log({"step": 0, "seconds": 0.0, "start_shift": shift.as_dict()})
+    def look_at_the_start() -> None:
+        # in batches of training's size: those fit, and evaluation's may not where a model has no test rows
+        nonlocal shift
+        shift = measure_start(model, rows["train"], collate, size)
+        if rank() == 0:
+            print(describe_start(shift), flush=True)
+            if recipe.training.max_steps != 0:  # an untrained run has no log
+                folder.log({"step": 0, "seconds": 0.0, "start_shift": shift.as_dict()})
 
-        if in_shares:  # weights in shares can only be used once the engine is there
-            gather_for_readers(model)
-            trainer.add_callback(AtTheStart(look_at_the_start))
-        else:
-            look_at_the_start()
+    def with_the_engine() -> None:
+        check_engine(engine_in_use(trainer), engine)
+        if in_shares:  # weights in shares can only be used from now on
+            if recipe.method.name != "full":
+                keep_adapters_whole(trainer.model_wrapped)
+            if checkpoint is None:
+                look_at_the_start()
+
+    trainer.add_callback(AtTheStart(with_the_engine))
+    if in_shares:
+        announce_parameters(model)
+    elif checkpoint is None:
+        look_at_the_start()
     if recipe.training.max_steps != 0:
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from pathlib import Path
 
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel, PeftType, get_peft_model_state_dict
 from transformers import Trainer
 
 from curvelora.errors import UserError
@@ -15,6 +16,8 @@ from curvelora_eval.spec import write_task
 from curvelora_training.distributed import agree, rank
 from curvelora_training.prepare import Prepared
 from curvelora_training.run_folder import RunFolder, whole_or_none
+
+RANKED = re.compile(r"lora_[ABE]")  # AdaLoRA's tensors with a dimension of ranks
 
 
 def save_adapter(trainer: Trainer, prepared: Prepared, folder: RunFolder) -> None:
@@ -28,14 +31,16 @@ def save_adapter(trainer: Trainer, prepared: Prepared, folder: RunFolder) -> Non
         with whole_or_none(temporary, folder.adapter):
             trainer.save_model(str(temporary))
             if rank() == 0:
-                check_saved(temporary, prepared.shapes)
                 # a pickle, and nothing that config.yaml does not say
                 (temporary / "training_args.bin").unlink(missing_ok=True)
                 write_task(temporary, prepared.recipe.model, prepared.recipe.task)
         if rank() == 0:
-            shutil.rmtree(folder.adapter, ignore_errors=True)
-            os.replace(temporary, folder.adapter)
+            check_saved(temporary, prepared.shapes)
+            with whole_or_none(temporary, folder.adapter):
+                shutil.rmtree(folder.adapter, ignore_errors=True)
+                os.replace(temporary, folder.adapter)
     except UserError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
         problem = error
     agree(problem)
 
@@ -56,9 +61,12 @@ def check_saved(folder: Path, shapes: PeftModel) -> None:
         if ".original_module." not in name
     }
     found = {name: shape for name, shape in stored_shapes(folder).items() if ".original_module." not in name}
+    trimmed = shapes.peft_config["default"].peft_type is PeftType.ADALORA
     for name in (*wanted, *found):
-        if wanted.get(name) != found.get(name):
+        given, shape = found.get(name), wanted.get(name)
+        if trimmed and RANKED.search(name) and given and shape and len(given) == len(shape):
+            shape = tuple(map(min, given, shape))  # the file has no ranks that lost their budget
+        if given != shape:
             raise UserError(
-                f"the saved adapter is not whole: {name} has the shape {found.get(name)} in the file, and {wanted.get(name)} in "
-                "the model"
+                f"the saved adapter is not whole: {name} has the shape {given} in the file, and {shape} in the model"
             )

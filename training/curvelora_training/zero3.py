@@ -11,13 +11,16 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers import TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
+from curvelora.checkpoint import stored_tensor_shapes
 from curvelora.errors import UserError
 from curvelora.layers.weight_product import reads_weight
 from curvelora_eval.spec import ModelSpec
+from curvelora_training.config import Recipe
 
 THRESHOLD = "stage3_param_persistence_threshold"
 
@@ -27,26 +30,40 @@ def stage_of(settings: dict[str, Any] | None) -> int | None:
     return None if settings is None else settings["zero_optimization"]["stage"]
 
 
-def keep_adapters_whole(settings: dict[str, Any], shapes: nn.Module) -> None:
-    """Set the size up to which parameters stay whole so that every trainable one does.
-
-    Args:
-        settings: the DeepSpeed configuration, changed in place.
-        shapes: the model with its adapter.
-
-    Raises:
-        UserError: the configuration says a smaller size itself.
-    """
-    largest = max((p.numel() for p in shapes.parameters() if p.requires_grad), default=0)
-    zero = settings["zero_optimization"]
-    asked = zero.get(THRESHOLD, "auto")
-    if asked != "auto" and asked < largest:
-        raise UserError(
-            f"{THRESHOLD} is {asked} in the DeepSpeed configuration, and an adapter of this run has a tensor of {largest} "
-            "entries, which has to stay whole on every process: leave the key out"
+def why_not(recipe: Recipe) -> list[str]:
+    """What ZeRO-3 cannot do of this recipe, in sentences."""
+    method, model, problems = recipe.method.name, recipe.model, []
+    if method == "delora":
+        problems.append(
+            "adapter.method delora needs the norms of the weights, which PEFT takes of ZeRO-3's placeholders: take ZeRO-2 or "
+            "another method"
         )
-    if asked == "auto":
-        zero[THRESHOLD] = largest
+    if recipe.training.max_steps == 0:
+        problems.append(
+            "training.max_steps=0 trains nothing, and ZeRO-3 cannot run without training: leave DeepSpeed out"
+        )
+    if model.quantization == "int8":
+        problems.append(
+            "model.quantization int8 keeps its codes where ZeRO-3 does not look, so every process would hold all of them: take "
+            "nf4, or ZeRO-2"
+        )
+    if model.dtype != "float32" and (method == "full" or recipe.adapter_options().get("bias", "none") != "none"):
+        problems.append(
+            f"what trains has to be float32, and ZeRO-3 loads the base, of which a part trains here, in {model.dtype}: set "
+            "model.dtype=float32, or take ZeRO-2"
+        )
+    return problems
+
+
+def check_head(recipe: Recipe, shapes: PreTrainedModel) -> None:
+    """Raise `UserError` where the checkpoint has a head of other classes, which transformers replaces, but not under ZeRO-3."""
+    own = {name: tuple(tensor.shape) for name, tensor in shapes.state_dict().items()}
+    for name, shape in stored_tensor_shapes(recipe.model.path, recipe.model.revision).items():
+        if own.get(name, shape) != shape:
+            raise UserError(
+                f"{recipe.model.path} has {name} in the shape {shape}, {own[name]} is needed, and under ZeRO-3 transformers "
+                "cannot replace it: take ZeRO-2, or a checkpoint without that head"
+            )
 
 
 @contextlib.contextmanager
@@ -72,17 +89,46 @@ def loading_into_shares(arguments: TrainingArguments, spec: ModelSpec) -> Iterat
         del config["bf16"]
 
 
-def share_held(model: nn.Module) -> float:
-    """The part of the frozen base that this process holds, once the engine has it: 1 without ZeRO-3."""
-    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
-    held = sum(getattr(p, "ds_tensor", p).numel() for p in frozen)
-    return held / max(1, sum(getattr(p, "ds_numel", p.numel()) for p in frozen))
+def announce_parameters(model: nn.Module) -> None:
+    """Tell DeepSpeed which parameters an adapter layer uses beside those of its submodules.
 
-
-def gather_for_readers(model: nn.Module) -> None:
-    """Tell DeepSpeed which adapters read the weight under them, so that it is there in their forward and backward passes."""
+    That is what lies in a `ParameterDict`, which is no module that runs, and the weight under an adapter that reads it. It would
+    find them by itself, but in the middle of the first pass with the adapter on, when it has recorded another order already.
+    """
     from deepspeed.runtime.zero.partition_parameters import register_external_parameter
 
-    for module in model.modules():
-        if reads_weight(module):
-            register_external_parameter(module, module.get_base_layer().weight)
+    for layer in model.modules():
+        if isinstance(layer, BaseTunerLayer):
+            held = [p for child in layer.children() if isinstance(child, nn.ParameterDict) for p in child.values()]
+            if reads_weight(layer):
+                held.append(layer.get_base_layer().weight)
+            for parameter in held:
+                register_external_parameter(layer, parameter)
+
+
+def keep_adapters_whole(engine: nn.Module) -> None:
+    """Have every trainable parameter gathered again after each update, and stay.
+
+    By name and not by size, as DeepSpeed's own threshold has it, which would keep base weights that are no larger.
+
+    Args:
+        engine: DeepSpeed's, of stage 3.
+    """
+    kept = engine.optimizer.persistent_parameters
+    for parameter in engine.module.parameters():
+        if parameter.requires_grad and not parameter.ds_persist:
+            parameter.ds_persist = True
+            kept.append(parameter)
+
+
+def share_held(model: nn.Module) -> float:
+    """The part of the base that this process holds between its passes: 1 without ZeRO-3."""
+    # all of it trains in full fine-tuning
+    frozen = [p for p in model.parameters() if not p.requires_grad] or list(model.parameters())
+    total = sum(map(_entries, frozen))
+    held = sum(p.ds_tensor.numel() if hasattr(p, "ds_tensor") and not p.ds_persist else _entries(p) for p in frozen)
+    return held / total
+
+
+def _entries(parameter: nn.Parameter) -> int:
+    return getattr(parameter, "ds_numel", parameter.numel())

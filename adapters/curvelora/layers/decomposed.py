@@ -97,17 +97,21 @@ class DecomposedLayer(BottleneckLayer):
             return tuple(torch.empty(shape, device=device) for shape in shapes)
         if config.factors_stored:  # NaN, so that a tensor that no file fills cannot go unseen
             return tuple(torch.full(shape, math.nan, device=device) for shape in shapes)
-        weight = initial_weight(self, config.svd_source, model, config.revision)
-        try:
-            A0, B0 = self.decompose(config, weight)
-        except ValueError as error:
-            raise UserError(f"module {self.name!r} has no factors to start from: {error}") from error
-        return A0.float(), B0.float()
+        return _rounded_factors(self, config, initial_weight(self, config.svd_source, model, config.revision))
+
+
+def _rounded_factors(layer: DecomposedLayer, config: DecomposedConfig, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """(A0, B0) of `weight` in fp32. Raises `UserError` where it cannot be decomposed."""
+    try:
+        A0, B0 = layer.decompose(config, weight)
+    except ValueError as error:
+        raise UserError(f"module {layer.name!r} has no factors to start from: {error}") from error
+    return A0.float(), B0.float()
 
 
 @torch.no_grad()
 def share_factors(model: nn.Module, base_model: nn.Module | None = None) -> None:
-    """Decompose every layer on one process each (its number modulo the number of processes) and give all of them the factors.
+    """Decompose every layer on one process each, in rounds of as many layers as processes, and give all of them the factors.
 
     To be called on all processes of the default group, on a model whose adapters wait for their factors: attached with
     `factors_stored`. It is unset here.
@@ -126,19 +130,27 @@ def share_factors(model: nn.Module, base_model: nn.Module | None = None) -> None
         for adapter, config in layer.configs.items()
         if config.factors_stored and layer.removed(adapter) is not None
     ]
+    waiting.sort(key=lambda item: (item[0].out_features, item[0].in_features))  # neighbours cost the same
     found, problem = {}, None
-    for number, (layer, adapter, config) in enumerate(waiting):
-        own = copy.copy(config)
-        own.factors_stored = False
-        if number % processes == here:
+    for first in range(0, len(waiting), processes):
+        mine = None
+        # weights first, for all processes of this round: under ZeRO-3 each has to give its share of every one
+        for number, (layer, adapter, config) in enumerate(waiting[first : first + processes]):
+            own = layer.configs[adapter] = copy.copy(config)
+            own.factors_stored = False
+            if number == here:
+                try:
+                    mine = layer, own, initial_weight(layer, own.svd_source, base_model, own.revision)
+                except UserError as error:
+                    problem = problem or str(error)
+            elif (weight := getattr(layer.get_base_layer(), "weight", None)) is not None and is_partitioned(weight):
+                with whole_weight(layer.get_base_layer()):
+                    pass
+        if mine is not None:
             try:
-                found[number] = layer.removed_factors(own, base_model)
+                found[first + here] = _rounded_factors(*mine)
             except UserError as error:
                 problem = problem or str(error)
-        elif is_partitioned(layer.get_base_layer().weight):
-            with whole_weight(layer.get_base_layer()):  # all have to give their shares
-                pass
-        layer.configs[adapter] = own
     problems: list[str | None] = [None] * processes
     dist.all_gather_object(problems, problem)
     if any(problems):
