@@ -125,6 +125,7 @@ def test_allocation_equals_a_loop_by_hand_under_accumulation(token_loss, tmp_pat
         head={"lr": 0.05, "weight_decay": 0.0},
         token_loss=token_loss,
         timer=StepTimer(),
+        shapes=trained,
     )
     trainer.train()
 

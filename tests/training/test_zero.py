@@ -240,3 +240,30 @@ def test_a_saved_adapter_is_read_again(recipe: dict, write: Callable[..., Path],
         save_file(damaged, file)
         with pytest.raises(UserError, match="the saved adapter is not whole"):
             check_saved(tmp_path, shapes)
+
+
+def test_a_checkpoint_that_is_not_whole_ends_the_run(
+    recipe: dict, write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One tensor is saved empty, as ZeRO-3 would elsewhere: the run ends, and keeps the checkpoint before and no other."""
+    from curvelora_training.run import train
+    from curvelora_training.trainer import AdapterTrainer
+
+    path = write(recipe, **{"training.max_steps": 4, "training.save_every": 2})
+    saves = []
+    whole = AdapterTrainer._save
+
+    def half(self: AdapterTrainer, output_dir: str, state_dict: Any = None) -> None:
+        whole(self, output_dir, state_dict)
+        saves.append(output_dir)
+        if len(saves) == 2:
+            file = Path(output_dir) / "adapter_model.safetensors"
+            tensors = load_file(file)
+            save_file(tensors | {next(iter(tensors)): torch.zeros(0)}, file)
+
+    monkeypatch.setattr(AdapterTrainer, "_save", half)
+    with pytest.raises(UserError, match=r"the saved adapter is not whole: .* has the shape \(0,\) in the file"):
+        train(load_and_prepare(path, []))
+    folder = Path(recipe["output"])
+    assert [p.name for p in (folder / "checkpoints").glob("checkpoint-*")] == ["checkpoint-2"]
+    assert not (folder / "adapter").exists() and not (folder / "result.json").exists()

@@ -88,6 +88,7 @@ def train(prepared: Prepared, resume: bool = False, overwrite: bool = False) -> 
         head=head_settings(recipe),
         token_loss=task.token_loss,
         timer=timer,
+        shapes=prepared.shapes,
     )
     if recipe.method.name == "adalora":
         trainer.add_callback(RankAllocation(task.token_loss))

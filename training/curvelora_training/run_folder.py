@@ -182,7 +182,7 @@ def whole_or_none(folder: Path, name: Path | None = None) -> Iterator[None]:
         free = shutil.disk_usage(next(p for p in folder.absolute().parents if p.exists())).free
         if not is_whole(folder):
             shutil.rmtree(folder, ignore_errors=True)
-        if not isinstance(error, Exception):
+        if isinstance(error, UserError) or not isinstance(error, Exception):
             raise
         # torch's own words for a full disk are "unexpected pos 64 vs 0"
         why = "No space left on device" if free < FULL else " ".join(str(error).split()) or type(error).__name__

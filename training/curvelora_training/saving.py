@@ -1,4 +1,4 @@
-"""The adapter on disk: written under a temporary name, read again, and renamed only when it is what it should be."""
+"""The adapter on disk: written under a temporary name, and renamed when it is there; and what every saved adapter has to be."""
 
 from __future__ import annotations
 
@@ -35,7 +35,6 @@ def save_adapter(trainer: Trainer, prepared: Prepared, folder: RunFolder) -> Non
                 (temporary / "training_args.bin").unlink(missing_ok=True)
                 write_task(temporary, prepared.recipe.model, prepared.recipe.task)
         if rank() == 0:
-            check_saved(temporary, prepared.shapes)
             with whole_or_none(temporary, folder.adapter):
                 shutil.rmtree(folder.adapter, ignore_errors=True)
                 os.replace(temporary, folder.adapter)

@@ -10,14 +10,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from curvelora.errors import UserError
 from curvelora.grid_monitor import GridMonitor
 from curvelora.resolvability import model_resolvability, summarise
 from curvelora_eval.tasks.base import compute_context
+from curvelora_training.distributed import agree
 from curvelora_training.run_folder import RunFolder, whole_or_none
+from curvelora_training.saving import check_saved
 
 WARM_UP_STEPS = 3  # left out of the step time: first calls allocate, compile and fill caches
 
@@ -28,13 +32,23 @@ class AdapterTrainer(Trainer):
     Args:
         head: {"lr": ..., "weight_decay": ...} for parameters under `modules_to_save`.
         timer: is told the rows of every batch.
+        shapes: the model with its adapter on the meta device, with which every adapter that is saved is compared.
         token_loss: whether the model's loss is a mean over tokens that takes the number of tokens of the whole step.
         **kwargs: as for `transformers.Trainer`.
     """
 
-    def __init__(self, *args: Any, head: dict[str, float], token_loss: bool, timer: StepTimer, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        head: dict[str, float],
+        token_loss: bool,
+        timer: StepTimer,
+        shapes: PeftModel,
+        **kwargs: Any,
+    ) -> None:
         self.head = head
         self.timer = timer
+        self.shapes = shapes
         super().__init__(*args, **kwargs)
         self.add_callback(timer)
         # Trainer guesses this from the signature of forward, and where it guesses wrong (BERT, T5, ViT: they accept the
@@ -62,6 +76,17 @@ class AdapterTrainer(Trainer):
     def over_processes(self, value: float) -> float:
         """The sum of `value` over all processes; every process must call it."""
         return float(self.accelerator.reduce(torch.tensor(value, dtype=torch.float64, device=self.args.device), "sum"))
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As the base class does it, and reads what it wrote: `UserError`, on every process, where that is not the adapter."""
+        super().save_model(output_dir, _internal_call)
+        problem = None
+        if self.args.should_save:
+            try:
+                check_saved(Path(output_dir or self.args.output_dir), self.shapes)
+            except UserError as error:
+                problem = error
+        agree(problem)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """As the base class does it, but a checkpoint that cannot be written in full leaves nothing behind."""
