@@ -27,7 +27,7 @@ from curvelora_eval.tasks import LabelledTask, Task, make_task
 from curvelora_training.adalora import fit_schedule
 from curvelora_training.config import Recipe, RecipeError, load_recipe
 from curvelora_training.curve_schedule import check_schedules
-from curvelora_training.distributed import deepspeed_settings
+from curvelora_training.distributed import accelerate_asks_for_deepspeed, deepspeed_settings
 from curvelora_training.run_length import optimiser_steps
 from curvelora_training.zero3 import check_head, stage_of, why_not
 
@@ -94,7 +94,10 @@ def prepare(recipe: Recipe, source: str = "the recipe") -> Prepared:
     """
     collect = _Collector()
     task = make_task(recipe.task)
-    collect(_check_combinations, recipe, task)
+    stage = collect(lambda: stage_of(deepspeed_settings(recipe.training.deepspeed, recipe.model.dtype)))
+    # also where its file is no good, and so no stage is known
+    deepspeed = stage is not None or recipe.training.deepspeed is not None or accelerate_asks_for_deepspeed()
+    collect(_check_combinations, recipe, task, deepspeed, stage)
     collect(task.check_metrics)
     collect(check_folder, Path(recipe.output))
     rows = {}
@@ -117,7 +120,9 @@ def prepare(recipe: Recipe, source: str = "the recipe") -> Prepared:
                 steps = optimiser_steps(recipe.training, len(rows["train"]))
                 collect(fit_schedule, peft_config, steps)
                 collect(check_schedules, peft_config, steps)
-            collect(_check_weights, recipe, task, base, peft_config)
+            collect(_check_weights, base, peft_config)
+            if stage == 3 and task.new_head:
+                collect(check_head, recipe, base)
             with torch.device("meta"):  # the adapter needs no memory either
                 shapes = collect(attach, base, peft_config)
     if collect.problems:
@@ -232,9 +237,7 @@ def _group(name: str) -> str:
     return ".".join(parts[-2:]) if parts[-1].rpartition("_")[0] else parts[-1]
 
 
-def _check_weights(recipe: Recipe, task: Task, model: PreTrainedModel, config: PeftConfig) -> None:
-    if task.new_head and stage_of(deepspeed_settings(recipe.training.deepspeed, recipe.model.dtype)) == 3:
-        check_head(recipe, model)
+def _check_weights(model: PreTrainedModel, config: PeftConfig) -> None:
     if getattr(model.config, "quantization_config", None) and getattr(config, "needs_unquantised_weight", False):
         raise UserError(
             f"adapter.method {config.peft_type.value.lower()} starts from the unquantised weights, and the checkpoint is "
@@ -243,15 +246,9 @@ def _check_weights(recipe: Recipe, task: Task, model: PreTrainedModel, config: P
         )
 
 
-def _check_combinations(recipe: Recipe, task: Task) -> None:
+def _check_combinations(recipe: Recipe, task: Task, deepspeed: bool, stage: int | None) -> None:
     problems = []
     method, model = recipe.method, recipe.model
-    stage, deepspeed = None, True
-    try:
-        settings = deepspeed_settings(recipe.training.deepspeed, model.dtype)
-        stage, deepspeed = stage_of(settings), settings is not None
-    except UserError as error:
-        problems.append(str(error))
     if method.required_quantization and model.quantization != method.required_quantization:
         problems.append(
             f"adapter.method {method.name} means an adapter on a base in {method.required_quantization}: "
