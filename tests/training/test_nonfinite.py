@@ -133,9 +133,28 @@ def test_skip_leaves_the_step_out_and_counts_it(
     assert [(line["step"], line["nonfinite"]["action"]) for line in records] == [(5, "skip"), (6, "skip")]
     assert [line["nonfinite"]["rows"] for line in records] == [broken.rows[5], broken.rows[6]]
     assert result(folder)["nonfinite"] == {"skipped_steps": 2, "rollbacks": 0} and result(folder)["steps"] == 12
-    losses = [line["loss"] for line in metrics(folder) if "loss" in line]
-    assert len(losses) == 12 and None not in losses
+    losses = {line["step"]: line["loss"] for line in metrics(folder) if "loss" in line}
+    assert list(losses) == [*range(1, 5), *range(7, 13)] and None not in losses.values()
     assert sorted(row for rows in broken.rows.values() for row in rows) == list(range(96))
+
+
+def test_a_skipped_step_has_no_part_in_the_mean_loss(
+    recipe: dict, write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps 1 to 12 in means over four: without step 6, the second mean is over three."""
+    changes = SMALL | {"training.on_nonfinite": "skip", "training.save_every": 100}
+    losses = []
+    for every in (1, 4):
+        with monkeypatch.context() as patched:
+            Broken(patched, {6})
+            path = write(recipe, **changes | {"training.log_every": every, "output": f"{recipe['output']}{every}"})
+            assert main(["--config", str(path)]) == 0
+        losses.append(
+            {line["step"]: line["loss"] for line in metrics(Path(f"{recipe['output']}{every}")) if "loss" in line}
+        )
+    single, means = losses
+    assert list(means) == [1, 4, 8, 12] and 6 not in single
+    assert means[8] == pytest.approx((single[5] + single[7] + single[8]) / 3, rel=1e-5)
 
 
 def test_steps_that_are_all_lost_are_not_skipped_for_ever(

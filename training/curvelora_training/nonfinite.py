@@ -20,6 +20,7 @@ from curvelora.errors import UserError
 from curvelora_training.config import TrainingSpec
 from curvelora_training.distributed import rank, world_size
 from curvelora_training.run_folder import RunFolder
+from curvelora_training.zero3 import gather_kept
 
 ROW = "row"  # the key of a row's index in features and batches; no model has an input of this name
 IN_A_ROW = 10  # skipped steps after which it is not the rows
@@ -49,8 +50,8 @@ def numbered(
     """`collate` for features that may have an index, which the batch then has too."""
 
     def with_rows(features: list[dict[str, Any]]) -> dict[str, Any]:
-        rows = [feature.pop(ROW) for feature in features if ROW in feature]
-        batch = collate(features)
+        rows = [feature[ROW] for feature in features if ROW in feature]
+        batch = collate([{key: value for key, value in feature.items() if key != ROW} for feature in features])
         return {**batch, ROW: torch.tensor(rows)} if rows else batch
 
     return with_rows
@@ -84,14 +85,17 @@ class Guard(TrainerCallback):
         self._in_a_row = 0
         self._rows: list[torch.Tensor] = []
         self._losses: list[torch.Tensor] = []
+        self._logged_loss = torch.tensor(0.0)
         self._schedule: int | None = None
 
     def summary(self) -> dict[str, int]:
         """For result.json."""
         return {"skipped_steps": self.skipped, "rollbacks": self.rollbacks}
 
-    def note(self, rows: torch.Tensor, loss: torch.Tensor) -> None:
+    def note(self, trainer: Trainer, rows: torch.Tensor, loss: torch.Tensor) -> None:
         """Remember a batch of the step that runs, and its loss as a part of the step's."""
+        if not self._losses:
+            self._logged_loss = trainer._tr_loss.clone()
         self._rows.append(rows)
         self._losses.append(loss)
 
@@ -149,10 +153,14 @@ class Guard(TrainerCallback):
         if action == "stop":
             raise UserError(_sentence(step, found, why, newest))
         self._schedule = trainer.lr_scheduler.last_epoch
+        trainer._tr_loss.copy_(self._logged_loss)  # the step has no part in the mean that is logged next
+        trainer._globalstep_last_logged += 1
         if action == "rollback":
             restore(trainer, newest)
             self.rollbacks += 1
         else:
+            if trainer.is_deepspeed_enabled:
+                gather_kept(trainer.model_wrapped)
             self.skipped += 1
             self._in_a_row += 1
         for parameter in trainer.model.parameters():

@@ -204,8 +204,7 @@ def training_arguments(recipe: Recipe, folder: RunFolder, has_validation: bool) 
         "logging_strategy": "steps",
         "logging_steps": spec.log_every,
         "logging_first_step": True,
-        # a step that is left out has no part in the mean loss
-        "logging_nan_inf_filter": spec.on_nonfinite != "stop",
+        "logging_nan_inf_filter": False,
         "ddp_timeout": math.ceil(spec.timeout_minutes * 60),
         "eval_strategy": ("steps" if spec.evaluate_every else "epoch") if has_validation else "no",
         "eval_steps": spec.evaluate_every,

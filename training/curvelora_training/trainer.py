@@ -78,7 +78,7 @@ class AdapterTrainer(Trainer):
         self.timer.count(len(inputs["labels"]))
         rows = inputs.pop(ROW)
         loss = super().training_step(model, inputs, *args, **kwargs)
-        self.guard.note(rows, loss)
+        self.guard.note(self, rows, loss)
         return loss
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
