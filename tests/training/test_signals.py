@@ -278,6 +278,28 @@ def test_the_command_in_a_process_of_its_own(recipe_file: Path, tmp_path: Path) 
     assert is_whole(newest) and f"saved as {newest}: continue with the same command and --resume" in said
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's /proc")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_while_libraries_are_imported(recipe_file: Path, tmp_path: Path, number: signal.Signals) -> None:
+    command = [sys.executable, "-m", "curvelora_training.finetune", "--config", str(recipe_file)]
+    running = subprocess.Popen(
+        [*command, f"output={tmp_path / 'run'}"], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    try:
+        caught, until = 0, time.monotonic() + 300
+        while not caught & 1 << (signal.SIGUSR1 - 1) and running.poll() is None and time.monotonic() < until:
+            text = Path(f"/proc/{running.pid}/status").read_text()
+            caught = int(next(line for line in text.splitlines() if line.startswith("SigCgt")).split()[1], 16)
+        time.sleep(0.5)
+        running.send_signal(number)
+        _, said = running.communicate(timeout=300)
+    finally:
+        running.kill()
+    assert running.returncode == signals.CODES[number], said
+    assert b"--resume" in said and not (tmp_path / "run").exists()
+
+
 def test_help_names_the_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--help"])

@@ -14,6 +14,11 @@ stopped by SIGINT.
 
 from __future__ import annotations
 
+from curvelora_training.signals import INTERRUPTED, catch, handled
+
+if __name__ == "__main__":
+    catch()  # what is imported below takes seconds
+
 import argparse
 import contextlib
 import os
@@ -23,7 +28,6 @@ from typing import Any
 
 from curvelora.cli import USER_ERROR, run_guarded, run_module
 from curvelora.errors import UserError
-from curvelora_training.signals import INTERRUPTED, handled
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,7 +52,9 @@ def run(args: argparse.Namespace) -> int:
             return _run(args)
     except KeyboardInterrupt as stopped:
         if rank == 0:  # all of them stop together
-            print(str(stopped) or "interrupted: continue with the same command and --resume", file=sys.stderr, flush=True)
+            print(
+                str(stopped) or "interrupted: continue with the same command and --resume", file=sys.stderr, flush=True
+            )
         return getattr(stopped, "code", INTERRUPTED)
 
 

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 from types import FrameType
+from typing import Any
 
 REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, start me again
 INTERRUPTED = 130
@@ -79,23 +80,31 @@ class Asked:
 ASKED = Asked()
 
 
+def catch() -> dict[int, Any]:
+    """Catch the signals from now on. Returns the handlers before, by signal."""
+    return {number: signal.signal(number, ASKED.handle) for number in CODES}
+
+
 @contextlib.contextmanager
 def handled(alone: bool) -> Iterator[None]:
     """Catch the signals inside the `with` block.
 
     Args:
         alone: no launcher started this process, so that nobody waits for it.
+
+    Raises:
+        Stopped: one came already, and `alone`.
     """
     if threading.current_thread() is not threading.main_thread():  # where Python has no handlers
         yield
         return
-    ASKED.forget()
-    before = {number: signal.signal(number, ASKED.handle) for number in CODES}
+    before = catch()
     try:
         ASKED.let_through(alone)
         yield
     finally:
-        ASKED.raising = False
+        # a launcher whose first process has left sends SIGTERM to the others, who are leaving with the same code
+        leaving = ASKED.code and not alone
         for number, handler in before.items():
-            # a launcher whose first process has left sends SIGTERM to the others, who are leaving with the same code
-            signal.signal(number, signal.SIG_IGN if ASKED.code and not alone else handler)
+            signal.signal(number, signal.SIG_IGN if leaving else handler)
+        ASKED.forget()
