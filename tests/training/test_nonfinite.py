@@ -112,7 +112,7 @@ def test_without_a_checkpoint_it_says_so(
     Broken(monkeypatch, {1})
     assert main(["--config", str(write(recipe, **SMALL))]) == 2
     said = capsys.readouterr().err
-    assert "there is no checkpoint yet" in said and "--resume" not in said
+    assert "there is no checkpoint to go back to yet" in said and "--resume" not in said
 
 
 @pytest.mark.parametrize("clip", [1.0, 0.0])

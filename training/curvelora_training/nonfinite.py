@@ -144,7 +144,7 @@ class Guard(TrainerCallback):
         elif action == "skip" and self._in_a_row + 1 >= IN_A_ROW:
             action, why = "stop", f"; as {IN_A_ROW - 1} steps before it were, so it is not the rows"
         elif action == "rollback" and newest is None:
-            action, why = "stop", "; there is no checkpoint to go back to yet"
+            action = "stop"
         elif action == "rollback" and self.rollbacks >= self.spec.max_rollbacks:
             action, why = "stop", f"; the run went back {self.rollbacks} times already (training.max_rollbacks)"
         if rank() == 0:
@@ -206,7 +206,7 @@ def _plain(number: float) -> float | str:
 
 def _sentence(step: int, found: dict[str, Any], why: str, newest: str | None) -> str:
     rows = ", ".join(map(str, found["rows"][:SHOWN])) + (", ..." if len(found["rows"]) > SHOWN else "")
-    kept = f"{newest} is whole and from before it" if newest else "there is no checkpoint yet"
+    kept = f"{newest} is whole and from before it" if newest else "there is no checkpoint to go back to yet"
     return (
         f"step {step} is not finite (loss {found['loss']}, gradient norm {found['grad_norm']}) on the training rows {rows}{why}: "
         f"{kept}; look at these rows, lower training.learning_rate, or set training.on_nonfinite=skip"
