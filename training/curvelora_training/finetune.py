@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt as stopped:
         if rank == 0:  # all of them stop together
             print(
-                str(stopped) or "interrupted: continue with the same command and --resume", file=sys.stderr, flush=True
+                str(stopped) or "interrupted; continue with --resume", file=sys.stderr, flush=True
             )
         return getattr(stopped, "code", INTERRUPTED)
 
