@@ -22,8 +22,11 @@ from transformers import (
 
 from curvelora import METHODS
 from curvelora_training.adalora import RankAllocation
-from curvelora_training.config import RecipeError
+from curvelora_training.config import RecipeError, TrainingSpec
+from curvelora_training.lease import Lease
+from curvelora_training.nonfinite import ROW, Guard, numbered
 from curvelora_training.prepare import load_and_prepare
+from curvelora_training.run_folder import RunFolder
 from curvelora_training.trainer import AdapterTrainer, StepTimer
 from run_files import result
 
@@ -118,14 +121,16 @@ def test_allocation_equals_a_loop_by_hand_under_accumulation(token_loss, tmp_pat
     trainer = AdapterTrainer(
         model=trained,
         args=arguments,
-        train_dataset=[{"ids": row} for row in ids],
-        data_collator=collate,
+        train_dataset=[{"ids": row, ROW: index} for index, row in enumerate(ids)],
+        data_collator=numbered(collate),
         callbacks=[Masks(token_loss)],
         optimizers=(torch.optim.Adam(trained.parameters(), lr=0.05), None),
         head={"lr": 0.05, "weight_decay": 0.0},
         token_loss=token_loss,
         timer=StepTimer(),
         shapes=trained,
+        guard=Guard(TrainingSpec(), RunFolder(tmp_path)),
+        lease=Lease(tmp_path),
     )
     trainer.train()
 

@@ -126,8 +126,9 @@ def test_aurora_keeps_its_two_forms_apart(train: Callable) -> None:
 
 
 def test_a_run_that_diverges_still_leaves_its_results(train: Callable) -> None:
-    folder = train("aurora", **{"training.learning_rate": 1e30})
-    assert result(folder)["last_loss"] is None and result(folder)["merge_gap"]["relative"] is None
+    # the one step that it makes is finite, and what it makes is not
+    folder = train("aurora", **{"training.learning_rate": 1e30, "training.max_steps": 1})
+    assert result(folder)["merge_gap"]["relative"] is None
     assert result(folder)["start_shift"]["relative"] == 0
 
 

@@ -22,6 +22,8 @@ from curvelora.registry import EXPLAINED, METHODS
 from curvelora_eval.spec import DataSpec, ModelSpec, TaskSpec
 
 _STRICT = {"extra": "forbid"}
+# What a resumed run may change: it says what happens when something goes wrong, not what is trained.
+FREE = ("training.timeout_minutes", "training.on_nonfinite", "training.max_rollbacks")
 Positive = Annotated[float, Field(gt=0, strict=True)]
 NonNegative = Annotated[float, Field(ge=0, strict=True)]
 Count = Annotated[int, Field(ge=1, strict=True)]
@@ -87,6 +89,12 @@ class TrainingSpec:
     """Steps between two checkpoints; once an epoch where absent."""
     keep_checkpoints: Count = 2
     """Older checkpoints beyond this many are deleted."""
+    timeout_minutes: Positive = 10.0
+    """A process that waits this long for another one gives up, and the job ends; longer than the slowest load or save."""
+    on_nonfinite: Literal["stop", "skip", "rollback"] = "stop"
+    """A step whose loss or gradient is NaN or infinite: end the run, leave the step out, or go back to the newest checkpoint."""
+    max_rollbacks: Count = 3
+    """With on_nonfinite: rollback, the run ends when it would have to go back more often."""
     deepspeed: str | None = None
     """A DeepSpeed JSON, for example ds_configs/zero2.json."""
 
@@ -232,7 +240,7 @@ def differing_keys(stored: dict[str, Any], recipe: Recipe) -> list[str]:
     return [
         f"{key} was {old.get(key)!r} and is {new.get(key)!r}"
         for key in sorted(old | new)
-        if old.get(key) != new.get(key)
+        if old.get(key) != new.get(key) and key not in FREE
     ]
 
 

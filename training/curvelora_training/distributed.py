@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from transformers import Trainer
 
 from curvelora.errors import UserError, nearest
+from curvelora_training.config import TrainingSpec
 from curvelora_training.zero3 import THRESHOLD, share_held, stage_of
 
 # What DeepSpeed means where no file says more; "auto" takes the trainer's values.
@@ -151,15 +153,18 @@ def _check_zero_section(name: str, zero: dict[str, Any]) -> None:
         raise UserError(f"{name}: zero_optimization.{where}: {found['msg']}") from error
 
 
-def trainer_arguments(recipe_file: str | None, dtype: str) -> dict[str, Any]:
+def trainer_arguments(spec: TrainingSpec, dtype: str) -> dict[str, Any]:
     """Arguments for `TrainingArguments` that set the engine and the precision up, for this launcher on this machine."""
     on_cpu = not torch.cuda.is_available()
     arguments: dict[str, Any] = {"use_cpu": on_cpu, "ddp_find_unused_parameters": False}
-    settings = deepspeed_settings(recipe_file, dtype)
+    settings = deepspeed_settings(spec.deepspeed, dtype)
     # `accelerate launch` sets this from its own configuration, and the trainer would follow it: the recipe decides.
     precision = {"bfloat16": "bf16", "float16": "fp16"}.get(dtype, "no") if settings is None else "no"
     os.environ["ACCELERATE_MIXED_PRECISION"] = precision
+    timeout = timedelta(minutes=spec.timeout_minutes)
     if settings is None:
+        if on_cpu and world_size() > 1 and not torch.distributed.is_initialized():
+            torch.distributed.init_process_group("gloo", timeout=timeout)  # transformers keeps its timeout for GPUs
         return arguments | {"bf16": dtype == "bfloat16", "fp16": dtype == "float16"}
     if "RANK" not in os.environ:
         raise UserError(
@@ -171,11 +176,11 @@ def trainer_arguments(recipe_file: str | None, dtype: str) -> dict[str, Any]:
     arguments["deepspeed"] = settings
     if on_cpu:
         arguments["accelerator_config"] = {"use_configured_state": True}
-        _deepspeed_on_cpu()
+        _deepspeed_on_cpu(timeout)
     return arguments
 
 
-def _deepspeed_on_cpu() -> None:
+def _deepspeed_on_cpu(timeout: timedelta) -> None:
     """Bring the process group up with gloo and tell Accelerate about it.
 
     Accelerate picks gloo only with cpu=True and takes its DeepSpeed branches only with cpu=False, so on a machine without GPU
@@ -189,7 +194,7 @@ def _deepspeed_on_cpu() -> None:
 
     # Otherwise DeepSpeed compiles a shared-memory op at the first gloo init: a minute, and an error without ninja.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
+    deepspeed.init_distributed("gloo", auto_mpi_discovery=False, timeout=timeout)
     state = PartialState(cpu=True)
     state.distributed_type = DistributedType.DEEPSPEED
     state.__dict__["_cpu"] = False

@@ -6,20 +6,28 @@
     torchrun --nproc-per-node 2 -m curvelora_training.finetune --config recipe.yaml
 
 Everything that can be checked without weights is checked first, and all errors are reported at once.
+
+SIGTERM, SIGUSR1 and SIGINT (Ctrl-C) save one checkpoint after the step that runs and stop; a second SIGTERM or SIGINT stops at
+once. Exit codes: 0 done, 2 an error that its message explains, 75 stopped by SIGTERM or SIGUSR1 (start again with --resume), 130
+stopped by SIGINT.
 """
 
 from __future__ import annotations
 
+from curvelora_training.signals import INTERRUPTED, catch, handled
+
+if __name__ == "__main__":
+    catch()  # what is imported below takes seconds
+
 import argparse
 import contextlib
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from curvelora.cli import USER_ERROR, run_guarded, run_module
 from curvelora.errors import UserError
-
-INTERRUPTED = 130
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,7 +45,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Check the recipe, then train (or, with --dry-run, say what would train)."""
+    """Check the recipe, then train (or, with --dry-run, say what would train); leave as a signal asks."""
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        with handled(alone="RANK" not in os.environ):
+            return _run(args)
+    except KeyboardInterrupt as stopped:
+        if rank == 0:  # all of them stop together
+            print(
+                str(stopped) or "interrupted; continue with --resume", file=sys.stderr, flush=True
+            )
+        return getattr(stopped, "code", INTERRUPTED)
+
+
+def _run(args: argparse.Namespace) -> int:
     from curvelora_training.distributed import leave, rank
     from curvelora_training.prepare import load_and_prepare, trainable_table
     from curvelora_training.run import train
@@ -56,12 +77,6 @@ def run(args: argparse.Namespace) -> int:
         return 0
     try:
         train(prepared, resume=args.resume, overwrite=args.overwrite)
-    except KeyboardInterrupt:
-        print(
-            f"interrupted; continue with --resume (checkpoints are in {prepared.recipe.output}/checkpoints)",
-            file=sys.stderr,
-        )
-        return INTERRUPTED
     finally:
         with contextlib.suppress(Exception):
             leave()

@@ -274,6 +274,11 @@ def _check_combinations(recipe: Recipe, task: Task, deepspeed: bool, stage: int 
             f"adapter.method adalora has a penalty that PEFT leaves out for task {recipe.task.kind}: write "
             "adapter.orth_reg_weight=0 to train without it, or take another method"
         )
+    if method.name == "adalora" and recipe.training.on_nonfinite != "stop":
+        problems.append(
+            "adapter.method adalora counts every step in its budget and cannot leave one out or go back: leave "
+            "training.on_nonfinite at stop"
+        )
     if stage == 3:
         problems += why_not(recipe)
     if method.name == "bitfit" and model.dtype != "float32":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,15 @@ from curvelora_training.config import Recipe
 from curvelora_training.curve_schedule import CurveSchedule, has_schedule
 from curvelora_training.distributed import check_engine, engine_in_use, rank, trainer_arguments, world_size
 from curvelora_training.effects import describe_start, last_spline, measure_gap, measure_start, merges_approximately
+from curvelora_training.lease import Lease
 from curvelora_training.model_card import model_card
+from curvelora_training.nonfinite import Guard, Numbered, numbered
 from curvelora_training.prepare import Prepared, attach
 from curvelora_training.run_folder import RunFolder
 from curvelora_training.saving import save_adapter
-from curvelora_training.trainer import AdapterTrainer, AtTheStart, RunLog, StepTimer, peak_memory
+from curvelora_training.signals import ASKED
+from curvelora_training.stopping import StopWhenAsked, evaluation_left, stop_before_training
+from curvelora_training.trainer import AdapterTrainer, AtTheStart, Fence, RunLog, StepTimer, peak_memory
 from curvelora_training.zero3 import announce_parameters, keep_adapters_whole, loading_into_shares, stage_of
 
 
@@ -41,12 +46,22 @@ def train(prepared: Prepared, resume: bool = False, overwrite: bool = False) -> 
         overwrite: replace a run that the folder holds.
 
     Raises:
-        UserError: the folder holds a run already, was started with another recipe, or cannot be written; or another engine
-            ran than was asked for.
+        UserError: the folder holds a run already, is held by another attempt, was started with another recipe, or cannot be
+            written; another engine ran than was asked for; or the training stopped being finite.
+        Stopped: a signal asked for it.
     """
+    lease = Lease(prepared.recipe.output)
+    try:
+        return _train(prepared, resume, overwrite, lease)
+    finally:
+        lease.release()
+
+
+def _train(prepared: Prepared, resume: bool, overwrite: bool, lease: Lease) -> RunFolder:
     recipe, task = prepared.recipe, prepared.task
     folder = RunFolder(recipe.output)
-    engine = trainer_arguments(recipe.training.deepspeed, recipe.model.dtype)  # first: it brings the process group up
+    folder.fence = lease.check
+    engine = trainer_arguments(recipe.training, recipe.model.dtype)  # first: it brings the process group up
     in_shares = stage_of(engine.get("deepspeed")) == 3
     arguments = TrainingArguments(**training_arguments(recipe, folder, bool(prepared.rows.get("validation"))), **engine)
     # Without a launcher the trainer would spread one process over all GPUs (DataParallel) and multiply the batch.
@@ -60,6 +75,7 @@ def train(prepared: Prepared, resume: bool = False, overwrite: bool = False) -> 
                 print(f"{folder.path} is complete: there is nothing to resume")
             return folder
         check_resume(recipe, folder)
+    lease.check_free()
 
     # Before the folder is touched: weights that are missing or damaged leave it as it was.
     set_seed(recipe.seed)
@@ -67,6 +83,8 @@ def train(prepared: Prepared, resume: bool = False, overwrite: bool = False) -> 
     with loading_into_shares(arguments, recipe.model) if in_shares else contextlib.nullcontext():
         model = adapted_model(prepared, arguments.device)
     rows = {name: task.encode(found, processor) for name, found in prepared.rows.items() if name != "test"}
+    stop_before_training(arguments.device)
+    lease.take()
     with arguments.main_process_first(desc="opening the run folder"):
         if rank() == 0:
             folder.open(resume, overwrite)
@@ -76,19 +94,24 @@ def train(prepared: Prepared, resume: bool = False, overwrite: bool = False) -> 
         folder.write_text("config.yaml", recipe.as_yaml())
         folder.write_json("environment.json", describe_environment())
         folder.forget_after(int(checkpoint.name.rpartition("-")[2]) if checkpoint else -1)
+    if checkpoint and evaluation_left(folder, int(checkpoint.name.rpartition("-")[2])):
+        arguments.eval_on_start = True
     collate, size = task.collator(processor), recipe.training.batch_size
     timer, log = StepTimer(), RunLog(folder, getattr(torch, recipe.model.dtype))
+    guard, stopping = Guard(recipe.training, folder), StopWhenAsked()
     trainer = AdapterTrainer(
         model=model,
         args=arguments,
-        train_dataset=rows["train"],
+        train_dataset=Numbered(rows["train"]),
         eval_dataset=rows.get("validation"),
-        data_collator=collate,
-        callbacks=[log],
+        data_collator=numbered(collate),
+        callbacks=[Fence(lease), log],
         head=head_settings(recipe),
         token_loss=task.token_loss,
         timer=timer,
         shapes=prepared.shapes,
+        guard=guard,
+        lease=lease,
     )
     if recipe.method.name == "adalora":
         trainer.add_callback(RankAllocation(task.token_loss))
@@ -114,6 +137,7 @@ def train(prepared: Prepared, resume: bool = False, overwrite: bool = False) -> 
                 look_at_the_start()
 
     trainer.add_callback(AtTheStart(with_the_engine))
+    trainer.add_callback(stopping)  # last: it undoes what others plan for the end of an epoch
     if in_shares:
         announce_parameters(model)
     elif checkpoint is None:
@@ -126,13 +150,18 @@ def train(prepared: Prepared, resume: bool = False, overwrite: bool = False) -> 
             for callback in trainer.callback_handler.callbacks:
                 if (bar := getattr(callback, "training_bar", None)) is not None:
                     bar.close()
+        stopping.leave(folder, trainer.state.global_step)
+    ASKED.let_through(world_size() == 1)
     result = summary(prepared, trainer, timer, log) | {
         "engine": engine_in_use(trainer),
         "start_shift": shift.as_dict() if shift else folder.logged("start_shift"),
         "merge_gap": None,
         "spline": last_spline(folder),
+        "nonfinite": guard.summary(),
     }
+    lease.confirm()
     save_adapter(trainer, prepared, folder)
+    ASKED.let_through(rank() == 0 and not in_shares)  # the others have no more to do
     can_merge = not in_shares  # a weight in shares cannot be changed
     if rank() == 0 and can_merge and merges_approximately(recipe, model):
         # after the summary, whose peak memory is that of training
@@ -176,6 +205,7 @@ def training_arguments(recipe: Recipe, folder: RunFolder, has_validation: bool) 
         "logging_steps": spec.log_every,
         "logging_first_step": True,
         "logging_nan_inf_filter": False,
+        "ddp_timeout": math.ceil(spec.timeout_minutes * 60),
         "eval_strategy": ("steps" if spec.evaluate_every else "epoch") if has_validation else "no",
         "eval_steps": spec.evaluate_every,
         "save_strategy": "steps" if spec.save_every else "epoch",

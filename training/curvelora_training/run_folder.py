@@ -12,7 +12,7 @@ import contextlib
 import json
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,8 @@ class RunFolder:
         self.metrics = self.path / "metrics.jsonl"
         self.adapter = self.path / "adapter"
         self.checkpoints = self.path / "checkpoints"
+        self.fence: Callable[[], None] = lambda: None
+        """Called before every write; raises where another attempt writes here now."""
 
     def held(self) -> list[str]:
         """What the folder holds of an earlier run."""
@@ -121,6 +123,7 @@ class RunFolder:
 
     def log(self, record: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl; values that JSON cannot hold (NaN, infinity) become null."""
+        self.fence()
         plain = _finite(record)
         try:
             with self.metrics.open("a", encoding="utf-8") as stream:
@@ -130,10 +133,12 @@ class RunFolder:
 
     def write_json(self, name: str, record: dict[str, Any]) -> None:
         """Write one of the JSON files, whole or not at all; as in `log`, NaN and infinity become null: runs may diverge."""
+        self.fence()
         write_json(self.path / name, _finite(record))
 
     def write_text(self, name: str, text: str) -> None:
         """Write one of the text files, whole or not at all."""
+        self.fence()
         write_text(self.path / name, text)
 
 

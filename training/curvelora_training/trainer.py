@@ -20,8 +20,11 @@ from curvelora.grid_monitor import GridMonitor
 from curvelora.resolvability import model_resolvability, summarise
 from curvelora_eval.tasks.base import compute_context
 from curvelora_training.distributed import agree
+from curvelora_training.lease import Lease
+from curvelora_training.nonfinite import ROW, Guard, poisoned
 from curvelora_training.run_folder import RunFolder, whole_or_none
 from curvelora_training.saving import check_saved
+from curvelora_training.stopping import EvaluationCut
 
 WARM_UP_STEPS = 3  # left out of the step time: first calls allocate, compile and fill caches
 
@@ -34,6 +37,8 @@ class AdapterTrainer(Trainer):
         timer: is told the rows of every batch.
         shapes: the model with its adapter on the meta device, with which every adapter that is saved is compared.
         token_loss: whether the model's loss is a mean over tokens that takes the number of tokens of the whole step.
+        guard: looks at every step before it is applied.
+        lease: is confirmed before every checkpoint.
         **kwargs: as for `transformers.Trainer`.
     """
 
@@ -44,13 +49,18 @@ class AdapterTrainer(Trainer):
         token_loss: bool,
         timer: StepTimer,
         shapes: PeftModel,
+        guard: Guard,
+        lease: Lease,
         **kwargs: Any,
     ) -> None:
         self.head = head
         self.timer = timer
         self.shapes = shapes
+        self.guard = guard
+        self.lease = lease
         super().__init__(*args, **kwargs)
         self.add_callback(timer)
+        self.add_callback(guard)
         # Trainer guesses this from the signature of forward, and where it guesses wrong (BERT, T5, ViT: they accept the
         # argument and ignore it) accumulated gradients are summed instead of averaged.
         self.model_accepts_loss_kwargs = token_loss
@@ -66,7 +76,28 @@ class AdapterTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
         """As the base class does it, counting the rows of this process."""
         self.timer.count(len(inputs["labels"]))
-        return super().training_step(model, inputs, *args, **kwargs)
+        rows = inputs.pop(ROW)
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        self.guard.note(self, rows, loss)
+        return loss
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
+        """As the base class does it, with a gradient that shows whether it is finite."""
+        loss = super().compute_loss(model, inputs, return_outputs, **kwargs)
+        return loss if return_outputs else poisoned(loss)
+
+    def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
+        """As the base class does it, for every step before its update, which the guard may refuse."""
+        norm = super()._get_grad_norm(*args, **kwargs)
+        self.guard.look(self, norm)
+        return norm
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As the base class does it; nothing where it was cut short."""
+        try:
+            return super().evaluate(*args, **kwargs)
+        except EvaluationCut:
+            return {}
 
     def prediction_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """As the base class does it, in the precision of training also where the engine's own forward is not used."""
@@ -90,6 +121,7 @@ class AdapterTrainer(Trainer):
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """As the base class does it, but a checkpoint that cannot be written in full leaves nothing behind."""
+        self.lease.confirm()
         with whole_or_none(Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"):
             super()._save_checkpoint(*args, **kwargs)
 
@@ -123,6 +155,16 @@ class AtTheStart(TrainerCallback):
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         self.check()
+
+
+class Fence(TrainerCallback):
+    """Ends the run before it logs, on every process, where another attempt has taken over."""
+
+    def __init__(self, lease: Lease) -> None:
+        self.lease = lease
+
+    def on_log(self, *_: Any, **__: Any) -> None:
+        self.lease.confirm()
 
 
 class StepTimer(TrainerCallback):

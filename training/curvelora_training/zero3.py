@@ -121,6 +121,16 @@ def keep_adapters_whole(engine: nn.Module) -> None:
             kept.append(parameter)
 
 
+def gather_kept(engine: nn.Module) -> None:
+    """Gather again what stays whole, after an update that DeepSpeed left out: it leaves all parameters in shares then.
+
+    Args:
+        engine: DeepSpeed's, of any stage.
+    """
+    if kept := getattr(engine.optimizer, "persistent_parameters", None):
+        kept[0].all_gather(kept)
+
+
 def share_held(model: nn.Module) -> float:
     """The part of the base that this process holds between its passes: 1 without ZeRO-3."""
     # all of it trains in full fine-tuning
