@@ -18,14 +18,14 @@ BASES = {
     "int8": ["model.dtype=bfloat16", "model.quantization=int8"],
 }
 ALONE = "alone"  # one process on the same global batches
-DDP = "ddp"
+DDP, FSDP = "ddp", "fsdp2"
 WHOLE = ("bitfit", "full", "linear_probing")  # methods without layers of their own, and so without a rank
 OWN = {"fourierft": {"n_frequency": 50}, "adalora": {"init_r": 4, "target_r": 2}}
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One run. `engine` is "alone", "ddp", or "zero" and what follows it in the name of its DeepSpeed file."""
+    """One run. `engine` is "alone", "ddp", "fsdp2", or "zero" and what follows it in the name of its DeepSpeed file."""
 
     task: str
     base: str
@@ -41,6 +41,11 @@ class Cell:
     @property
     def stage(self) -> int | None:
         return int(self.engine[4]) if self.engine.startswith("zero") else None
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What `accelerate launch` would set for this engine, for which recipes have no word."""
+        return {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"} if self.engine == FSDP else {}
 
     @property
     def alone(self) -> Cell:
@@ -118,6 +123,16 @@ REFUSALS = (
         "what trains has to be fp32, and ZeRO-3 loads all of the base, which trains here, in bf16",
     ),
     Refusal(
+        lambda c: c.base in ("nf4", "int8") and c.engine == FSDP,
+        "which FSDP2 cannot share",
+        "a quantised weight is bytes with scales beside them, which FSDP2 cannot share",
+    ),
+    Refusal(
+        lambda c: c.method == "full" and c.engine == FSDP,
+        "leaves nothing frozen for FSDP2",
+        "full fine-tuning leaves nothing frozen, and only that lies in shares with FSDP2 here",
+    ),
+    Refusal(
         lambda c: c.method == "bitfit" and c.base != "fp32",
         "trains biases in fp32",
         "biases that train are fp32, and a half-precision model cannot add them to its own numbers",
@@ -170,13 +185,16 @@ def all_cells(tasks: list[str], bases: list[str], methods: list[str], engines: l
 
 
 def launched_cells(cell: Cell, launchers: list[str], engines: list[str]) -> list[Cell]:
-    """The method of `cell` under every launcher and engine; deepspeed's launcher always means DeepSpeed."""
-    plain = [e for e in engines if e in (DDP, "zero1", "zero2", "zero3")]
+    """The method of `cell` under every launcher and engine.
+
+    deepspeed's launcher always means DeepSpeed, and FSDP2 is asked for in Accelerate's configuration alone.
+    """
+    only = {DDP: ("torchrun", "accelerate"), FSDP: ("accelerate",)}
     return [
         Cell(cell.task, cell.base, cell.method, engine, launcher)
         for launcher in launchers
-        for engine in plain
-        if (launcher, engine) != ("deepspeed", DDP)
+        for engine in engines
+        if "_" not in engine and launcher in only.get(engine, (launcher,))
     ]
 
 

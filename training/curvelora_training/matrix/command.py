@@ -29,8 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("cells")
     every = "A,B,..."
     group.add_argument("--methods", metavar=every, help="see `curvelora methods` (default all)")
-    stages = "0 (DistributedDataParallel), 1, 2, 3, or 1_offload and the like (default %(default)s)"
-    group.add_argument("--stages", default="0,1,2,3", metavar=every, help=stages)
+    stages = "0 (DistributedDataParallel), 1, 2, 3, 1_offload and the like, fsdp2 (default %(default)s)"
+    group.add_argument("--stages", default="0,1,2,3,fsdp2", metavar=every, help=stages)
     group.add_argument("--bases", default="fp32,bf16,nf4", metavar=every, help="also int8 (default %(default)s)")
     group.add_argument("--tasks", metavar=every, help="classifier, lm (default both; with --model lm)")
     launchers = "with which LoRAN runs too, on the first task and base (default %(default)s; none: '')"
@@ -138,12 +138,12 @@ def choose(args: argparse.Namespace) -> dict[str, list[str]]:
         problems.append(
             f"--configs: {args.configs} holds no zero1.json and the like: run in the repository, or name its ds_configs folder"
         )
-    stages = pick("--stages", args.stages, ["0", *files])
+    stages = pick("--stages", args.stages, ["0", *files, "fsdp2"])
     chosen = {
         "tasks": pick("--tasks", args.tasks, TASKS if args.model is None else ["lm"] if args.tasks is None else TASKS),
         "bases": pick("--bases", args.bases, BASES),
         "methods": pick("--methods", args.methods, METHODS),
-        "engines": ["ddp" if stage == "0" else f"zero{stage}" for stage in stages],
+        "engines": [{"0": "ddp", "fsdp2": "fsdp2"}.get(stage, f"zero{stage}") for stage in stages],
         "launchers": pick("--launchers", args.launchers, LAUNCHERS) if args.launchers else [],
     }
     if args.processes < 2:

@@ -128,6 +128,7 @@ class Matrix:
             "name": cell.name,
             "recipe": str(self.recipes[cell.task]),
             "overrides": self._overrides(cell),
+            "environment": cell.environment,
             "output": str(self.run(cell)),
             "trains": refusal(cell) is None,
         }

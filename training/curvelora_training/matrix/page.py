@@ -25,7 +25,7 @@ parentheses is a combination that is refused before anything is loaded, and why 
 
 Written by `curvelora matrix --record NAME`; the records are in [results/distributed](results/distributed).
 """
-TITLES = {"ddp": "DDP", "zero1": "ZeRO-1", "zero2": "ZeRO-2", "zero3": "ZeRO-3", "alone": "one process"}
+TITLES = {"ddp": "DDP", "zero1": "ZeRO-1", "zero2": "ZeRO-2", "zero3": "ZeRO-3", "fsdp2": "FSDP2"}
 
 
 def page(results: Path) -> str:

@@ -3,7 +3,7 @@
     torchrun ... -m curvelora_training.matrix.worker JOBS
 
 JOBS is a JSON file: "until" (seconds since the epoch, after which no cell begins) and "cells", each with "name", "recipe",
-"overrides", "output" and "trains" (false: it should be refused). A cell that is refused writes why to OUTPUT.refused.
+"overrides", "environment", "output" and "trains" (false: it should be refused). What is refused writes why to OUTPUT.refused.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ def main() -> None:
             break
         _say(BEGINS + cell["name"])
         before = dict(os.environ)
+        os.environ.update(cell["environment"])
         _run(cell)
         # the next cell may have another engine, and libraries remember this one's in all these places
         os.environ.clear()
