@@ -18,7 +18,7 @@ from curvelora.errors import UserError
 from curvelora_training.matrix import command, matrix, worker
 from curvelora_training.matrix.cells import ALONE, REFUSALS, Cell, all_cells, launched_cells, refusal
 from curvelora_training.matrix.compare import compare
-from curvelora_training.matrix.launch import watch
+from curvelora_training.matrix.launch import tail, watch
 from curvelora_training.matrix.matrix import open_matrix
 from curvelora_training.matrix.page import page
 from curvelora_training.prepare import load_and_prepare
@@ -90,7 +90,7 @@ def test_every_refusal_is_before_anything_is_loaded(
 ) -> None:
     """One cell for each: its words come while the recipe is checked, where no weight is there. None is listed in vain."""
     made = open_matrix(tmp_path / "m", 2, root / "ds_configs", ["classifier", "lm"])[0]
-    methods = ["qlora", "adalora", "delora", "full", "bitfit", "linear_probing", "lora"]
+    methods = ["qlora", "adalora", "delora", "full", "bitfit", "linear_probing", "lora", "dora"]
     cells = all_cells(["classifier", "lm"], ["fp32", "bf16", "nf4", "int8"], methods, ["ddp", "zero3", "fsdp2"])
     first = {}
     for cell in cells:
@@ -150,6 +150,12 @@ def test_what_hangs_is_ended(tmp_path: Path) -> None:
         == 5
     )
     assert heard == ["here", "x"]
+
+
+def test_a_failure_names_its_error_and_not_the_launchers(tmp_path: Path) -> None:
+    own = ["[rank1]: Traceback", "[rank1]: RuntimeError: shapes differ", "torch.x.ChildFailedError: "]
+    (tmp_path / "log").write_text("\n".join([*own, *["="] * 40]))
+    assert tail(tmp_path / "log").splitlines()[-1] == "RuntimeError: shapes differ"
 
 
 def call(*arguments: str) -> int:

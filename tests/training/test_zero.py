@@ -166,6 +166,10 @@ def test_the_share_counts_what_stays_whole() -> None:
         ({"training.max_steps": 0}, "ZeRO-3 cannot run without training"),
         ({"model.quantization": "int8"}, "int8 keeps its codes where ZeRO-3 does not look"),
         ({"adapter": {"method": "full"}, "model.dtype": "bfloat16"}, "set model.dtype=float32, or take ZeRO-2"),
+        (
+            {"adapter": {"method": "dora", "r": 4}, "model.quantization": "nf4", "model.dtype": "bfloat16"},
+            "PEFT make another weight of the one that ZeRO-3 keeps",
+        ),
         ({"adapter": {"method": "delora", "r": 4}}, "which PEFT takes of ZeRO-3's placeholders"),
     ],
 )

@@ -43,6 +43,11 @@ def why_not(recipe: Recipe) -> list[str]:
         problems.append(
             "training.max_steps=0 trains nothing, and ZeRO-3 cannot run without training: leave DeepSpeed out"
         )
+    if method == "dora" and model.quantization == "nf4":
+        problems.append(
+            "adapter.method dora on a base in nf4 has PEFT make another weight of the one that ZeRO-3 keeps in shares, which "
+            "it does not know then: take ZeRO-2, or an unquantised base"
+        )
     if model.quantization == "int8":
         problems.append(
             "model.quantization int8 keeps its codes where ZeRO-3 does not look, so every process would hold all of them: take "

@@ -113,6 +113,11 @@ REFUSALS = (
         "DeLoRA needs the norms of the weights, which PEFT takes of ZeRO-3's empty placeholders",
     ),
     Refusal(
+        lambda c: c.method == "dora" and c.base == "nf4" and c.stage == 3,
+        "PEFT make another weight of the one that ZeRO-3 keeps in shares",
+        "PEFT makes another weight of the one in NF4 for DoRA, which ZeRO-3 does not know (the process group died of it)",
+    ),
+    Refusal(
         lambda c: c.base == "int8" and c.stage == 3,
         "keeps its codes where ZeRO-3 does not look",
         "bitsandbytes keeps the codes of int8 layers where ZeRO-3 does not look, so every process would hold all of them",

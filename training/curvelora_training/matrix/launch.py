@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 import torch
 
 FINETUNE = "curvelora_training.finetune"
+ERROR = re.compile(r"(?:\[rank\d+\]: )?((?:\w+\.)*\w+(?:Error|Exception): .*)")
 GRACE = 20  # seconds from being asked to end until being ended
 
 
@@ -91,5 +93,7 @@ def _end(process: subprocess.Popen) -> None:
 
 
 def tail(log: Path, lines: int = 30) -> str:
-    """The end of a log."""
-    return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
+    """The end of a log, and the last error that Python named in it, which torchrun's own summary hides."""
+    text = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    errors = [found[1] for line in text if (found := ERROR.match(line)) and "ChildFailedError" not in line]
+    return "\n".join([*text[-lines:], *errors[-1:]])
