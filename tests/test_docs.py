@@ -16,6 +16,7 @@ from curvelora import METHODS
 from curvelora.methods_command import markdown
 from curvelora_eval.lab.record import BLOCK, rendered
 from curvelora_training.demo import ARMS, MARKS
+from curvelora_training.matrix.page import page
 from curvelora_training.reference import reference
 
 BIN = Path(sys.executable).parent
@@ -41,11 +42,16 @@ def test_the_readme_table_is_the_recorded_one(root: Path) -> None:
     assert titles == [title for title, _ in ARMS.values()], "record the demo again, with --record docs/results/demo"
 
 
+def test_the_distributed_matrix_is_the_recorded_one(root: Path) -> None:
+    written = (root / "docs/distributed_matrix.md").read_text(encoding="utf-8")
+    assert written == page(root / "docs/results/distributed"), "write it again: curvelora matrix --record NAME"
+
+
 def test_links_in_documents_lead_somewhere(root: Path) -> None:
-    for page in (root / "README.md", *(root / "docs").glob("*.md")):
-        for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+    for document in (root / "README.md", *(root / "docs").glob("*.md")):
+        for target in re.findall(r"\]\(([^)#]+)\)", document.read_text(encoding="utf-8")):
             if "://" not in target:
-                assert (page.parent / target).exists(), f"{page.name} links to {target}"
+                assert (document.parent / target).exists(), f"{document.name} links to {target}"
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +157,9 @@ def test_numbers_in_the_lab_s_prose_are_those_of_its_files(root: Path) -> None:
 
     sweep = read("smollm2_sweep/sweep.json")
     base, by_product = grid(sweep)
-    assert len(sweep["cells"]) == 36 and f"held-out loss beside QLoRA's {base:.3f}: up to a w = 10 within 0.0011" in text
+    assert (
+        len(sweep["cells"]) == 36 and f"held-out loss beside QLoRA's {base:.3f}: up to a w = 10 within 0.0011" in text
+    )
     assert max(abs(loss - base) for product in by_product if product <= 10 for loss in by_product[product]) <= 0.0011
     more = {product: sum(losses) / len(losses) - base for product, losses in by_product.items()}
     assert f"at 100 it is {more[100]:.3f} more, at 1,000 {more[1000]:.3f}, at 10,000 {more[10000]:.3f}" in text

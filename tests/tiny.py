@@ -5,13 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
-    BertConfig,
-    BertModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
     ViTConfig,
@@ -19,20 +13,7 @@ from transformers import (
     ViTImageProcessor,
 )
 
-VOCABULARY = 512
-
-
-def tokenizer(sentences: list[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer trained on `sentences`."""
-    base = Tokenizer(models.BPE())
-    base.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    base.decoder = decoders.ByteLevel()
-    special = ["<pad>", "<s>", "</s>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    base.train_from_iterator(
-        sentences, trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=alphabet)
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=base, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+from curvelora_training.matrix.ground import VOCABULARY, tiny_bert, tiny_llama, tokenizer
 
 
 def build_tiny_models(folder: Path, sentences: list[str]) -> dict[str, Path]:
@@ -42,29 +23,8 @@ def build_tiny_models(folder: Path, sentences: list[str]) -> dict[str, Path]:
     """
     torch.manual_seed(0)
     built = {
-        "bert": BertModel(
-            BertConfig(
-                hidden_dropout_prob=0.0,
-                attention_probs_dropout_prob=0.0,
-                vocab_size=VOCABULARY,
-                hidden_size=64,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                intermediate_size=128,
-            )
-        ),
-        "llama": LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=VOCABULARY,
-                hidden_size=64,
-                intermediate_size=128,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                bos_token_id=1,
-                eos_token_id=2,
-            )
-        ),
+        "bert": tiny_bert(),
+        "llama": tiny_llama(),
         "t5": T5ForConditionalGeneration(
             T5Config(
                 dropout_rate=0.0,

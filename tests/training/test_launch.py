@@ -39,12 +39,22 @@ LAUNCHERS: dict[str, tuple[list[str], list[str], tuple[str, int | None]]] = {
         ["adapter.method=aurora"],
         ZERO_2,
     ),
+    "accelerate with FSDP2": (
+        [*ACCELERATE, "ds_configs/accelerate_fsdp2.yaml", *MODULE],
+        ["model.dtype=bfloat16"],
+        ("FSDP2", None),
+    ),
+    "accelerate with ZeRO-1": ([*ACCELERATE, "ds_configs/accelerate_zero1.yaml", *MODULE], [], ("DeepSpeedEngine", 1)),
+    "accelerate with ZeRO-3": ([*ACCELERATE, "ds_configs/accelerate_zero3.yaml", *MODULE], [], ("DeepSpeedEngine", 3)),
     "deepspeed": (
         ["deepspeed", "--num_gpus", "2", "--module", "curvelora_training.finetune", "--config"],
         [],
         ZERO_2,
     ),
 }
+SLOW = ("accelerate with ZeRO-1", "accelerate with ZeRO-3")
+# the tiny BERT's positions are a quarter of it, and stay whole with FSDP2
+SHARES = {"accelerate with FSDP2": 0.636, "accelerate with ZeRO-3": 0.5}
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +78,7 @@ def small(recipe: dict[str, Any]) -> dict[str, Any]:
     return recipe
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("launcher", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in LAUNCHERS])
 def test_launchers(
     launcher: str,
     small: dict[str, Any],
@@ -99,8 +109,12 @@ def test_launchers(
         "processes": 2,
         "device": "cpu",
         "trainable_dtype": "float32",
-        "frozen_dtype": "bfloat16, uint8" if QUANTISED[1] in overrides else "float32",
-        "share_of_base": 1.0,
+        "frozen_dtype": "bfloat16, uint8"
+        if QUANTISED[1] in overrides
+        else "bfloat16"
+        if overrides[:1] == QUANTISED[:1]
+        else "float32",
+        "share_of_base": pytest.approx(SHARES.get(launcher, 1.0), abs=0.01),
     }
     assert (run["steps"], run["examples"]) == (4, 32)
     own = [o for o in overrides if not o.startswith("training.")]
@@ -114,6 +128,16 @@ def test_launchers(
     weights = load_file(folder / "adapter/adapter_model.safetensors")
     assert all(tensor.dtype == torch.float32 and tensor.numel() > 0 for tensor in weights.values())
     assert all(tensor.abs().max() > 0 for name, tensor in weights.items() if name.endswith("_B"))
+
+
+def test_every_configuration_is_run(root: Path) -> None:
+    """By a launch here, or by a cell of test_zero."""
+    from test_zero import CELLS
+
+    named = " ".join(part for command, overrides, _ in LAUNCHERS.values() for part in (*command, *overrides))
+    files = {path.name for path in (root / "ds_configs").glob("*.*") if path.suffix != ".md"}
+    assert len(files) > 10
+    assert {f for f in files if f"ds_configs/{f}" not in named} <= {f"{cell.engine}.json" for cell in CELLS}
 
 
 def test_deepspeed_without_a_launcher_is_refused(

@@ -1,16 +1,12 @@
 """ZeRO-1, 2 and 3 on two CPU processes: the same training as one process on the same global batches, whatever the method.
 
-One launch makes all cells (`cells.py`), as a launch costs ten seconds of imports and a cell one or two; most methods are slow
-tests.
+`curvelora matrix` makes the cells, in one process group, as a launch costs ten seconds of imports and a cell one or two; most
+methods are slow tests.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,163 +19,133 @@ from transformers import BertForSequenceClassification
 
 from curvelora import METHODS
 from curvelora.errors import UserError
+from curvelora_training.bench.processes import join
 from curvelora_training.config import RecipeError
+from curvelora_training.matrix.cells import Cell
+from curvelora_training.matrix.launch import FINETUNE, tail, torchrun, watch
+from curvelora_training.matrix.matrix import Matrix, open_matrix
 from curvelora_training.prepare import load_and_prepare
+from curvelora_training.run import train
 from curvelora_training.saving import check_saved
 from curvelora_training.zero3 import share_held
-from run_files import metrics, result
+from run_files import metrics
 
-TORCHRUN = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc-per-node", "2"]
 REFUSED = {
     "delora": "which PEFT takes of ZeRO-3's placeholders",
     "adalora": "DeepSpeed has cleared them by then",
 }
-NF4 = ["model.dtype=bfloat16", "model.quantization=nf4"]
+REFUSED_BY_FSDP = {"full": "leaves nothing frozen for FSDP2"}
 # fp32 shows that the arithmetic agrees; bf16 and NF4, that the base is stored as asked
 FP32 = [name for name in METHODS if name not in ("qlora", "dora_dynamic")]
 BF16 = ["loran", "ranlora", "neat"]
 QUANTISED = ["qlora", "loran", "ranlora", "aurora", "neat"]
 # a causal language model has no new head, and so no wrapper around one: another order of modules
 LANGUAGE = [name for name in FP32 if name not in ("delora", "adalora", "bitfit", "linear_probing")]
-
-
-def adapter(method: str, targets: tuple[str, ...] = ("query", "value")) -> str:
-    """Small settings of this method, as an override; without dropout: its masks differ between one process and two."""
-    own: dict[str, Any] = {"method": method}
-    if method not in ("bitfit", "full", "linear_probing"):
-        own["target_modules"] = targets
-        own |= {"fourierft": {"n_frequency": 50}, "adalora": {"init_r": 4, "target_r": 2}}.get(method, {"r": 4})
-        if method not in ("fourierft", "adalora", "delora"):
-            own |= {"alpha": 8, "dropout": 0.0}
-    return f"adapter={json.dumps(own)}"
-
-
-def deepspeed(kind: int | str) -> str:
-    return f"training.deepspeed=ds_configs/zero{kind}.json"
-
-
-# "METHOD BASE ZeRO-KIND" -> overrides
-CELLS = {f"{method} fp32 ZeRO-3": [adapter(method), deepspeed(3)] for method in FP32}
-CELLS |= {f"{method} bf16 ZeRO-3": [adapter(method), "model.dtype=bfloat16", deepspeed(3)] for method in BF16}
-CELLS |= {f"{method} nf4 ZeRO-3": [adapter(method), *NF4, deepspeed(3)] for method in QUANTISED}
-CELLS |= {f"{method} lm ZeRO-3": [adapter(method, ("q_proj", "down_proj")), deepspeed(3)] for method in LANGUAGE}
-CELLS |= {f"ranlora fp32 ZeRO-{stage}": [adapter("ranlora"), deepspeed(stage)] for stage in (1, 2)}
 OFFLOADED = ("1_offload", "2_offload", "3_offload", "3_offload_params")
-CELLS |= {f"loran fp32 ZeRO-{kind}": [adapter("loran"), deepspeed(kind)] for kind in (1, 2, *OFFLOADED)}
-# the others are slow tests
-CORE = {f"{method} fp32 ZeRO-3" for method in ("loran", "ranlora", "aurora", "full", "bitfit", "delora", "adalora")}
-CORE |= {f"{method} lm ZeRO-3" for method in ("loran", "ranlora", "neat", "full", "lora")}
-CORE |= {"loran fp32 ZeRO-1", "loran fp32 ZeRO-2", "loran fp32 ZeRO-3_offload_params"}
-CORE |= {"loran nf4 ZeRO-3", "loran bf16 ZeRO-3"}
+
+
+def classifier(base: str, method: str, kind: int | str = 3) -> Cell:
+    return Cell("classifier", base, method, f"zero{kind}")
+
+
+def language(method: str) -> Cell:
+    return Cell("lm", "fp32", method, "zero3")
+
+
+CELLS = [classifier("fp32", method) for method in FP32] + [language(method) for method in LANGUAGE]
+CELLS += [classifier("bf16", method) for method in BF16] + [classifier("nf4", method) for method in QUANTISED]
+CELLS += [classifier("fp32", "ranlora", stage) for stage in (1, 2)]
+CELLS += [classifier("fp32", "loran", kind) for kind in (1, 2, *OFFLOADED)]
+CELLS += [Cell("classifier", "fp32", "loran", "ddp"), Cell("lm", "nf4", "aurora", "ddp")]
+SHARDED = [Cell("classifier", "bf16", method, "fsdp2") for method in ("loran", "dora")]
+SHARDED += [
+    Cell("lm", "fp32", method, "fsdp2") for method in ("ranlora", "neat", "aurora", "adalora", "delora", "pissa")
+]
+SHARDED += [Cell("classifier", "fp32", method, "fsdp2") for method in ("bitfit", "linear_probing", "full")]
+CELLS += SHARDED
+# the others are slow tests, and `curvelora matrix` makes all combinations
+CORE = {classifier("fp32", m) for m in ("loran", "ranlora", "aurora", "full", "bitfit", "delora", "adalora")}
+CORE |= {language(method) for method in ("loran", "ranlora", "neat", "full", "lora")}
+CORE |= {classifier("fp32", "loran", kind) for kind in (1, 2, "3_offload_params")}
+CORE |= {
+    classifier("nf4", "loran"),
+    classifier("bf16", "loran"),
+    Cell("classifier", "fp32", "loran", "ddp"),
+    SHARDED[0],
+}
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, tiny_models: dict[str, Path], root: Path) -> Callable[[str], Path]:
-    """`made(name)` -> the run of that cell, beside which "NAME alone" is that of one process; made with its like when asked."""
+def matrix(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Matrix:
     folder = tmp_path_factory.mktemp("zero")
-    rows = [{"path": str(root / f"tests/data/sst2_sentences_{name}.tsv"), "limit": 32} for name in ("train", "unseen")]
-    settings = {"learning_rate": 1e-3, "epochs": 1, "batch_size": 4, "eval_batch_size": 4, "log_every": 1}
-    recipe = {
-        "output": str(folder / "unused"),
-        "model": {"path": str(tiny_models["bert"]), "dtype": "float32"},
-        "task": {"kind": "sequence_classification", "columns": {"text": "sentence"}, "max_length": 32},
-        "data": {"train": rows[0], "validation": rows[1], "test": rows[1] | {"limit": 20}},
-        "adapter": {"method": "loran"},
-        "training": settings,
-    }
-    (folder / "recipe.json").write_text(json.dumps(recipe), encoding="utf-8")
-    recipe["model"]["path"] = str(tiny_models["llama"])
-    recipe["task"] = {"kind": "causal_lm", "columns": {"text": "sentence"}, "max_length": 32}
-    (folder / "lm.json").write_text(json.dumps(recipe), encoding="utf-8")
-
-    def make(core: bool) -> None:
-        two, one = [], []
-        for name, overrides in CELLS.items():
-            if (name in CORE) is core:
-                path = folder / ("lm.json" if name.split()[1] == "lm" else "recipe.json")
-                two.append([str(path), [*overrides, f"output={folder / name}"]])
-                if name.split()[0] not in REFUSED:
-                    alone = [o for o in overrides if "deepspeed" not in o]
-                    one.append([str(path), [*alone, "training.batch_size=8", f"output={folder / name} alone"]])
-        for launcher, listed in ((TORCHRUN, two), ([sys.executable], one)):
-            (folder / "cells.json").write_text(json.dumps(listed), encoding="utf-8")
-            run([*launcher, str(root / "tests/training/cells.py"), str(folder / "cells.json")], root)
-
-    groups: set[bool] = set()
-
-    def made(name: str) -> Path:
-        core = name in CORE
-        if core not in groups:
-            make(core)
-            groups.add(core)
-        return folder / name
-
-    return made
+    return open_matrix(folder, 2, root / "ds_configs", ["classifier", "lm"])[0]
 
 
-def run(command: list[str], root: Path) -> None:
-    done = subprocess.run(
-        command,
-        cwd=root,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+def made(matrix: Matrix, cell: Cell) -> dict[str, Any]:
+    """The record of this cell, which is made with its like when one is asked for."""
+    if matrix.record(cell) is None:
+        matrix.make([c for c in CELLS if (c in CORE) is (cell in CORE)])
+    record = matrix.record(cell)
+    assert record is not None
+    return record
 
 
-@pytest.mark.parametrize("name", [n if n in CORE else pytest.param(n, marks=pytest.mark.slow) for n in CELLS])
-def test_training_is_that_of_one_process(made: Callable[[str], Path], name: str) -> None:
+@pytest.mark.parametrize(
+    "cell", [pytest.param(c, id=c.name, marks=() if c in CORE else pytest.mark.slow) for c in CELLS]
+)
+def test_training_is_that_of_one_process(matrix: Matrix, cell: Cell) -> None:
     """Losses, evaluation, start shift and what is saved; the base lies in shares, in the dtype that was asked for."""
-    method, base, engine = name.split()
-    run = made(name)
-    refused, alone = (run.with_name(f"{name}{ending}") for ending in (".refused", " alone"))
-    if method in REFUSED:
-        assert REFUSED[method] in refused.read_text(encoding="utf-8")
-        assert not run.exists()
+    record = made(matrix, cell)
+    if said := (REFUSED_BY_FSDP if cell.engine == "fsdp2" else REFUSED).get(cell.method):
+        assert record["status"] == "refused" and said in record["why"]
+        assert not matrix.run(cell).exists()
         return
-    assert not refused.exists(), refused.read_text(encoding="utf-8")
-    used = result(run)["engine"]
-    assert (used["engine"], used["zero_stage"], used["processes"]) == ("DeepSpeedEngine", int(engine[5]), 2)
-    frozen = "" if name.startswith("full lm") else "float32"  # nothing is
-    assert used["frozen_dtype"] == {"bf16": "bfloat16", "nf4": "bfloat16, uint8"}.get(base, frozen)
-    assert used["share_of_base"] == pytest.approx(0.5 if used["zero_stage"] == 3 else 1, abs=0.01)
-    rounded = base in ("bf16", "nf4")
+    assert record["status"] == "agrees", record["why"]
+    used, measured = record["engine_used"], record["measured"]
+    stage = int(cell.engine[4]) if cell.engine.startswith("zero") else None
+    engine = {"ddp": "DistributedDataParallel", "fsdp2": "FSDP2"}.get(cell.engine, "DeepSpeedEngine")
+    assert (used["engine"], used["zero_stage"], used["processes"]) == (engine, stage, 2)
+    frozen = "" if (cell.task, cell.method) == ("lm", "full") else "float32"  # nothing is
+    assert used["frozen_dtype"] == {"bf16": "bfloat16", "nf4": "bfloat16, uint8"}.get(cell.base, frozen)
+    # the tiny BERT's positions are a quarter of it, and stay whole with FSDP2
+    share = 0.5 if stage == 3 else 1 if cell.engine != "fsdp2" else 0.5 if cell.task == "lm" else 0.636
+    assert used["share_of_base"] == pytest.approx(share, abs=0.02)
     # AdamW's first steps go by the signs of gradients, which rounding decides where they are zero but for rounding
-    free = name.startswith("full lm")
-    for kind in ("loss", "eval_loss"):
-        losses, wanted = ([line[kind] for line in metrics(f) if kind in line] for f in (run, alone))
-        assert losses == pytest.approx(wanted, rel=2e-3 if rounded else 1e-4 if free else 1e-5)
-        assert len(losses) == (4 if kind == "loss" else 1)
-    shifts = [(result(f)["start_shift"] or {}).get("relative") for f in (run, alone)]
-    assert shifts[0] == pytest.approx(shifts[1], rel=1e-3, abs=1e-6)
-    saved, wanted = (load_file(f / "adapter/adapter_model.safetensors") for f in (run, alone))
-    for key, tensor in wanted.items():
-        if ".original_module." not in key:  # see check_saved
-            torch.testing.assert_close(saved[key], tensor, rtol=1e-4, atol=3e-3 if rounded or free else 1e-5)
-            # four steps move an entry by up to 2.5e-3: on the mean the two runs have to agree far better than that
-            apart = (saved[key].double() - tensor.double()).abs().mean().item()
-            assert apart <= 2.5e-4
-    scores = [json.loads((f / "evaluation.json").read_text()) for f in (run, alone)]
-    values = [score["metrics"][score["primary_metric"]]["value"] for score in scores]
-    assert values[0] == pytest.approx(values[1], rel=0.2 if rounded else 1e-3 if free else 1e-5)
+    free = (cell.task, cell.method) == ("lm", "full")
+    rounded = cell.base in ("bf16", "nf4")
+    assert max(measured["loss"], measured["eval_loss"]) <= (2e-3 if rounded else 1e-4 if free else 1e-5)
+    assert measured["largest_entry"] <= (3e-3 if rounded or free else 1e-5)
+    # four steps move an entry by up to 2.5e-3: on the mean the two runs have to agree far better than that
+    assert measured["mean_entry"] <= 2.5e-4
+    lines = metrics(matrix.run(cell))
+    assert [sum(kind in line for line in lines) for kind in ("loss", "eval_loss")] == [4, 1]
+    assert load_file(matrix.run(cell) / "adapter/adapter_model.safetensors")
 
 
 @pytest.mark.slow
-def test_a_run_in_shares_resumes_exactly(made: Callable[[str], Path], root: Path) -> None:
+@pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
+def test_a_run_in_shares_resumes_exactly(
+    matrix: Matrix, root: Path, tmp_path: Path, engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Stopped after two of four steps, with dropout: the adapter is the straight run's, bit for bit."""
-    output = made("loran fp32 ZeRO-3").with_name("resumed")
-    command = [*TORCHRUN, "-m", "curvelora_training.finetune", "--config", str(output.with_name("recipe.json"))]
-    command += [deepspeed(3), adapter("loran"), "adapter.dropout=0.1", "training.save_every=2"]
-    run([*command, f"output={output}"], root)
-    straight = load_file(output / "adapter/adapter_model.safetensors")
+    cell = Cell("classifier", "fp32", "loran", engine)
+    for name, value in cell.environment.items():
+        monkeypatch.setenv(name, value)
+    output = tmp_path / "resumed"
+    command = [*torchrun(2), "-m", FINETUNE, "--config", str(matrix.recipes["classifier"]), f"output={output}"]
+    command += [*cell.overrides("ds_configs", 2, ["query", "value"])]
+    command += ["adapter.dropout=0.1", "training.save_every=2"]
+
+    def run(*more: str) -> dict[str, torch.Tensor]:
+        log = tmp_path / "log"
+        assert watch([*command, *more], log, root, 300, lambda _: None) == 0, tail(log)
+        return load_file(output / "adapter/adapter_model.safetensors")
+
+    straight = run()
     for name in ("adapter", "checkpoints/checkpoint-4"):
         shutil.rmtree(output / name)
     (output / "result.json").unlink()
-    run([*command, f"output={output}", "--resume"], root)
-    again = load_file(output / "adapter/adapter_model.safetensors")
+    again = run("--resume")
     assert straight.keys() == again.keys() and all(torch.equal(straight[key], again[key]) for key in straight)
 
 
@@ -200,6 +166,10 @@ def test_the_share_counts_what_stays_whole() -> None:
         ({"training.max_steps": 0}, "ZeRO-3 cannot run without training"),
         ({"model.quantization": "int8"}, "int8 keeps its codes where ZeRO-3 does not look"),
         ({"adapter": {"method": "full"}, "model.dtype": "bfloat16"}, "set model.dtype=float32, or take ZeRO-2"),
+        (
+            {"adapter": {"method": "dora", "r": 4}, "model.quantization": "nf4", "model.dtype": "bfloat16"},
+            "PEFT make another weight of the one that ZeRO-3 keeps",
+        ),
         ({"adapter": {"method": "delora", "r": 4}}, "which PEFT takes of ZeRO-3's placeholders"),
     ],
 )
@@ -209,6 +179,44 @@ def test_what_zero_3_cannot_do_is_refused(
     path = write(recipe, **changes, **{"training.deepspeed": str(root / "ds_configs/zero3.json")})
     with pytest.raises(RecipeError, match=said):
         load_and_prepare(path, [])
+
+
+@pytest.mark.parametrize(
+    ("environment", "changes", "said"),
+    [
+        ({}, {"model.quantization": "nf4", "model.dtype": "bfloat16"}, "nf4 stores bytes .* which FSDP2 cannot share"),
+        ({}, {"adapter": {"method": "full"}}, "leaves nothing frozen for FSDP2 to share"),
+        ({}, {"training.gradient_checkpointing": True}, "has not been tried with FSDP2"),
+        ({}, {"training.deepspeed": "ds_configs/zero2.json"}, "exclude each other"),
+        ({"FSDP_VERSION": "1"}, {}, "asks for FSDP 1: take ds_configs/accelerate_fsdp2.yaml"),
+        ({"FSDP_OFFLOAD_PARAMS": "true"}, {}, "offloading with FSDP2 is not there"),
+    ],
+)
+def test_what_fsdp_cannot_do_is_refused(
+    recipe: dict,
+    write: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    root: Path,
+    environment: dict[str, str],
+    changes: dict[str, Any],
+    said: str,
+) -> None:
+    monkeypatch.chdir(root)
+    for name, value in ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"} | environment).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=said):
+        load_and_prepare(write(recipe, **changes), [])
+
+
+def test_fsdp_on_one_process_and_in_the_lab_is_refused(
+    recipe: dict, write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    with pytest.raises(UserError, match="shares the base between processes, and there is one"):
+        train(load_and_prepare(write(recipe), []))
+    with pytest.raises(UserError, match="asks for FSDP, and a comparison"):
+        join()
 
 
 def test_a_broken_configuration_is_reported_once(recipe: dict, write: Callable[..., Path], tmp_path: Path) -> None:
@@ -256,7 +264,6 @@ def test_a_checkpoint_that_is_not_whole_ends_the_run(
     recipe: dict, write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One tensor is saved empty, as ZeRO-3 would elsewhere: the run ends, and keeps the checkpoint before and no other."""
-    from curvelora_training.run import train
     from curvelora_training.trainer import AdapterTrainer
 
     path = write(recipe, **{"training.max_steps": 4, "training.save_every": 2})

@@ -1,8 +1,8 @@
 """Which engine a launcher asked for, and the set-up that DeepSpeed needs where there is no GPU.
 
-The engine is decided by, in this order: `training.deepspeed` in the recipe; an Accelerate configuration with DeepSpeed; the
-`deepspeed` launcher itself, which without any configuration means ZeRO-2 here. What is really in use is read back from the
-trainer (`engine_in_use`) and written to result.json; an engine that was asked for and is not in use is an error.
+The engine is decided by, in this order: `training.deepspeed` in the recipe; an Accelerate configuration with DeepSpeed, or with
+FSDP 2 (`fsdp`); the `deepspeed` launcher itself, which without any configuration means ZeRO-2 here. What is really in use is read
+back from the trainer (`engine_in_use`) and written to result.json; an engine that was asked for and is not in use is an error.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from transformers import Trainer
 
 from curvelora.errors import UserError, nearest
 from curvelora_training.config import TrainingSpec
+from curvelora_training import fsdp
 from curvelora_training.zero3 import THRESHOLD, share_held, stage_of
 
 # What DeepSpeed means where no file says more; "auto" takes the trainer's values.
@@ -158,6 +159,10 @@ def trainer_arguments(spec: TrainingSpec, dtype: str) -> dict[str, Any]:
     on_cpu = not torch.cuda.is_available()
     arguments: dict[str, Any] = {"use_cpu": on_cpu, "ddp_find_unused_parameters": False}
     settings = deepspeed_settings(spec.deepspeed, dtype)
+    if settings is None and fsdp.fsdp_asked():
+        if world_size() == 1:
+            raise UserError("FSDP2 shares the base between processes, and there is one: leave FSDP out, or start more")
+        fsdp.take_over()
     # `accelerate launch` sets this from its own configuration, and the trainer would follow it: the recipe decides.
     precision = {"bfloat16": "bf16", "float16": "fp16"}.get(dtype, "no") if settings is None else "no"
     os.environ["ACCELERATE_MIXED_PRECISION"] = precision
@@ -207,8 +212,11 @@ def engine_in_use(trainer: Trainer) -> dict[str, Any]:
     dtypes = {True: set(), False: set()}
     for parameter in trainer.model.parameters():
         dtypes[parameter.requires_grad].add(str(parameter.dtype).removeprefix("torch."))
+    name = type(wrapped).__name__ if world_size() > 1 or stage is not None else "single process"
+    if any(map(fsdp.is_shared, trainer.model.parameters())):
+        name = fsdp.NAME
     return {
-        "engine": type(wrapped).__name__ if world_size() > 1 or stage is not None else "single process",
+        "engine": name,
         "zero_stage": stage,
         "processes": trainer.args.world_size,
         "device": trainer.args.device.type,
@@ -230,6 +238,8 @@ def check_engine(engine: dict[str, Any], asked: dict[str, Any]) -> None:
             f"DeepSpeed was asked for but {engine['engine']} ran: with `accelerate launch`, do not combine --cpu with "
             "DeepSpeed; use ds_configs/accelerate_zero2.yaml"
         )
+    if (engine["engine"] == fsdp.NAME) is not (fully := fsdp.fsdp_asked()):
+        raise UserError(f"{fsdp.NAME if fully else 'no FSDP'} was asked for and {engine['engine']} ran")
     if engine["zero_stage"] != (stage := stage_of(asked.get("deepspeed"))):
         raise UserError(f"ZeRO stage {stage} was asked for and stage {engine['zero_stage']} ran")
     if engine["processes"] != world_size():

@@ -24,6 +24,7 @@ from curvelora_eval.data import load_rows
 from curvelora_eval.files import check_folder
 from curvelora_eval.models import head_modules, shape_model
 from curvelora_eval.tasks import LabelledTask, Task, make_task
+from curvelora_training import fsdp
 from curvelora_training.adalora import fit_schedule
 from curvelora_training.config import Recipe, RecipeError, load_recipe
 from curvelora_training.curve_schedule import check_schedules
@@ -281,6 +282,8 @@ def _check_combinations(recipe: Recipe, task: Task, deepspeed: bool, stage: int 
         )
     if stage == 3:
         problems += why_not(recipe)
+    if fsdp.fsdp_asked():
+        problems += fsdp.why_not(recipe)
     if method.name == "bitfit" and model.dtype != "float32":
         problems.append(
             f"adapter.method bitfit trains biases in fp32, which a model in {model.dtype} cannot add to its own numbers: set "

@@ -21,6 +21,7 @@ from curvelora_eval.environment import describe_environment
 from curvelora_eval.eval_command import prediction_lines
 from curvelora_eval.evaluator import evaluate_rows
 from curvelora_eval.models import load_base, load_processor, storage_of
+from curvelora_training import fsdp
 from curvelora_training.adalora import RankAllocation, check_resume
 from curvelora_training.config import Recipe
 from curvelora_training.curve_schedule import CurveSchedule, has_schedule
@@ -63,6 +64,7 @@ def _train(prepared: Prepared, resume: bool, overwrite: bool, lease: Lease) -> R
     folder.fence = lease.check
     engine = trainer_arguments(recipe.training, recipe.model.dtype)  # first: it brings the process group up
     in_shares = stage_of(engine.get("deepspeed")) == 3
+    fully_sharded = fsdp.fsdp_asked()
     arguments = TrainingArguments(**training_arguments(recipe, folder, bool(prepared.rows.get("validation"))), **engine)
     # Without a launcher the trainer would spread one process over all GPUs (DataParallel) and multiply the batch.
     arguments._n_gpu = min(1, arguments.n_gpu)
@@ -82,6 +84,8 @@ def _train(prepared: Prepared, resume: bool, overwrite: bool, lease: Lease) -> R
     processor = load_processor(recipe.model, task)
     with loading_into_shares(arguments, recipe.model) if in_shares else contextlib.nullcontext():
         model = adapted_model(prepared, arguments.device)
+    if fully_sharded:
+        fsdp.share_base(model)
     rows = {name: task.encode(found, processor) for name, found in prepared.rows.items() if name != "test"}
     stop_before_training(arguments.device)
     lease.take()
@@ -161,14 +165,14 @@ def _train(prepared: Prepared, resume: bool, overwrite: bool, lease: Lease) -> R
     }
     lease.confirm()
     save_adapter(trainer, prepared, folder)
-    ASKED.let_through(rank() == 0 and not in_shares)  # the others have no more to do
-    can_merge = not in_shares  # a weight in shares cannot be changed
+    can_merge = not (in_shares or fully_sharded)  # a weight in shares cannot be changed
+    ASKED.let_through(rank() == 0 and can_merge)  # the others have no more to do
     if rank() == 0 and can_merge and merges_approximately(recipe, model):
         # after the summary, whose peak memory is that of training
         test = prepared.rows.get("test")
         probe = task.encode(test, processor) if test else rows["train"]
         result["merge_gap"] = measure_gap(model, probe, collate, size).as_dict()
-    if rank() == 0 or in_shares:  # every process has a share of the weights, so all of them score the same rows
+    if rank() == 0 or in_shares or fully_sharded:  # every process has a share of the weights, so all of them score the same rows
         evaluation = score_unseen(prepared, model, processor, folder, can_merge)
     if rank() == 0:
         folder.write_text("adapter/README.md", model_card(recipe, result, evaluation))

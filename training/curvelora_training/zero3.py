@@ -21,6 +21,7 @@ from curvelora.errors import UserError
 from curvelora.layers.weight_product import reads_weight
 from curvelora_eval.spec import ModelSpec
 from curvelora_training.config import Recipe
+from curvelora_training.fsdp import is_shared
 
 THRESHOLD = "stage3_param_persistence_threshold"
 
@@ -41,6 +42,11 @@ def why_not(recipe: Recipe) -> list[str]:
     if recipe.training.max_steps == 0:
         problems.append(
             "training.max_steps=0 trains nothing, and ZeRO-3 cannot run without training: leave DeepSpeed out"
+        )
+    if method == "dora" and model.quantization == "nf4":
+        problems.append(
+            "adapter.method dora on a base in nf4 has PEFT make another weight of the one that ZeRO-3 keeps in shares, which "
+            "it does not know then: take ZeRO-2, or an unquantised base"
         )
     if model.quantization == "int8":
         problems.append(
@@ -132,12 +138,18 @@ def gather_kept(engine: nn.Module) -> None:
 
 
 def share_held(model: nn.Module) -> float:
-    """The part of the base that this process holds between its passes: 1 without ZeRO-3."""
+    """The part of the base that this process holds between its passes: 1 without ZeRO-3 and FSDP2."""
     # all of it trains in full fine-tuning
     frozen = [p for p in model.parameters() if not p.requires_grad] or list(model.parameters())
     total = sum(map(_entries, frozen))
-    held = sum(p.ds_tensor.numel() if hasattr(p, "ds_tensor") and not p.ds_persist else _entries(p) for p in frozen)
-    return held / total
+    return sum(map(_held, frozen)) / total
+
+
+def _held(parameter: nn.Parameter) -> int:
+    if is_shared(parameter):
+        return parameter.to_local().numel()
+    shared = hasattr(parameter, "ds_tensor") and not parameter.ds_persist
+    return parameter.ds_tensor.numel() if shared else _entries(parameter)
 
 
 def _entries(parameter: nn.Parameter) -> int:

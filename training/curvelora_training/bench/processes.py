@@ -9,17 +9,19 @@ import torch
 
 from curvelora.errors import UserError
 from curvelora_training.distributed import accelerate_asks_for_deepspeed, rank, world_size
+from curvelora_training.fsdp import fsdp_asked
 
 
 def join() -> torch.device:
     """Join the process group, where a launcher started one, and return this process's device.
 
     Raises:
-        UserError: Accelerate was configured for DeepSpeed, which would not be used here.
+        UserError: Accelerate was configured for DeepSpeed or FSDP, which would not be used here.
     """
-    if accelerate_asks_for_deepspeed():
+    asked = "DeepSpeed" if accelerate_asks_for_deepspeed() else "FSDP" if fsdp_asked() else None
+    if asked:
         raise UserError(
-            "this Accelerate configuration asks for DeepSpeed, and a comparison shares one frozen base between its arms in plain "
+            f"this Accelerate configuration asks for {asked}, and a comparison shares one frozen base between its arms in plain "
             "data parallelism: take ds_configs/accelerate_ddp.yaml, or torchrun; the `deepspeed` launcher works too"
         )
     on_gpu = torch.cuda.is_available()
