@@ -17,8 +17,8 @@ import torch
 from transformers import Trainer
 
 from curvelora.errors import UserError, nearest
-from curvelora_training.config import TrainingSpec
 from curvelora_training import fsdp
+from curvelora_training.config import TrainingSpec
 from curvelora_training.zero3 import THRESHOLD, share_held, stage_of
 
 # What DeepSpeed means where no file says more; "auto" takes the trainer's values.
