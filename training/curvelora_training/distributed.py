@@ -19,7 +19,7 @@ from transformers import Trainer
 from curvelora.errors import UserError, nearest
 from curvelora_training import fsdp
 from curvelora_training.config import TrainingSpec
-from curvelora_training.zero3 import THRESHOLD, share_held, stage_of
+from curvelora_training.zero3 import BUCKETS, THRESHOLD, share_held, stage_of
 
 # What DeepSpeed means where no file says more; "auto" takes the trainer's values.
 AUTO = {
@@ -47,8 +47,6 @@ HEEDED += (
 )
 HEEDED += ("gradient_predivide_factor", "comms_logger", "flops_profiler", "comms_config", "data_types")
 DEFAULT_STAGE = 2
-# Entries a bucket. DeepSpeed's default of 5e8 takes 2 GB of device memory, for adapters that are a hundredth of it.
-BUCKETS = {"reduce_bucket_size": 50_000_000, "allgather_bucket_size": 50_000_000}
 
 
 def rank() -> int:
@@ -209,6 +207,9 @@ def engine_in_use(trainer: Trainer) -> dict[str, Any]:
     """What wraps the model after `train()`: engine, ZeRO stage, processes, device, dtype of what trains, share of the base."""
     wrapped = trainer.model_wrapped
     stage = wrapped.zero_optimization_stage() if hasattr(wrapped, "zero_optimization_stage") else None
+    gathered_by = "modules" if stage == 3 else None
+    if any(hasattr(parameter, "share_numel") for parameter in trainer.model.parameters()):
+        stage, gathered_by = 3, "blocks"  # DeepSpeed's share of it is stage 2
     dtypes = {True: set(), False: set()}
     for parameter in trainer.model.parameters():
         dtypes[parameter.requires_grad].add(str(parameter.dtype).removeprefix("torch."))
@@ -223,6 +224,7 @@ def engine_in_use(trainer: Trainer) -> dict[str, Any]:
         "trainable_dtype": ", ".join(sorted(dtypes[True])),
         "frozen_dtype": ", ".join(sorted(dtypes[False])),
         "share_of_base": share_held(trainer.model),
+        "base_gathered_by": gathered_by,
     }
 
 

@@ -28,6 +28,7 @@ from curvelora_training.curve_schedule import CurveSchedule, has_schedule
 from curvelora_training.distributed import check_engine, engine_in_use, rank, trainer_arguments, world_size
 from curvelora_training.effects import describe_start, last_spline, measure_gap, measure_start, merges_approximately
 from curvelora_training.lease import Lease
+from curvelora_training.loading import load_into_shares
 from curvelora_training.model_card import model_card
 from curvelora_training.nonfinite import Guard, Numbered, numbered
 from curvelora_training.prepare import Prepared, attach
@@ -36,7 +37,14 @@ from curvelora_training.saving import save_adapter
 from curvelora_training.signals import ASKED
 from curvelora_training.stopping import StopWhenAsked, evaluation_left, stop_before_training
 from curvelora_training.trainer import AdapterTrainer, AtTheStart, Fence, RunLog, StepTimer, peak_memory
-from curvelora_training.zero3 import announce_parameters, keep_adapters_whole, loading_into_shares, stage_of
+from curvelora_training.zero3 import (
+    announce_parameters,
+    by_blocks,
+    for_what_trains,
+    keep_adapters_whole,
+    loading_into_shares,
+    stage_of,
+)
 
 
 def train(prepared: Prepared, resume: bool = False, overwrite: bool = False) -> RunFolder:
@@ -63,7 +71,12 @@ def _train(prepared: Prepared, resume: bool, overwrite: bool, lease: Lease) -> R
     folder = RunFolder(recipe.output)
     folder.fence = lease.check
     engine = trainer_arguments(recipe.training, recipe.model.dtype)  # first: it brings the process group up
+    asked = engine
     in_shares = stage_of(engine.get("deepspeed")) == 3
+    blocks = by_blocks(recipe, engine.get("deepspeed"), world_size(), prepared.shapes.get_base_model())
+    if blocks:
+        engine = engine | {"deepspeed": for_what_trains(engine["deepspeed"])}
+    by_modules = in_shares and not blocks
     fully_sharded = fsdp.fsdp_asked()
     arguments = TrainingArguments(**training_arguments(recipe, folder, bool(prepared.rows.get("validation"))), **engine)
     # Without a launcher the trainer would spread one process over all GPUs (DataParallel) and multiply the batch.
@@ -82,8 +95,8 @@ def _train(prepared: Prepared, resume: bool, overwrite: bool, lease: Lease) -> R
     # Before the folder is touched: weights that are missing or damaged leave it as it was.
     set_seed(recipe.seed)
     processor = load_processor(recipe.model, task)
-    with loading_into_shares(arguments, recipe.model) if in_shares else contextlib.nullcontext():
-        model = adapted_model(prepared, arguments.device)
+    with loading_into_shares(arguments, recipe.model) if by_modules else contextlib.nullcontext():
+        model = adapted_model(prepared, arguments.device, blocks)
     if fully_sharded:
         fsdp.share_base(model)
     rows = {name: task.encode(found, processor) for name, found in prepared.rows.items() if name != "test"}
@@ -133,8 +146,8 @@ def _train(prepared: Prepared, resume: bool, overwrite: bool, lease: Lease) -> R
                 folder.log({"step": 0, "seconds": 0.0, "start_shift": shift.as_dict()})
 
     def with_the_engine() -> None:
-        check_engine(engine_in_use(trainer), engine)
-        if in_shares:  # weights in shares can only be used from now on
+        check_engine(engine_in_use(trainer), asked)
+        if by_modules:  # weights in shares can only be used from now on
             if recipe.method.name != "full":
                 keep_adapters_whole(trainer.model_wrapped)
             if checkpoint is None:
@@ -142,7 +155,7 @@ def _train(prepared: Prepared, resume: bool, overwrite: bool, lease: Lease) -> R
 
     trainer.add_callback(AtTheStart(with_the_engine))
     trainer.add_callback(stopping)  # last: it undoes what others plan for the end of an epoch
-    if in_shares:
+    if by_modules:
         announce_parameters(model)
     elif checkpoint is None:
         look_at_the_start()
@@ -233,10 +246,15 @@ def head_settings(recipe: Recipe) -> dict[str, float]:
     }
 
 
-def adapted_model(prepared: Prepared, device: torch.device) -> PeftModel:
-    """The base with the adapter on it; what trains is fp32, whatever the base is stored in."""
+def adapted_model(prepared: Prepared, device: torch.device, blocks: bool = False) -> PeftModel:
+    """The base with the adapter on it; what trains is fp32, whatever the base is stored in.
+
+    Args:
+        blocks: every process keeps a share of each of the base's blocks.
+    """
     config = prepared.peft_config
-    base = load_base(prepared.recipe.model, prepared.task, device, config.modules_to_save or ())
+    load = load_into_shares if blocks else load_base
+    base = load(prepared.recipe.model, prepared.task, device, set(config.modules_to_save or ()))
     base.config.use_cache = False  # no generation while training; warnings otherwise
     if world_size() > 1 and isinstance(config, DecomposedConfig) and not config.factors_stored:
         # each process decomposes its part of the layers
