@@ -87,9 +87,12 @@ def deepspeed_settings(recipe_file: str | None, dtype: str) -> dict[str, Any] | 
         stage = int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") or DEFAULT_STAGE)
     elif recipe_file is None and not ("CROSS_RANK" in os.environ and "LOCAL_SIZE" in os.environ):
         return None  # those two are set by deepspeed's launcher for its children, and by no other
-    settings = dict(AUTO) | {"zero_optimization": {"stage": stage, **BUCKETS}}
-    if recipe_file is not None:
-        settings |= read_deepspeed_file(recipe_file)
+    return deepspeed_of(stage, dtype, read_deepspeed_file(recipe_file) if recipe_file is not None else {})
+
+
+def deepspeed_of(stage: int, dtype: str, settings: dict[str, Any] | None = None) -> dict[str, Any]:
+    """DeepSpeed's settings at this stage as training has them, with those of a file in their place where it has some."""
+    settings = dict(AUTO) | {"zero_optimization": {"stage": stage, **BUCKETS}} | (settings or {})
     for section in ("bf16", "fp16"):
         settings.pop(section, None)
     if stage_of(settings) == 3:  # nothing of the base stays whole unless a file says so

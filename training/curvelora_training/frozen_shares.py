@@ -21,6 +21,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+# renamed in torch 2.13
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 ALIGNMENT = 256  # bytes; more than any kernel wants of the first address of a tensor
 OUTSIDE = 2  # the buffer of weights outside of blocks
 SMALL = 1 << 12  # entries; weights outside of blocks with fewer stay whole
@@ -120,11 +122,11 @@ class FrozenShares:
             _empty(tensor)
         whole = self.buffers[unit.slot][: unit.size]
         if self.stream is None:
-            dist.all_gather_into_tensor(whole, unit.share)
+            _all_gather(whole, unit.share)
         else:
             self.stream.wait_stream(torch.cuda.current_stream(self.device))  # the block before has to be computed
             with torch.cuda.stream(self.stream):
-                dist.all_gather_into_tensor(whole, unit.share)
+                _all_gather(whole, unit.share)
                 self.arrived[unit.slot] = self.stream.record_event()
         for tensor, view in zip(unit.tensors, unit.views, strict=True):
             tensor.data = view
@@ -142,7 +144,9 @@ def units_of(model: PreTrainedModel, trained: set[str]) -> list[Unit]:
         trained: last names of modules that are left alone, since they train.
     """
     names = set(model._no_split_modules or ())
-    ends = {model.get_input_embeddings(), model.get_output_embeddings()} - {None}  # tied, perhaps, and so used elsewhere
+    ends = {model.get_input_embeddings(), model.get_output_embeddings()} - {
+        None
+    }  # tied, perhaps, and so used elsewhere
     blocks: list[nn.Module] = []
     for module in model.modules():
         inner = set(module.modules())

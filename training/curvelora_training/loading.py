@@ -113,7 +113,9 @@ def _reader(model: PreTrainedModel, spec: ModelSpec, task: Task) -> Callable[[st
             with safe_open(str(files[stored[name]]), framework="pt") as file:
                 return file.get_tensor(stored[name]).to(dtype)
         except (OSError, SafetensorError) as error:
-            raise UserError(f"the weights of {spec.path} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+            raise UserError(
+                f"the weights of {spec.path} cannot be loaded: {' '.join(str(error).split())[:300]}"
+            ) from error
 
     return read
 
@@ -127,7 +129,9 @@ def _places(model: nn.Module) -> dict[nn.Parameter, list[tuple[nn.Module, str]]]
     return found
 
 
-def _fill(places: list[tuple[nn.Module, str]], value: Tensor, empty: nn.Parameter, device: torch.device) -> nn.Parameter:
+def _fill(
+    places: list[tuple[nn.Module, str]], value: Tensor, empty: nn.Parameter, device: torch.device
+) -> nn.Parameter:
     """Put a frozen parameter with this value where the empty one is; quantised where that one would be."""
     kind: Any = type(empty)
     if kind is bnb.nn.Params4bit:

@@ -57,7 +57,9 @@ def by_blocks(recipe: Recipe, settings: dict[str, Any] | None, processes: int, b
 
 def for_what_trains(settings: dict[str, Any]) -> dict[str, Any]:
     """DeepSpeed's settings beside a base in `frozen_shares`: ZeRO-2, without what concerns parameters in shares."""
-    section = {k: v for k, v in settings["zero_optimization"].items() if not k.startswith("stage3_") and k != "sub_group_size"}
+    section = {
+        k: v for k, v in settings["zero_optimization"].items() if not k.startswith("stage3_") and k != "sub_group_size"
+    }
     return settings | {"zero_optimization": BUCKETS | section | {"stage": 2}}
 
 
