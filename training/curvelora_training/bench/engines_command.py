@@ -37,6 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     out = Path("runs/bench/engines.json")
     parser.add_argument("--out", type=Path, default=out, metavar="FILE", help="result (default %(default)s)")
+    parser.add_argument(
+        "--table", action="store_true", help="print the table of --out, in Markdown, and measure nothing"
+    )
     add_arm_arguments(parser)
 
 
@@ -45,6 +48,12 @@ LINEAR = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"
 
 def run(args: argparse.Namespace) -> int:
     """Measure and write."""
+    if args.table:
+        from curvelora_eval.lab.folder import read_record
+        from curvelora_training.bench.engines_table import engines_table
+
+        print(engines_table(read_record(args.out.parent, args.out.name, "engines")["records"]))
+        return 0
     arms = parse_arms(args.arms, args.arm)
     try:
         stages = [int(stage) for stage in args.stages.split(",")]
