@@ -87,6 +87,8 @@ class TrainingSpec:
     """Steps between two checkpoints; once an epoch where absent."""
     keep_checkpoints: Count = 2
     """Older checkpoints beyond this many are deleted."""
+    keep_best: bool = False
+    """Write a checkpoint at every new lowest validation loss, and keep the last of them whatever its age."""
     deepspeed: str | None = None
     """A DeepSpeed JSON, for example ds_configs/zero2.json."""
 
@@ -220,8 +222,8 @@ def _drop(raw: dict[str, Any], location: list[str]) -> None:
         node.pop(location[-1], None)
 
 
-def differing_keys(stored: dict[str, Any], recipe: Recipe) -> list[str]:
-    """Dotted keys on which a stored resolved recipe and this one differ, with both values, for messages."""
+def differing_keys(stored: dict[str, Any], recipe: Recipe) -> dict[str, str]:
+    """Dotted keys on which a stored resolved recipe and this one differ, each with both values for messages."""
 
     def flat(node: Any, prefix: str = "") -> dict[str, Any]:
         if not isinstance(node, dict) or not node:
@@ -229,11 +231,11 @@ def differing_keys(stored: dict[str, Any], recipe: Recipe) -> list[str]:
         return {k: v for key, value in node.items() for k, v in flat(value, f"{prefix}{key}.").items()}
 
     old, new = flat(stored), flat(read_yaml(recipe.as_yaml()))
-    return [
-        f"{key} was {old.get(key)!r} and is {new.get(key)!r}"
+    return {
+        key: f"{key} was {old.get(key)!r} and is {new.get(key)!r}"
         for key in sorted(old | new)
         if old.get(key) != new.get(key)
-    ]
+    }
 
 
 def check_adapter(section: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
