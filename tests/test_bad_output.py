@@ -106,6 +106,32 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_to_resume_from(
     assert [json.loads(line)["step"] for line in lines] == [0, 1, 2, 3, 4]  # 0 is the start
 
 
+def test_a_disk_that_turns_read_only_leaves_the_earlier_checkpoint(
+    world: World,
+    mount: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As file systems do after an error: in the middle of the second checkpoint, of which the half stays there for then."""
+    folder = mount("size=8m") / "run"
+    original, calls = checkpointing.gather_moments, []
+
+    def turn(*arguments: object) -> object:
+        calls.append(arguments)
+        if len(calls) == 2:
+            mount("remount,ro")
+        return original(*arguments)
+
+    monkeypatch.setattr(checkpointing, "gather_moments", turn)
+    assert train(world, f"output={folder}") == 2
+    check_message(capsys.readouterr().err, ["checkpoint-4 cannot be saved", "Read-only file system", "--resume"])
+    mount("remount,rw")
+    assert {p.name for p in (folder / "checkpoints").iterdir()} == {"checkpoint-2", ".checkpoint-4.tmp"}
+    assert train(world, f"output={folder}", "--resume") == 0
+    assert f"resuming from {folder / 'checkpoints/checkpoint-2'}" in capsys.readouterr().out
+    check_whole(folder)
+
+
 # without steps there are no checkpoints, so that the adapter itself meets the full disk
 @pytest.mark.parametrize("size", [12, 20, 32])
 def test_a_full_disk_while_the_adapter_is_saved(

@@ -9,6 +9,7 @@ step is all that is taken over.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -38,6 +39,8 @@ def main() -> None:
             print(f"{output} is refused: {error}", flush=True)
         AcceleratorState._reset_state()  # the next cell may have another engine
         unset_hf_deepspeed_config()
+        for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+            del os.environ[name]  # Accelerate's own notes on the engine of this one
     leave()
 
 

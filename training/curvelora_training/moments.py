@@ -67,10 +67,10 @@ def restore_moments(trainer: Trainer, tensors: Tensors) -> None:
     for key, tensor in tensors.items():
         kind, _, name = key.partition(":")
         if name not in moments:
-            raise UserError(f"the checkpoint's optimiser has {name}, which does not train here")
+            raise UserError(f"its optimiser has {name}, which does not train here")
         moments[name][kind] = tensor
     if lacking := next((name for name, found in moments.items() if not found), None):
-        raise UserError(f"the checkpoint's optimiser has nothing for {lacking}, which trains here")
+        raise UserError(f"its optimiser has nothing for {lacking}, which trains here")
     if (engine := zero_engine(trainer)) is not None:
         _restore_to_zero(trainer, engine, moments)
     else:
