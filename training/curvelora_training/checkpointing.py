@@ -112,7 +112,7 @@ def _write_rest(trainer: Trainer, folder: Path, tensors: dict[str, torch.Tensor]
         kept, rest = method.kept(_model(trainer))
         save_file(kept, folder / METHOD, metadata={"rest": rest})
     write_rng(folder / "rng", states)
-    scheduler, scaler = _scheduler(trainer), trainer.accelerator.scaler
+    scheduler, scaler = _scheduler(trainer), _scaler(trainer)
     record = {
         "scheduler": scheduler.state_dict(),
         "learning_rates": [group["lr"] for group in _groups(trainer)],
@@ -166,6 +166,11 @@ def _scheduler(trainer: Trainer) -> Any:
     return getattr(trainer.lr_scheduler, "scheduler", trainer.lr_scheduler)
 
 
+def _scaler(trainer: Trainer) -> Any | None:
+    """What scales the loss in float16."""
+    return getattr(trainer.accelerator, "scaler", None)
+
+
 def _groups(trainer: Trainer) -> list[dict[str, Any]]:
     return _scheduler(trainer).optimizer.param_groups
 
@@ -177,7 +182,7 @@ def _restore_scheduler(trainer: Trainer, record: dict[str, Any]) -> None:
         raise UserError(f"it has {len(record['learning_rates'])} parameter groups, and {len(groups)} train here")
     for group, rate in zip(groups, record["learning_rates"], strict=True):
         group["lr"] = rate  # the scheduler sets it at its next step only
-    if record["scaler"] is not None and trainer.accelerator.scaler is not None:
-        trainer.accelerator.scaler.load_state_dict(record["scaler"])
+    if record["scaler"] is not None and (scaler := _scaler(trainer)) is not None:
+        scaler.load_state_dict(record["scaler"])
     if hasattr(trainer.model_wrapped, "global_steps"):  # DeepSpeed counts too
         trainer.model_wrapped.global_steps = trainer.state.global_step
