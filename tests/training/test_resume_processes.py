@@ -87,6 +87,8 @@ def made(tmp_path_factory: pytest.TempPathFactory, tiny_models: dict[str, Path],
             assert main(["--config", str(path), *ALONE, f"output={folder / 'one'}"]) == 0
             for name, more in ONTO_TWO.items():
                 cells.append([str(path), [*more, *ALONE, f"output={folder / name}"], [str(folder / "one"), 2]])
+            other = ["adapter={method: full}", f"output={folder / 'other engine'}"]
+            cells.append([str(path), other, [str(folder / "full ZeRO-2"), 6]])
         (folder / "cells.json").write_text(json.dumps(cells), encoding="utf-8")
         launched = subprocess.run(
             [*TORCHRUN, str(root / "tests/training/cells.py"), str(folder / "cells.json")],
@@ -205,3 +207,5 @@ def test_shares_are_for_as_many_processes(made: Callable[[str], Path], capsys: p
     assert main(["--config", recipe, "adapter={method: full}", f"output={run}", "--resume"]) == 2
     assert "in shares of 2 processes, as DeepSpeed saves full fine-tuning, and 1 cannot" in capsys.readouterr().err
     assert sorted(p.name for p in run.iterdir()) == ["checkpoints", "config.yaml"]
+    other = source.with_name("other engine.refused").read_text(encoding="utf-8")
+    assert other.endswith("it is in shares of ZeRO-2, which no other engine can read: take that one")

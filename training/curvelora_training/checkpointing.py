@@ -76,7 +76,9 @@ def restore(trainer: Trainer, folder: Path) -> None:
     """
     problem = None
     try:
-        if read_manifest(folder)["shares"] is not None:
+        if (stage := read_manifest(folder)["shares"]) is not None:
+            if not in_shares(trainer) or zero_engine(trainer).zero_optimization_stage() != stage:
+                raise UserError(f"it is in shares of ZeRO-{stage}, which no other engine can read: take that one")
             deepspeed_load_checkpoint(trainer.model_wrapped, str(folder), load_module_strict=False)
         else:
             _load_weights(trainer, folder)

@@ -130,7 +130,9 @@ def _restore_to_zero(trainer: Trainer, engine: Any, moments: dict[str, dict[str,
     state, names = base_optimizer(trainer).state, trainable(trainer)
     shapes = {name: getattr(parameter, "ds_shape", parameter.shape) for name, parameter in names.items()}
     first = next(iter(moments.values()))
-    keys = [key for key in first if all(moments[name][key].shape == shape for name, shape in shapes.items())]
+    keys = [key for key in first if all(_has(moments[name], key, shape) for name, shape in shapes.items())]
+    if blocks := [key for key, value in first.items() if key not in keys and value.dim() > 0]:
+        raise UserError(f"its optimiser keeps {blocks[0]} by blocks, which ZeRO's parts cut through")
     for part in _flat_parts(engine):  # as a first step would have made it
         state[part] = {key: _as_value(value) for key, value in first.items() if key not in keys}
         state[part] |= {key: torch.zeros_like(part) for key in keys}
@@ -140,6 +142,10 @@ def _restore_to_zero(trainer: Trainer, engine: Any, moments: dict[str, dict[str,
         safe_set_full_fp32_param(parameter, _whole(parameter))
         for key in keys:
             safe_set_full_optimizer_state(parameter, moments[name][key].to(parameter.device), key)
+
+
+def _has(held: dict[str, torch.Tensor], key: str, shape: torch.Size) -> bool:
+    return key in held and held[key].shape == shape
 
 
 def _whole(parameter: nn.Parameter) -> torch.Tensor:
