@@ -7,8 +7,9 @@ import os
 import random
 import shutil
 from collections.abc import Callable
-from itertools import chain, pairwise
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -33,8 +34,8 @@ from curvelora_training.checkpoint import (
     temporary_for,
 )
 from curvelora_training.finetune import main
+from curvelora_training.moments import gather_moments, restore_moments
 from curvelora_training.rng import read_rng, rng_state, set_rng_state, write_rng
-from curvelora_training.row_order import RowOrder, share_step
 from run_files import metrics, result
 
 FLIPS = 24  # bytes a file, beside its first and last
@@ -202,61 +203,6 @@ def test_random_numbers_go_on(tmp_path: Path) -> None:
         assert draw() == wanted
 
 
-# 26 rows, 8 a step: any way to share a step
-@pytest.mark.parametrize("grouped", [False, True])
-def test_a_steps_rows_are_the_same_however_they_are_shared(grouped: bool) -> None:
-    from accelerate.data_loader import BatchSamplerShard
-    from torch.utils.data import BatchSampler
-
-    lengths = [(7 * i) % 13 + 1 for i in range(26)] if grouped else None
-
-    def steps(batch: int, accumulation: int, processes: int, epoch: int) -> list[list[int]]:
-        shards = []
-        for index in range(processes):
-            order = RowOrder(26, batch * accumulation * processes, 3, lengths)
-            order.set_epoch(epoch)
-            shards.append(list(BatchSamplerShard(BatchSampler(order, batch, False), processes, index)))
-        dealt = [rows for together in zip(*shards, strict=True) for rows in together]
-        size = accumulation * processes
-        return [list(chain(*dealt[i : i + size])) for i in range(0, len(dealt), size)]
-
-    for epoch in (0, 1):
-        wanted = steps(8, 1, 1, epoch)
-        assert [len(step) for step in wanted] == [8, 8, 8, 8]
-        assert sorted(list(chain(*wanted))[:26]) == list(range(26)) and wanted[3][2:] == wanted[0][:6]
-        for shared in ((4, 2, 1), (4, 1, 2), (2, 2, 2), (1, 2, 4), (1, 1, 8)):
-            assert steps(*shared, epoch) == wanted
-    assert steps(8, 1, 1, 0) != steps(8, 1, 1, 1)
-
-
-def test_rows_that_are_fewer_than_a_step_are_taken_again() -> None:
-    order = list(RowOrder(3, 8, 0))
-    assert order == (order[:3] * 3)[:8] and set(order) == {0, 1, 2}
-
-
-@pytest.mark.parametrize(
-    ("rows", "batch", "processes", "shared"),
-    [
-        (16, 4, 2, (4, 2)),
-        (16, 4, 1, (4, 4)),
-        (16, 4, 8, (2, 1)),
-        (24, 16, 2, (12, 1)),
-        (20, 4, 2, (2, 5)),
-        (7, 4, 1, (1, 7)),
-    ],
-)
-def test_a_step_is_shared(rows: int, batch: int, processes: int, shared: tuple[int, int]) -> None:
-    assert share_step(rows, batch, processes) == shared
-
-
-@pytest.mark.parametrize(("processes", "said"), [(3, "start 2 or 4"), (16, "start 8"), (5, "start 4 or 8")])
-def test_a_step_that_cannot_be_shared_is_refused(processes: int, said: str) -> None:
-    with pytest.raises(
-        UserError, match=f"has 8 rows, which {processes} processes cannot share in equal parts: {said}$"
-    ):
-        share_step(8, 4, processes)
-
-
 def test_other_processes_are_seen_before_a_model_is_loaded(
     recipe: dict[str, Any], write: Callable[..., Path], finetune: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -405,6 +351,29 @@ def test_an_engine_that_does_not_take_a_moment_is_caught(
     monkeypatch.setattr(torch.optim.AdamW, "load_state_dict", forgetful)
     assert main(["--config", str(path), "--resume"]) == 2
     assert "the engine did not take the checkpoint's exp_avg:" in capsys.readouterr().err
+
+
+def test_a_parameter_without_gradients_has_no_moments_and_needs_none() -> None:
+    """As a part of the base that no output depends on; one that is left out of the file is an error all the same."""
+
+    def trainer(steps: int) -> SimpleNamespace:
+        torch.manual_seed(0)
+        model = torch.nn.ModuleDict({"used": torch.nn.Linear(3, 2), "unused": torch.nn.Linear(2, 2)})
+        optimizer = torch.optim.AdamW(model.parameters())
+        for _ in range(steps):
+            model["used"](torch.ones(1, 3)).sum().backward()
+            optimizer.step()
+        unwrap = SimpleNamespace(unwrap_model=lambda wrapped: wrapped)
+        return SimpleNamespace(model=model, model_wrapped=model, optimizer=optimizer, accelerator=unwrap)
+
+    held = gather_moments(trainer(2))
+    assert {key for key in held if "unused" in key} == {"none:unused.weight", "none:unused.bias"}
+    fresh = trainer(0)
+    restore_moments(fresh, held)
+    assert all(tensor.equal(held[key]) for key, tensor in gather_moments(fresh).items())
+    assert fresh.optimizer.state[fresh.model["used"].weight]["step"].item() == 2
+    with pytest.raises(UserError, match=r"has nothing for unused\.bias"):
+        restore_moments(trainer(0), {key: tensor for key, tensor in held.items() if not key.endswith("unused.bias")})
 
 
 def test_learning_rates_are_those_of_the_next_step(

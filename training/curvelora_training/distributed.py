@@ -274,14 +274,16 @@ def found_by_the_first(find: Callable[[], T]) -> T:
     return everyones(found)[0]
 
 
-_patient: list[Any] = []  # the group, once it is there
+_patient: dict[Any, Any] = {}  # the process group -> its patient one, once it is there
 
 
 def _patient_group() -> Any:
     """All processes over gloo, with a time-out of its own: those that wait for a file hold no GPU collective open."""
-    if not _patient:
-        _patient.append(torch.distributed.new_group(backend="gloo", timeout=PATIENCE))
-    return _patient[0]
+    world = torch.distributed.group.WORLD
+    if world not in _patient:
+        _patient.clear()
+        _patient[world] = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
+    return _patient[world]
 
 
 def leave() -> None:

@@ -2,7 +2,8 @@
 
 A tensor `KEY:NAME` has the shape of the parameter NAME or, of an optimiser that quantises its state, the one it chose. KEY is the
 optimiser's own (exp_avg, exp_avg_sq and step of PyTorch's AdamW; state1, absmax1, ... of bitsandbytes'). A plain number among
-them is a tensor of no dimension of int64 or float64.
+them is a tensor of no dimension of int64 or float64. A parameter that no gradient has reached, of which the optimiser remembers
+nothing, has an empty tensor `none:NAME`: what is missing is an error.
 
 Under ZeRO the state lies in flat tensors that cross parameters, each process having a part; DeepSpeed's `safe_get_full_...` and
 `safe_set_full_...` put a parameter's together and take it apart. An optimiser that has not made a step has no state there yet, so
@@ -21,6 +22,7 @@ from transformers import Trainer
 from curvelora.errors import UserError
 
 Tensors = dict[str, torch.Tensor]
+NOTHING = "none"
 
 
 def zero_engine(trainer: Trainer) -> Any | None:
@@ -52,7 +54,7 @@ def gather_moments(trainer: Trainer) -> Tensors:
     return {
         f"{key}:{name}": _as_tensor(value)
         for name, parameter in trainable(trainer).items()
-        for key, value in state.get(parameter, {}).items()
+        for key, value in (state.get(parameter) or {NOTHING: torch.empty(0)}).items()
     }
 
 
@@ -77,6 +79,8 @@ def restore_moments(trainer: Trainer, tensors: Tensors) -> None:
         _restore_plain(base_optimizer(trainer), {names[name]: found for name, found in moments.items()})
     now = gather_moments(trainer)
     for key, tensor in tensors.items():
+        if key.startswith(f"{NOTHING}:"):
+            continue
         if key not in now or not torch.equal(now[key], tensor.to(now[key].dtype)):
             raise UserError(f"the engine did not take the checkpoint's {key}: it would train on from another state")
 
@@ -85,7 +89,9 @@ def _restore_plain(optimizer: torch.optim.Optimizer, moments: dict[nn.Parameter,
     """Through the optimiser's own loader, which knows where its tensors belong."""
     held = optimizer.state_dict()
     order = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    held["state"] = {i: {k: _as_value(v) for k, v in moments[p].items()} for i, p in enumerate(order)}
+    held["state"] = {
+        i: {k: _as_value(v) for k, v in moments[p].items()} for i, p in enumerate(order) if NOTHING not in moments[p]
+    }
     optimizer.load_state_dict(held)
 
 
@@ -129,8 +135,9 @@ def _restore_to_zero(trainer: Trainer, engine: Any, moments: dict[str, dict[str,
 
     state, names = base_optimizer(trainer).state, trainable(trainer)
     shapes = {name: getattr(parameter, "ds_shape", parameter.shape) for name, parameter in names.items()}
+    moments = {name: held for name, held in moments.items() if NOTHING not in held}  # the others begin at zero, as here
     first = next(iter(moments.values()))
-    keys = [key for key in first if all(_has(moments[name], key, shape) for name, shape in shapes.items())]
+    keys = [key for key in first if all(_has(held, key, shapes[name]) for name, held in moments.items())]
     if blocks := [key for key, value in first.items() if key not in keys and value.dim() > 0]:
         raise UserError(f"its optimiser keeps {blocks[0]} by blocks, which ZeRO's parts cut through")
     for part in _flat_parts(engine):  # as a first step would have made it
@@ -140,7 +147,7 @@ def _restore_to_zero(trainer: Trainer, engine: Any, moments: dict[str, dict[str,
     for name, parameter in names.items():
         # what the engine steps is a copy of the parameter, made before its value was loaded
         safe_set_full_fp32_param(parameter, _whole(parameter))
-        for key in keys:
+        for key in keys if name in moments else ():
             safe_set_full_optimizer_state(parameter, moments[name][key].to(parameter.device), key)
 
 
