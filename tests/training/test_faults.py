@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from curvelora_training.checkpoint import flaw
 from curvelora_training.lease import Lease
-from curvelora_training.run_folder import is_whole
 from curvelora_training.signals import REQUEUE
 from run_files import metrics, result
 
@@ -42,6 +43,7 @@ for stage in (1, 2, 3):
     CELLS[f"zero{stage} rollback"] = ([engine, BACK, "training.save_every=1"], ["nan", 0, 2])
 # which gives no norm of the gradient, so that the step is applied: found all the same
 CELLS["zero0 stop"] = (["training.deepspeed=ZERO_0", SKIP], ["nan", 1, 2])
+CELLS["zero0 rollback"] = (["training.deepspeed=ZERO_0", BACK, "training.save_every=1"], ["nan", 0, 2])
 CELLS["zero2 stop"] = (["training.deepspeed=ds_configs/zero2.json"], ["nan", 1, 2])
 CELLS["zero3"] = (["training.deepspeed=ds_configs/zero3.json"], None)
 CELLS["zero3 signal stopped"] = (["training.deepspeed=ds_configs/zero3.json"], ["SIGUSR1", 1, 1])
@@ -125,7 +127,7 @@ def test_a_signal_to_one_process_stops_both_with_one_checkpoint(
     assert codes(run) == codes(straight) == [0, 0]
     said = made("said").read_text(encoding="utf-8")
     assert said.count(f"stopped after step {saved}, saved as {run}/checkpoints/checkpoint-{saved}: continue") == 1
-    assert is_whole(run / f"checkpoints/checkpoint-{saved}")
+    assert flaw(run / f"checkpoints/checkpoint-{saved}") is None
     assert [line["stopped"]["at"] for line in metrics(run) if "stopped" in line] == [saved]
     for kind in ("loss", "eval_loss"):
         lines = [[(line["step"], line[kind]) for line in metrics(f) if kind in line] for f in (run, straight)]
@@ -133,8 +135,10 @@ def test_a_signal_to_one_process_stops_both_with_one_checkpoint(
     assert all(torch.equal(tensor, weights(run)[key]) for key, tensor in weights(straight).items())
 
 
-@pytest.mark.parametrize("engine", ["ddp", "zero1", "zero2", "zero3"])
-@pytest.mark.parametrize("action", ["skip", "rollback"])
+@pytest.mark.parametrize(
+    ("engine", "action"),
+    [*product(("ddp", "zero1", "zero2", "zero3"), ("skip", "rollback")), ("zero0", "rollback")],
+)
 def test_what_one_process_finds_both_leave_out(made: Callable[[str], Path], engine: str, action: str) -> None:
     """The third of four steps is lost on one process; the fourth trains on what was there before it, with every engine."""
     run = made(f"{engine} {action}")
@@ -186,7 +190,7 @@ def test_a_process_that_dies_or_hangs_ends_the_job(
     assert done.returncode != 0
     if kind == "hang":
         assert "imed out" in done.stderr
-    assert is_whole(run / "checkpoints/checkpoint-2") and not (run / "adapter").exists()
+    assert flaw(run / "checkpoints/checkpoint-2") is None and not (run / "adapter").exists()
     lease = Lease(run)
     lease.take()
     lease.release()
