@@ -44,6 +44,11 @@ for stage in (1, 2, 3):
 # which gives no norm of the gradient, so that the step is applied: found all the same
 CELLS["zero0 stop"] = (["training.deepspeed=ZERO_0", SKIP], ["nan", 1, 2])
 CELLS["zero0 rollback"] = (["training.deepspeed=ZERO_0", BACK, "training.save_every=1"], ["nan", 0, 2])
+BEFORE: dict[str, list[str]] = {"ddp": [], "zero0": ["training.deepspeed=ZERO_0"]}
+BEFORE |= {f"zero{stage}": [f"training.deepspeed=ds_configs/zero{stage}.json"] for stage in (1, 2, 3)}
+BEFORE |= {f"full {name}": [*BEFORE[name], "adapter={method: full}"] for name in ("ddp", "zero2", "zero3")}
+for engine, more in BEFORE.items():
+    CELLS[f"{engine} back"] = ([*more, BACK, "training.save_every=2"], ["nan", 1, 3])
 CELLS["zero2 stop"] = (["training.deepspeed=ds_configs/zero2.json"], ["nan", 1, 2])
 CELLS["zero3"] = (["training.deepspeed=ds_configs/zero3.json"], None)
 CELLS["zero3 signal stopped"] = (["training.deepspeed=ds_configs/zero3.json"], ["SIGUSR1", 1, 1])
@@ -154,6 +159,23 @@ def test_what_one_process_finds_both_leave_out(made: Callable[[str], Path], engi
     assert rates == pytest.approx([1e-2, 7.5e-3, 2.5e-3])
     for key, tensor in weights(made("ddp skip")).items():
         torch.testing.assert_close(weights(run)[key], tensor, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("engine", BEFORE)
+def test_going_back_takes_weights_and_moments_of_the_checkpoint(made: Callable[[str], Path], engine: str) -> None:
+    """The last of four steps is lost, and the newest checkpoint is of the second: what is saved at the end is that one's."""
+    run = made(f"{engine} back")
+    assert codes(run) == [0, 0]
+    (record,) = [line for line in metrics(run) if "nonfinite" in line]
+    assert record["step"] == 4 and record["nonfinite"]["back_to"].endswith("checkpoint-2")
+    old, new = (run / f"checkpoints/checkpoint-{step}" for step in (2, 4))
+    shares = engine in ("full zero2", "full zero3")  # moments are in DeepSpeed's own files then
+    for name in ("adapter_model.safetensors", *(() if shares else ("moments.safetensors",))):
+        before, after = load_file(old / name), load_file(new / name)
+        assert before.keys() == after.keys() and all(before[key].equal(after[key]) for key in before), name
+    assert all(tensor.equal(weights(run)[key]) for key, tensor in load_file(old / "adapter_model.safetensors").items())
+    rates = [json.loads((path / "scheduler.json").read_text())["learning_rates"][0] for path in (old, new)]
+    assert rates == pytest.approx([5e-3, 0.0])  # they go on
 
 
 @pytest.mark.parametrize("engine", ["ddp", "zero0", "zero2"])
