@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -33,7 +33,7 @@ def unquantised_weight(model: PreTrainedModel, module: str, revision: str | None
     try:
         files = tensor_files(path, revision)
         wanted = f"{module}.weight"
-        name = _stored_name(model, wanted, files)
+        name = stored_names(model, files)(wanted)
         if name is None:
             raise UserError(f"the checkpoint {path} has no tensor {wanted}")
         with safe_open(str(files[name]), framework="pt") as file:
@@ -49,15 +49,23 @@ def unquantised_weight(model: PreTrainedModel, module: str, revision: str | None
     return weight
 
 
-def _stored_name(model: PreTrainedModel, wanted: str, names: Iterable[str]) -> str | None:
-    """The name in the checkpoint of the tensor that is `wanted` in `model`; None where there is none."""
+def stored_names(model: PreTrainedModel, names: Iterable[str]) -> Callable[[str], str | None]:
+    """The function from a tensor's name in `model` to its name in the checkpoint, None where there is none.
+
+    Args:
+        names: what the checkpoint holds.
+    """
     # transformers 5 has renamed modules of many architectures, and checkpoints keep the old names
     renamings = [step for step in get_model_conversion_mapping(model) if isinstance(step, WeightRenaming)]
     stored = {rename_source_key(name, renamings, [])[0]: name for name in names}
     # a checkpoint of the bare model has no prefix, one with a head has it
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
-    found = (stored.get(name) for name in (wanted, wanted.removeprefix(prefix), prefix + wanted))
-    return next((name for name in found if name is not None), None)
+
+    def find(wanted: str) -> str | None:
+        found = (stored.get(name) for name in (wanted, wanted.removeprefix(prefix), prefix + wanted))
+        return next((name for name in found if name is not None), None)
+
+    return find
 
 
 def stored_tensor_shapes(path: str, revision: str | None = None) -> dict[str, tuple[int, ...]]:

@@ -131,11 +131,16 @@ def load_base(
     keep_4bit_layout(model)
     if spec.quantization == "none":
         model.to(device)
+    fill_in(model, task)
+    return model
+
+
+def fill_in(model: PreTrainedModel, task: Task) -> None:
+    """What every loaded base gets: a padding token in its config, and no gradients."""
     if getattr(model.config, "pad_token_id", None) is None and task.spec.kind != "image_classification":
         model.config.pad_token_id = model.config.eos_token_id
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    return model
 
 
 def _load_weights(spec: ModelSpec, task: Task, options: dict[str, Any], trained: set[str]) -> PreTrainedModel:

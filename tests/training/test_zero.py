@@ -26,7 +26,7 @@ from curvelora_training.matrix.matrix import Matrix, open_matrix
 from curvelora_training.prepare import load_and_prepare
 from curvelora_training.run import train
 from curvelora_training.saving import check_saved
-from curvelora_training.zero3 import share_held
+from curvelora_training.zero3 import BY_MODULES, share_held
 from run_files import metrics
 
 REFUSED = {
@@ -109,6 +109,8 @@ def test_training_is_that_of_one_process(matrix: Matrix, cell: Cell) -> None:
     # the tiny BERT's positions are a quarter of it, and stay whole with FSDP2
     share = 0.5 if stage == 3 else 1 if cell.engine != "fsdp2" else 0.5 if cell.task == "lm" else 0.636
     assert used["share_of_base"] == pytest.approx(share, abs=0.02)
+    by_modules = cell.method in BY_MODULES or cell.engine == "zero3_offload_params"
+    assert used["base_gathered_by"] == (None if stage != 3 else "modules" if by_modules else "blocks")
     # AdamW's first steps go by the signs of gradients, which rounding decides where they are zero but for rounding
     free = (cell.task, cell.method) == ("lm", "full")
     rounded = cell.base in ("bf16", "nf4")

@@ -20,7 +20,7 @@ from transformers import Trainer
 from curvelora.errors import UserError, nearest
 from curvelora_training import fsdp
 from curvelora_training.config import TrainingSpec
-from curvelora_training.zero3 import THRESHOLD, share_held, stage_of
+from curvelora_training.zero3 import BUCKETS, THRESHOLD, share_held, stage_of
 
 T = TypeVar("T")
 # How long processes wait for one that writes: a full model on a slow disk takes longer than a collective's usual ten minutes, and
@@ -53,8 +53,6 @@ HEEDED += (
 )
 HEEDED += ("gradient_predivide_factor", "comms_logger", "flops_profiler", "comms_config", "data_types")
 DEFAULT_STAGE = 2
-# Entries a bucket. DeepSpeed's default of 5e8 takes 2 GB of device memory, for adapters that are a hundredth of it.
-BUCKETS = {"reduce_bucket_size": 50_000_000, "allgather_bucket_size": 50_000_000}
 
 
 def rank() -> int:
@@ -95,9 +93,12 @@ def deepspeed_settings(recipe_file: str | None, dtype: str) -> dict[str, Any] | 
         stage = int(os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") or DEFAULT_STAGE)
     elif recipe_file is None and not ("CROSS_RANK" in os.environ and "LOCAL_SIZE" in os.environ):
         return None  # those two are set by deepspeed's launcher for its children, and by no other
-    settings = dict(AUTO) | {"zero_optimization": {"stage": stage, **BUCKETS}}
-    if recipe_file is not None:
-        settings |= read_deepspeed_file(recipe_file)
+    return deepspeed_of(stage, dtype, read_deepspeed_file(recipe_file) if recipe_file is not None else {})
+
+
+def deepspeed_of(stage: int, dtype: str, settings: dict[str, Any] | None = None) -> dict[str, Any]:
+    """DeepSpeed's settings at this stage as training has them, with those of a file in their place where it has some."""
+    settings = dict(AUTO) | {"zero_optimization": {"stage": stage, **BUCKETS}} | (settings or {})
     for section in ("bf16", "fp16"):
         settings.pop(section, None)
     if stage_of(settings) == 3:  # nothing of the base stays whole unless a file says so
@@ -217,6 +218,9 @@ def engine_in_use(trainer: Trainer) -> dict[str, Any]:
     """What wraps the model after `train()`: engine, ZeRO stage, processes, device, dtype of what trains, share of the base."""
     wrapped = trainer.model_wrapped
     stage = wrapped.zero_optimization_stage() if hasattr(wrapped, "zero_optimization_stage") else None
+    gathered_by = "modules" if stage == 3 else None
+    if any(hasattr(parameter, "share_numel") for parameter in trainer.model.parameters()):
+        stage, gathered_by = 3, "blocks"  # DeepSpeed's share of it is stage 2
     dtypes = {True: set(), False: set()}
     for parameter in trainer.model.parameters():
         dtypes[parameter.requires_grad].add(str(parameter.dtype).removeprefix("torch."))
@@ -231,6 +235,7 @@ def engine_in_use(trainer: Trainer) -> dict[str, Any]:
         "trainable_dtype": ", ".join(sorted(dtypes[True])),
         "frozen_dtype": ", ".join(sorted(dtypes[False])),
         "share_of_base": share_held(trainer.model),
+        "base_gathered_by": gathered_by,
     }
 
 

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from datasets import Dataset
@@ -41,6 +41,7 @@ from curvelora_training.distributed import (
 from curvelora_training.effects import describe_start, last_spline, measure_gap, measure_start, merges_approximately
 from curvelora_training.keep_best import KeepBest
 from curvelora_training.lease import Lease
+from curvelora_training.loading import load_into_shares
 from curvelora_training.model_card import model_card
 from curvelora_training.nonfinite import Guard, Numbered, WithRows
 from curvelora_training.prepare import Prepared, attach
@@ -49,7 +50,14 @@ from curvelora_training.saving import save_adapter
 from curvelora_training.signals import ASKED
 from curvelora_training.stopping import StopWhenAsked, evaluation_left, stop_before_training
 from curvelora_training.trainer import AdapterTrainer, AtTheStart, Fence, RunLog, StepTimer, peak_memory
-from curvelora_training.zero3 import announce_parameters, keep_adapters_whole, loading_into_shares, stage_of
+from curvelora_training.zero3 import (
+    announce_parameters,
+    by_blocks,
+    for_what_trains,
+    keep_adapters_whole,
+    loading_into_shares,
+    stage_of,
+)
 
 
 def train(prepared: Prepared, resume: bool = False, overwrite: bool = False) -> RunFolder:
@@ -73,16 +81,27 @@ def train(prepared: Prepared, resume: bool = False, overwrite: bool = False) -> 
 
 
 @dataclass
-class Parts:
-    """What the phases of a run share.
+class Engine:
+    """The engine, and how it holds the base.
 
-    Args:
-        shared: the base lies in shares over the processes, so all of them take part where it is used, and it cannot be changed.
+    Attributes:
+        asked: what is to run.
+        arguments: that of `TrainingArguments`; another one where DeepSpeed is for what trains alone.
+        base: whole on every process, or in shares that are gathered by ZeRO-3's two ways or by FSDP2.
     """
+
+    asked: dict[str, Any]
+    arguments: dict[str, Any]
+    base: Literal["whole", "blocks", "modules", "fsdp"]
+
+
+@dataclass
+class Parts:
+    """What the phases of a run share."""
 
     folder: RunFolder
     lease: Lease
-    shared: bool
+    engine: Engine
     model: PeftModel
     rows: dict[str, Dataset]
     processor: Any
@@ -97,8 +116,9 @@ def _train(prepared: Prepared, resume: bool, overwrite: bool, lease: Lease) -> R
     recipe, task = prepared.recipe, prepared.task
     folder = RunFolder(recipe.output)
     folder.fence = lease.check
-    engine = trainer_arguments(recipe.training, recipe.model.dtype)  # first: it brings the process group up
-    arguments = TrainingArguments(**training_arguments(recipe, folder, bool(prepared.rows.get("validation"))), **engine)
+    engine = _engine(prepared)  # first: it brings the process group up
+    settings = training_arguments(recipe, folder, bool(prepared.rows.get("validation")))
+    arguments = TrainingArguments(**settings, **engine.arguments)
     # Without a launcher the trainer would spread one process over all GPUs (DataParallel) and multiply the batch.
     arguments._n_gpu = min(1, arguments.n_gpu)
     if rank() == 0:
@@ -112,28 +132,38 @@ def _train(prepared: Prepared, resume: bool, overwrite: bool, lease: Lease) -> R
     # Before the folder is touched: weights that are missing or damaged leave it as it was.
     set_seed(recipe.seed)
     processor = load_processor(recipe.model, task)
-    model, shared = _load(prepared, arguments, engine)
+    model = _load(prepared, arguments, engine)
     rows = {name: task.encode(found, processor) for name, found in prepared.rows.items() if name != "test"}
     stop_before_training(arguments.device)
     lease.take()
     checkpoint, arguments.eval_on_start = found_by_the_first(lambda: _open_folder(prepared, folder, resume, overwrite))
     log = RunLog(folder, getattr(torch, recipe.model.dtype))
     watchers = StepTimer(), log, Guard(recipe.training, folder), StopWhenAsked()
-    parts = Parts(folder, lease, shared, model, rows, processor, task.collator(processor), *watchers)
+    parts = Parts(folder, lease, engine, model, rows, processor, task.collator(processor), *watchers)
     trainer = _trainer(prepared, arguments, parts)
-    shift = _run(prepared, trainer, parts, engine, checkpoint)
+    shift = _run(prepared, trainer, parts, checkpoint)
     _finish(prepared, trainer, parts, shift)
     return folder
 
 
-def _load(prepared: Prepared, arguments: TrainingArguments, engine: dict[str, Any]) -> tuple[PeftModel, bool]:
-    """The model with its adapter, and whether its base lies in shares."""
-    in_shares, fully_sharded = _in_shares(engine), fsdp.fsdp_asked()
-    with loading_into_shares(arguments, prepared.recipe.model) if in_shares else contextlib.nullcontext():
-        model = adapted_model(prepared, arguments.device)
-    if fully_sharded:
+def _engine(prepared: Prepared) -> Engine:
+    recipe = prepared.recipe
+    asked = trainer_arguments(recipe.training, recipe.model.dtype)
+    if by_blocks(recipe, asked.get("deepspeed"), world_size(), prepared.shapes.get_base_model()):
+        return Engine(asked, asked | {"deepspeed": for_what_trains(asked["deepspeed"])}, "blocks")
+    if stage_of(asked.get("deepspeed")) == 3:
+        return Engine(asked, asked, "modules")
+    return Engine(asked, asked, "fsdp" if fsdp.fsdp_asked() else "whole")
+
+
+def _load(prepared: Prepared, arguments: TrainingArguments, engine: Engine) -> PeftModel:
+    """The model with its adapter, its base held as the engine does."""
+    by_modules = engine.base == "modules"
+    with loading_into_shares(arguments, prepared.recipe.model) if by_modules else contextlib.nullcontext():
+        model = adapted_model(prepared, arguments.device, engine.base == "blocks")
+    if engine.base == "fsdp":
         fsdp.share_base(model)
-    return model, in_shares or fully_sharded
+    return model
 
 
 def _open_folder(prepared: Prepared, folder: RunFolder, resume: bool, overwrite: bool) -> tuple[Path | None, bool]:
@@ -177,12 +207,10 @@ def _trainer(prepared: Prepared, arguments: TrainingArguments, parts: Parts) -> 
     return trainer
 
 
-def _run(
-    prepared: Prepared, trainer: AdapterTrainer, parts: Parts, engine: dict[str, Any], checkpoint: Path | None
-) -> OutputChange | None:
+def _run(prepared: Prepared, trainer: AdapterTrainer, parts: Parts, checkpoint: Path | None) -> OutputChange | None:
     """All steps that are left; returns what the untrained adapter did to the outputs, None where a run is continued."""
     recipe, shift = prepared.recipe, None
-    in_shares = _in_shares(engine)
+    by_modules = parts.engine.base == "modules"
 
     def look_at_the_start() -> None:
         # in batches of training's size: those fit, and evaluation's may not where a model has no test rows
@@ -194,8 +222,8 @@ def _run(
                 parts.folder.log({"step": 0, "seconds": 0.0, "start_shift": shift.as_dict()})
 
     def with_the_engine() -> None:
-        check_engine(engine_in_use(trainer), engine)
-        if in_shares:  # weights in shares can only be used from now on
+        check_engine(engine_in_use(trainer), parts.engine.asked)
+        if by_modules:  # weights in shares can only be used from now on
             if recipe.method.name != "full":
                 keep_adapters_whole(trainer.model_wrapped)
             if checkpoint is None:
@@ -203,7 +231,7 @@ def _run(
 
     trainer.add_callback(AtTheStart(with_the_engine))
     trainer.add_callback(parts.stopping)  # last: it undoes what others plan for the end of an epoch
-    if in_shares:
+    if by_modules:
         announce_parameters(parts.model)
     elif checkpoint is None:
         look_at_the_start()
@@ -222,7 +250,8 @@ def _run(
 
 def _finish(prepared: Prepared, trainer: AdapterTrainer, parts: Parts, shift: OutputChange | None) -> None:
     """Save the adapter, score the unseen rows, and write what came of the run."""
-    recipe, folder, can_merge = prepared.recipe, parts.folder, not parts.shared
+    recipe, folder = prepared.recipe, parts.folder
+    can_merge = parts.engine.base == "whole"  # a weight in shares cannot be changed
     result = summary(prepared, trainer, parts.timer, parts.log) | {
         "engine": engine_in_use(trainer),
         "start_shift": shift.as_dict() if shift else folder.logged("start_shift"),
@@ -239,17 +268,12 @@ def _finish(prepared: Prepared, trainer: AdapterTrainer, parts: Parts, shift: Ou
         test = prepared.rows.get("test")
         probe = prepared.task.encode(test, parts.processor) if test else parts.rows["train"]
         result["merge_gap"] = measure_gap(parts.model, probe, parts.collate, recipe.training.batch_size).as_dict()
-    if rank() == 0 or parts.shared:  # every process has a share of the weights, so all of them score the same rows
+    if rank() == 0 or not can_merge:  # every process has a share of the weights, so all of them score the same rows
         evaluation = score_unseen(prepared, parts.model, parts.processor, folder, can_merge)
     if rank() == 0:
         folder.write_text("adapter/README.md", model_card(recipe, result, evaluation))
         folder.write_json("result.json", result)
         print(f"written: {folder.path}")
-
-
-def _in_shares(engine: dict[str, Any]) -> bool:
-    """Whether ZeRO-3 holds the base in shares."""
-    return stage_of(engine.get("deepspeed")) == 3
 
 
 def training_arguments(recipe: Recipe, folder: RunFolder, has_validation: bool) -> dict[str, Any]:
@@ -304,10 +328,15 @@ def head_settings(recipe: Recipe) -> dict[str, float]:
     }
 
 
-def adapted_model(prepared: Prepared, device: torch.device) -> PeftModel:
-    """The base with the adapter on it; what trains is fp32, whatever the base is stored in."""
+def adapted_model(prepared: Prepared, device: torch.device, blocks: bool = False) -> PeftModel:
+    """The base with the adapter on it; what trains is fp32, whatever the base is stored in.
+
+    Args:
+        blocks: every process keeps a share of each of the base's blocks.
+    """
     config = prepared.peft_config
-    base = load_base(prepared.recipe.model, prepared.task, device, config.modules_to_save or ())
+    load = load_into_shares if blocks else load_base
+    base = load(prepared.recipe.model, prepared.task, device, set(config.modules_to_save or ()))
     base.config.use_cache = False  # no generation while training; warnings otherwise
     if world_size() > 1 and isinstance(config, DecomposedConfig) and not config.factors_stored:
         # each process decomposes its part of the layers

@@ -1,8 +1,10 @@
-"""ZeRO-3: the frozen base is held in shares over the processes, each layer gathered when it is needed and given back.
+"""ZeRO-3: the frozen base is held in shares over the processes, and gathered when it is needed.
 
-Adapters are a hundredth of it and are kept whole on every process (their gradients and moments stay sharded): they can be saved,
-measured and logged as with any other engine. The base is loaded into shares, tensor by tensor; only one that is quantised while
-loading is whole on every process first, as transformers has no other way.
+There are two ways. What trains beside a frozen base (adapters, new heads) is DeepSpeed's ZeRO-2, and the base is in
+`frozen_shares`, gathered block by block. Where a part of the base trains, PEFT reads its weights while it adds the adapter, or
+its shares are to lie in host memory, DeepSpeed's own ZeRO-3 is taken, which gathers module by module and costs two to three times
+the step. Adapters are a hundredth of the base and whole on every process either way (their moments are sharded, and with
+DeepSpeed's their gradients): they can be saved, measured and logged as with any other engine.
 """
 
 from __future__ import annotations
@@ -21,14 +23,44 @@ from curvelora.errors import UserError
 from curvelora.layers.weight_product import reads_weight
 from curvelora_eval.spec import ModelSpec
 from curvelora_training.config import Recipe
+from curvelora_training.frozen_shares import units_of
 from curvelora_training.fsdp import is_shared
 
+# Part of the base trains, or PEFT reads its weights.
+BY_MODULES = ("full", "bitfit", "dora", "pissa_rewritten_base")
+# Entries a bucket. DeepSpeed's default of 5e8 takes 2 GB of device memory, for adapters that are a hundredth of it.
+BUCKETS = {"reduce_bucket_size": 50_000_000, "allgather_bucket_size": 50_000_000}
 THRESHOLD = "stage3_param_persistence_threshold"
 
 
 def stage_of(settings: dict[str, Any] | None) -> int | None:
     """The ZeRO stage that a DeepSpeed configuration asks for; None without one."""
     return None if settings is None else settings["zero_optimization"]["stage"]
+
+
+def by_blocks(recipe: Recipe, settings: dict[str, Any] | None, processes: int, base: PreTrainedModel) -> bool:
+    """Whether this run's base is held in `frozen_shares`, and not by DeepSpeed.
+
+    Args:
+        settings: DeepSpeed's, or None.
+        base: the model or its shapes.
+    """
+    return (
+        stage_of(settings) == 3
+        and processes > 1
+        and recipe.method.name not in BY_MODULES
+        and recipe.adapter_options().get("bias", "none") == "none"
+        and not settings["zero_optimization"].get("offload_param")
+        and bool(units_of(base, set()))
+    )
+
+
+def for_what_trains(settings: dict[str, Any]) -> dict[str, Any]:
+    """DeepSpeed's settings beside a base in `frozen_shares`: ZeRO-2, without what concerns parameters in shares."""
+    section = {
+        k: v for k, v in settings["zero_optimization"].items() if not k.startswith("stage3_") and k != "sub_group_size"
+    }
+    return settings | {"zero_optimization": BUCKETS | section | {"stage": 2}}
 
 
 def why_not(recipe: Recipe) -> list[str]:
@@ -138,16 +170,18 @@ def gather_kept(engine: nn.Module) -> None:
 
 
 def share_held(model: nn.Module) -> float:
-    """The part of the base that this process holds between its passes: 1 without ZeRO-3 and FSDP2."""
+    """The part of the base that this process holds beside what is gathered for a pass: 1 without ZeRO-3 and FSDP2."""
     # all of it trains in full fine-tuning
     frozen = [p for p in model.parameters() if not p.requires_grad] or list(model.parameters())
     total = sum(map(_entries, frozen))
     return sum(map(_held, frozen)) / total
 
 
-def _held(parameter: nn.Parameter) -> int:
+def _held(parameter: nn.Parameter) -> float:
     if is_shared(parameter):
         return parameter.to_local().numel()
+    if hasattr(parameter, "share_numel"):
+        return parameter.share_numel
     shared = hasattr(parameter, "ds_tensor") and not parameter.ds_persist
     return parameter.ds_tensor.numel() if shared else _entries(parameter)
 

@@ -57,15 +57,18 @@ def offloading_hook(base_layer: nn.Module) -> Any | None:
 
 
 def is_partitioned(tensor: Tensor) -> bool:
-    """Whether ZeRO-3 holds this parameter in shares, and here only a placeholder of size 0."""
-    return tensor.numel() == 0 and getattr(tensor, "ds_numel", 0) > 0
+    """Whether the processes hold this parameter in shares: DeepSpeed leaves a placeholder of size 0; or it has `whole`.
+
+    `whole` is set by who shares a frozen weight otherwise: `whole()` is a context in which it is all there.
+    """
+    return hasattr(tensor, "whole") or (tensor.numel() == 0 and getattr(tensor, "ds_numel", 0) > 0)
 
 
 @contextlib.contextmanager
 def whole_weight(base_layer: nn.Module) -> Iterator[Tensor]:
     """The weight as it is stored, for reading inside the `with` block.
 
-    Under ZeRO-3 it is gathered from all processes and given back afterwards, so every process has to come here.
+    One in shares is gathered from all processes and given back afterwards, so every process has to come here.
 
     Raises:
         UserError: it is partitioned, and transformers does not know of it.
@@ -73,6 +76,10 @@ def whole_weight(base_layer: nn.Module) -> Iterator[Tensor]:
     weight = base_layer.weight
     if not is_partitioned(weight):
         yield weight
+        return
+    if hasattr(weight, "whole"):
+        with weight.whole():
+            yield weight
         return
     with gather_params_ctx(weight, modifier_rank=None):
         if is_partitioned(weight):

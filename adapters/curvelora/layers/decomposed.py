@@ -8,6 +8,7 @@ singular values (QPiSSA), which this form gives up.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from abc import abstractmethod
@@ -138,14 +139,15 @@ def share_factors(model: nn.Module, base_model: nn.Module | None = None) -> None
         for number, (layer, adapter, config) in enumerate(waiting[first : first + processes]):
             own = layer.configs[adapter] = copy.copy(config)
             own.factors_stored = False
-            if number == here:
-                try:
-                    mine = layer, own, initial_weight(layer, own.svd_source, base_model, own.revision)
-                except UserError as error:
-                    problem = problem or str(error)
-            elif (weight := getattr(layer.get_base_layer(), "weight", None)) is not None and is_partitioned(weight):
-                with whole_weight(layer.get_base_layer()):
-                    pass
+            base_layer = layer.get_base_layer()
+            in_shares = (weight := getattr(base_layer, "weight", None)) is not None and is_partitioned(weight)
+            with whole_weight(base_layer) if in_shares else contextlib.nullcontext():
+                if number == here:
+                    try:
+                        start = initial_weight(layer, own.svd_source, base_model, own.revision)
+                        mine = layer, own, start.clone() if in_shares else start
+                    except UserError as error:
+                        problem = problem or str(error)
         if mine is not None:
             try:
                 found[first + here] = _rounded_factors(*mine)

@@ -8,6 +8,7 @@ _HERE = "curvelora_training.bench"
 COMMANDS = {
     "layer": (f"{_HERE}.layer_command", "one linear layer, forward and backward"),
     "step": (f"{_HERE}.step_command", "whole training steps on a model or a built-in shape"),
+    "engines": (f"{_HERE}.engines_command", "whole training steps under DeepSpeed's ZeRO stages, by torchrun"),
     "compare": (
         f"{_HERE}.compare_command",
         "the cost, then training of every arm and seed, presence, spectra, and a report",

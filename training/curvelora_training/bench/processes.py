@@ -34,6 +34,28 @@ def join() -> torch.device:
     return device
 
 
+def join_deepspeed() -> torch.device:
+    """As `join`, through DeepSpeed, also for one process.
+
+    Raises:
+        UserError: no launcher started it.
+    """
+    if "RANK" not in os.environ:
+        raise UserError(
+            "the engines need a launcher: torchrun --standalone --nproc-per-node N -m curvelora_training.bench engines"
+        )
+    import deepspeed
+    import deepspeed.ops
+
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # or it would be compiled
+    deepspeed.init_distributed("nccl" if on_gpu else "gloo", auto_mpi_discovery=False)
+    return device
+
+
 def say(text: str) -> None:
     """Print on the first process only."""
     if rank() == 0:

@@ -9,6 +9,7 @@ such a model says is its cost, its memory and its numerics; its loss says nothin
 from __future__ import annotations
 
 import math
+import zlib
 
 import bitsandbytes as bnb
 import torch
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from curvelora.layers.base_weight import keep_4bit_layout
 from curvelora_eval.models import UNQUANTISED
+from curvelora_training.frozen_shares import FrozenShares, units_of
 
 STD = 0.02  # of the weights, as transformers initialises Llama
 BLOCK = 64  # weights a scale
@@ -25,25 +27,61 @@ BASES = ("nf4", "bf16", "fp32")
 _TABLE = 1 << 16  # entries of the table that turns uniform numbers into bytes
 
 
-def random_model(config: PretrainedConfig, base: str, device: torch.device, seed: int = 0) -> PreTrainedModel:
+def random_model(
+    config: PretrainedConfig, base: str, device: torch.device, seed: int = 0, shared: bool = False
+) -> PreTrainedModel:
     """A causal language model of this shape on `device`, frozen; embeddings, norms and the output layer are bf16 (fp32 for fp32).
 
     Args:
         config: the shape.
         base: how its linear layers are stored: nf4 (double quantisation), bf16 or fp32.
+        shared: every process of the default group keeps a share of each block (`frozen_shares`), and never holds more than one.
     """
-    generator = torch.Generator(device).manual_seed(seed)
     dtype = torch.float32 if base == "fp32" else torch.bfloat16
     config.dtype = dtype
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     code_table = nf4_byte_table(device) if base == "nf4" else None
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and base == "nf4" and name.rpartition(".")[2] not in UNQUANTISED:
+    draw = {module: (seed, name) for name, module in model.named_modules()}  # the same weights in whatever order
+    if shared:
+        shares = FrozenShares(units_of(model, set()), device)
+        for unit in shares.units:
+            for module in unit.modules[:1]:
+                _draw(module, draw, dtype, device, code_table)
+            for module in unit.modules[1:]:  # a tied weight
+                module.weight = unit.modules[0].weight
+            unit.tensors = list(unit.modules[0].parameters())
+            shares.take(unit)
+        shares.start()
+    _draw(model, draw, dtype, device, code_table)
+    model.tie_weights()
+    _compute_buffers(model, config, device)
+    keep_4bit_layout(model)
+    return model.eval()
+
+
+def _draw(
+    root: nn.Module,
+    draw: dict[nn.Module, tuple[int, str]],
+    dtype: torch.dtype,
+    device: torch.device,
+    code_table: Tensor | None,
+) -> None:
+    """Give every parameter under `root` that has no values yet some, quantised where there is a code table."""
+    for name, module in list(root.named_modules()):
+        if not any(parameter.is_meta for parameter in module.parameters(recurse=False)):
+            continue
+        generator = torch.Generator(device).manual_seed(zlib.crc32("{} {}".format(*draw[module]).encode()))
+        if (
+            isinstance(module, nn.Linear)
+            and code_table is not None
+            and name.rpartition(".")[2] not in UNQUANTISED
+            and name
+        ):
             layer = random_nf4_linear(module.in_features, module.out_features, dtype, code_table, generator)
             if module.bias is not None:
                 layer.bias = nn.Parameter(torch.zeros(module.out_features, device=device, dtype=dtype), False)
-            model.set_submodule(name, layer)
+            root.set_submodule(name, layer)
             continue
         for key, parameter in list(module.named_parameters(recurse=False)):
             value = torch.empty(parameter.shape, device=device, dtype=dtype)
@@ -52,10 +90,6 @@ def random_model(config: PretrainedConfig, base: str, device: torch.device, seed
             else:
                 value.normal_(0.0, STD, generator=generator)
             setattr(module, key, nn.Parameter(value, requires_grad=False))
-    model.tie_weights()
-    _compute_buffers(model, config, device)
-    keep_4bit_layout(model)
-    return model.eval()
 
 
 def _compute_buffers(model: PreTrainedModel, config: PretrainedConfig, device: torch.device) -> None:

@@ -21,7 +21,7 @@ a model is named, so the numbers say that the arithmetic is the same, and nothin
 Bounds: losses 1e-5 in fp32 (1e-4 for full fine-tuning of a language model), 2e-3 on bf16 and NF4, where a product is rounded
 otherwise in batches of another shape; entries of the adapter 1e-5 in fp32, and on bf16 and NF4 (and for full fine-tuning of a
 language model) 3e-3 at most and 2.5e-4 on the mean of every tensor, where four steps move an entry by up to 2.5e-3. A number in
-parentheses is a combination that is refused before anything is loaded, and why it is stands at the end.
+parentheses is a combination that is refused before anything is loaded, and why it is stands at the end; – was not made yet.
 
 Written by `curvelora matrix --record NAME`; the records are in [results/distributed](results/distributed).
 """

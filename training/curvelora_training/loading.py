@@ -1,0 +1,143 @@
+"""A base model straight into shares: one block of layers at a time is read, quantised and shared out, so no process holds more.
+
+transformers loads (and quantises) a model whole. Where its names are the checkpoint's and nothing else is to be done to the
+weights, each tensor can be read when its turn comes; any other model is loaded whole by every process first, and then shared.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from accelerate import init_empty_weights
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers import AutoHfQuantizer
+
+from curvelora.checkpoint import stored_names, stored_tensor_shapes, tensor_files
+from curvelora.errors import UserError
+from curvelora.layers.base_weight import keep_4bit_layout
+from curvelora_eval.models import attention, fill_in, load_base, load_config, quantisation_config
+from curvelora_eval.spec import ModelSpec
+from curvelora_eval.tasks import Task
+from curvelora_training.frozen_shares import FrozenShares, units_of
+
+
+def load_into_shares(spec: ModelSpec, task: Task, device: torch.device, trained: set[str]) -> PreTrainedModel:
+    """The frozen base, of which every process of the default group holds a share. Arguments and errors as for `load_base`."""
+    model = _empty_model(spec, task, device)
+    if (read := _reader(model, spec, task)) is None:
+        model = load_base(spec, task, device, trained)
+        shares = FrozenShares(units_of(model, trained), device)
+        for unit in shares.units:
+            shares.take(unit)
+        shares.start()
+        return model
+    units = units_of(model, trained)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    places = _places(model)
+    shares = FrozenShares(units, device)
+    for unit in units:
+        unit.tensors = [_fill(places[p], read(names[p]), p, device) for p in unit.tensors]
+        shares.take(unit)
+    for parameter, name in names.items():
+        if places[parameter][0][0]._parameters[places[parameter][0][1]] is parameter:  # small, and in no unit
+            _fill(places[parameter], read(name), parameter, device)
+    for buffer_owner in model.modules():
+        for name, buffer in buffer_owner.named_buffers(recurse=False):
+            setattr(buffer_owner, name, buffer.to(device))
+    shares.start()
+    keep_4bit_layout(model)
+    fill_in(model, task)
+    return model.eval()
+
+
+def _empty_model(spec: ModelSpec, task: Task, device: torch.device) -> PreTrainedModel:
+    """The model with real buffers and its parameters on the meta device, its linear layers as quantisation wants them."""
+    config = load_config(spec, task)
+    dtype = getattr(torch, spec.dtype)
+    with init_empty_weights(include_buffers=False):
+        model = task.auto_class.from_config(
+            config,
+            dtype=dtype,
+            attn_implementation=attention(spec, task, device),
+            trust_remote_code=spec.trust_remote_code,
+        )
+    if spec.quantization != "none":
+        quantiser = AutoHfQuantizer.from_config(quantisation_config(spec))
+        quantiser.preprocess_model(model=model, device_map={"": device}, dtype=dtype)
+        model.hf_quantizer, model.config.quantization_config = quantiser, quantiser.quantization_config
+        model.is_loaded_in_4bit = True  # PEFT and the trainer ask for it
+    model.tie_weights()
+    if model.can_generate():
+        with contextlib.suppress(OSError):  # it need not be there
+            model.generation_config = GenerationConfig.from_pretrained(spec.path, revision=spec.revision)
+    return model
+
+
+def _reader(model: PreTrainedModel, spec: ModelSpec, task: Task) -> Callable[[str], Tensor] | None:
+    """The function from a parameter's name to its tensor in the checkpoint; None where it takes more than reading."""
+    parameters = dict(model.named_parameters())
+    persistent = set(model.state_dict()) - {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    if (
+        task.new_head
+        or persistent
+        or (spec.quantization == "none" and getattr(model.config, "quantization_config", None))
+        or getattr(model, "_keep_in_fp32_modules", None)
+        or getattr(model, "_keep_in_fp32_modules_strict", None)
+        or (spec.quantization != "none" and any(isinstance(m, Conv1D) for m in model.modules()))
+    ):
+        return None
+    shapes = stored_tensor_shapes(spec.path, spec.revision)
+    find = stored_names(model, shapes)
+    places = _places(model)
+    stored: dict[str, str] = {}
+    for name, parameter in parameters.items():
+        found = find(name)
+        module = places[parameter][0][0]
+        packed = isinstance(module, bnb.nn.Linear4bit) and places[parameter][0][1] == "weight"
+        shape = (module.out_features, module.in_features) if packed else tuple(parameter.shape)
+        if found is None or shapes[found] != shape:
+            return None
+        stored[name] = found
+    files = tensor_files(spec.path, spec.revision)
+    dtype = getattr(torch, spec.dtype)
+
+    def read(name: str) -> Tensor:
+        try:
+            with safe_open(str(files[stored[name]]), framework="pt") as file:
+                return file.get_tensor(stored[name]).to(dtype)
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"the weights of {spec.path} cannot be loaded: {' '.join(str(error).split())[:300]}"
+            ) from error
+
+    return read
+
+
+def _places(model: nn.Module) -> dict[nn.Parameter, list[tuple[nn.Module, str]]]:
+    """Where each parameter is found: (module, its name there), several where it is tied."""
+    found: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            found.setdefault(parameter, []).append((module, name))
+    return found
+
+
+def _fill(
+    places: list[tuple[nn.Module, str]], value: Tensor, empty: nn.Parameter, device: torch.device
+) -> nn.Parameter:
+    """Put a frozen parameter with this value where the empty one is; quantised where that one would be."""
+    kind: Any = type(empty)
+    if kind is bnb.nn.Params4bit:
+        filled = kind(value, requires_grad=False, **vars(empty)).to(device)
+    else:
+        filled = nn.Parameter(value.to(device), requires_grad=False)
+    for module, name in places:
+        module._parameters[name] = filled
+    return filled
