@@ -19,8 +19,8 @@ from transformers import AutoModelForSequenceClassification
 
 from curvelora import cli
 from curvelora.loading import load_adapter
-from curvelora_training import finetune
-from curvelora_training.run_folder import is_whole
+from curvelora_training import checkpointing, finetune
+from curvelora_training.checkpoint import flaw
 from world import WEIGHTS, World, check_message
 
 torch.set_num_threads(1)
@@ -74,7 +74,7 @@ def check_whole(folder: Path) -> None:
         if file.suffix == ".safetensors":
             load_file(file)
     for checkpoint in (folder / "checkpoints").glob("*"):
-        assert is_whole(checkpoint)
+        assert flaw(checkpoint) is None
 
 
 # Sizes at which the disk ran full in one part of a run or the next: each library has its own exception for it. A run of four
@@ -104,6 +104,32 @@ def test_a_full_disk_leaves_the_earlier_checkpoint_to_resume_from(
     load_adapter(base, folder / "adapter")
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["step"] for line in lines] == [0, 1, 2, 3, 4]  # 0 is the start
+
+
+def test_a_disk_that_turns_read_only_leaves_the_earlier_checkpoint(
+    world: World,
+    mount: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """As file systems do after an error: in the middle of the second checkpoint, of which the half stays there for then."""
+    folder = mount("size=8m") / "run"
+    original, calls = checkpointing.gather_moments, []
+
+    def turn(*arguments: object) -> object:
+        calls.append(arguments)
+        if len(calls) == 2:
+            mount("remount,ro")
+        return original(*arguments)
+
+    monkeypatch.setattr(checkpointing, "gather_moments", turn)
+    assert train(world, f"output={folder}") == 2
+    check_message(capsys.readouterr().err, ["checkpoint-4 cannot be saved", "Read-only file system", "--resume"])
+    mount("remount,rw")
+    assert {p.name for p in (folder / "checkpoints").iterdir()} == {"checkpoint-2", ".checkpoint-4.tmp"}
+    assert train(world, f"output={folder}", "--resume") == 0
+    assert f"resuming from {folder / 'checkpoints/checkpoint-2'}" in capsys.readouterr().out
+    check_whole(folder)
 
 
 # without steps there are no checkpoints, so that the adapter itself meets the full disk
@@ -186,13 +212,12 @@ def test_a_full_disk_keeps_earlier_scores(name: str, world: World, capsys: pytes
 def test_stopping_while_a_checkpoint_is_written_leaves_none(
     world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from transformers import Trainer
-
-    def stop(self: Trainer, folder: str) -> None:
-        assert (Path(folder) / WEIGHTS).is_file()  # the first half is written
+    def stop(*_: object) -> None:
+        (half,) = Path(world.path("run/checkpoints")).iterdir()
+        assert half.name == ".checkpoint-2.tmp" and (half / WEIGHTS).is_file()  # the first half is written
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Trainer, "_save_optimizer_and_scheduler", stop)
+    monkeypatch.setattr(checkpointing, "gather_moments", stop)
     assert train(world) == 130
     assert "continue with --resume" in capsys.readouterr().err
     assert list(Path(world.path("run/checkpoints")).iterdir()) == []

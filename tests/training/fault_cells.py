@@ -1,9 +1,11 @@
-"""Run under a launcher: runs in one process group, each with a fault in one of the processes.
+"""Run under a launcher: runs in one process group, with a fault in one of the processes, or resumed from another's checkpoint.
 
 torchrun ... tests/training/fault_cells.py CELLS      a JSON list of {"name", "arguments": [...], "fault": [kind, rank, step]}
 
-Faults come when `step` steps are made: a signal's name, "hang", "nan" (a loss), "evaluation" (SIGTERM in one), "taken" (the run
-folder, by another attempt). Without a fault it is null. Each process writes its exit code to NAME.codeRANK, beside the output.
+A cell may have "environment", and "from": [run folder, step], which makes its folder that of a run that was stopped after this
+step: the checkpoint of that step is all that is taken over. Faults come when `step` steps are made: a signal's name, "hang",
+"nan" (a loss), "evaluation" (SIGTERM in one), "taken" (the run folder, by another attempt). Without a fault it is null. Each
+process writes its exit code to NAME.codeRANK, beside the output.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -65,16 +68,32 @@ def prepare(kind: str, rank: int, step: int, folder: Path) -> None:
     Trainer.compute_loss = compute_loss
 
 
+def take_over(source: Path, step: int, output: Path) -> None:
+    """`output` is then the run in `source` as it was when the checkpoint of `step` was there, and nothing later."""
+    if RANK == 0:
+        shutil.copytree(source / f"checkpoints/checkpoint-{step}", output / f"checkpoints/checkpoint-{step}")
+        for name in ("config.yaml", "metrics.jsonl"):
+            shutil.copy(source / name, output / name)
+    distributed.everyones(None)  # it is there
+
+
 def main() -> None:
     distributed.leave = lambda: None  # the next cell needs the process group
     for cell in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
         run_module.AdapterTrainer, Trainer.compute_loss = TRAINER, COMPUTE_LOSS
         output = next(o.partition("=")[2] for o in cell["arguments"] if o.startswith("output="))
-        if cell["fault"]:
+        before = dict(os.environ)
+        os.environ.update(cell.get("environment", {}))
+        if cell.get("fault"):
             prepare(*cell["fault"], Path(output))
+        if "from" in cell:
+            take_over(Path(cell["from"][0]), cell["from"][1], Path(output))
         code = finetune.main(cell["arguments"])
         Path(output).with_name(f"{cell['name']}.code{RANK}").write_text(str(code))
-        AcceleratorState._reset_state()  # the next cell may have another engine
+        # the next cell may have another engine, and libraries remember this one's in all these places
+        os.environ.clear()
+        os.environ.update(before)
+        AcceleratorState._reset_state()
         unset_hf_deepspeed_config()
     LEAVE()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,11 @@ from curvelora import METHODS
 from curvelora_training.adalora import RankAllocation
 from curvelora_training.config import RecipeError, TrainingSpec
 from curvelora_training.lease import Lease
-from curvelora_training.nonfinite import ROW, Guard, numbered
+from curvelora_training.nonfinite import ROW, Guard, WithRows
 from curvelora_training.prepare import load_and_prepare
 from curvelora_training.run_folder import RunFolder
 from curvelora_training.trainer import AdapterTrainer, StepTimer
-from run_files import result
+from run_files import metrics, result
 
 STEPS, ACCUMULATION = 6, 2
 FAST = {"training.learning_rate": 0.02}
@@ -122,7 +123,7 @@ def test_allocation_equals_a_loop_by_hand_under_accumulation(token_loss, tmp_pat
         model=trained,
         args=arguments,
         train_dataset=[{"ids": row, ROW: index} for index, row in enumerate(ids)],
-        data_collator=numbered(collate),
+        data_collator=WithRows(collate),
         callbacks=[Masks(token_loss)],
         optimizers=(torch.optim.Adam(trained.parameters(), lr=0.05), None),
         head={"lr": 0.05, "weight_decay": 0.0},
@@ -186,15 +187,25 @@ def test_a_run_takes_its_own_steps_and_saves_what_it_scored(adalora_recipe, writ
         assert loaded(**inputs).logits.argmax(-1).tolist() == scored
 
 
-def test_a_run_cannot_be_resumed_from_a_checkpoint(adalora_recipe, write, finetune, capsys):
-    path = write(adalora_recipe, **{"training.save_every": 5})
-    folder = finetune(path)
-    (folder / "result.json").unlink()
-    from curvelora_training.finetune import main
-
-    assert main(["--config", str(path), "--resume"]) == 2
-    said = capsys.readouterr().err
-    assert "cannot be resumed: AdaLoRA's importance averages" in said and "Traceback" not in said
+@pytest.mark.parametrize("step", [4, 6, 10])  # while the budget shrinks, and when it has its end
+def test_a_resumed_run_is_the_straight_one(adalora_recipe, write, finetune, tmp_path, step):
+    """With triplets that lost their budget and may win it back, and the averages by which they are ranked."""
+    changes = {"training.save_every": 2, "training.keep_checkpoints": 9, "adapter.tinit": 2, "adapter.tfinal": 4}
+    path = write(adalora_recipe, **changes)
+    straight = finetune(path)
+    resumed = tmp_path / "resumed"
+    shutil.copytree(straight / f"checkpoints/checkpoint-{step}", resumed / f"checkpoints/checkpoint-{step}")
+    for name in ("config.yaml", "metrics.jsonl"):
+        shutil.copy(straight / name, resumed / name)
+    finetune(path, f"output={resumed}", "--resume")
+    for name in ("adapter_model.safetensors", "moments.safetensors", "method.safetensors"):
+        files = [(f / "checkpoints/checkpoint-12" / name).read_bytes() for f in (straight, resumed)]
+        assert files[0] == files[1], name
+    assert [line["loss"] for line in metrics(resumed)] == [line["loss"] for line in metrics(straight)]
+    patterns = [
+        json.loads((f / "adapter/adapter_config.json").read_text())["rank_pattern"] for f in (straight, resumed)
+    ]
+    assert patterns[0] == patterns[1] and not all(map(all, patterns[0].values()))
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from curvelora_training.checkpoint import flaw
 from curvelora_training.lease import Lease
-from curvelora_training.run_folder import is_whole
 from curvelora_training.signals import REQUEUE
 from run_files import metrics, result
 
@@ -42,6 +43,12 @@ for stage in (1, 2, 3):
     CELLS[f"zero{stage} rollback"] = ([engine, BACK, "training.save_every=1"], ["nan", 0, 2])
 # which gives no norm of the gradient, so that the step is applied: found all the same
 CELLS["zero0 stop"] = (["training.deepspeed=ZERO_0", SKIP], ["nan", 1, 2])
+CELLS["zero0 rollback"] = (["training.deepspeed=ZERO_0", BACK, "training.save_every=1"], ["nan", 0, 2])
+BEFORE: dict[str, list[str]] = {"ddp": [], "zero0": ["training.deepspeed=ZERO_0"]}
+BEFORE |= {f"zero{stage}": [f"training.deepspeed=ds_configs/zero{stage}.json"] for stage in (1, 2, 3)}
+BEFORE |= {f"full {name}": [*BEFORE[name], "adapter={method: full}"] for name in ("ddp", "zero2", "zero3")}
+for engine, more in BEFORE.items():
+    CELLS[f"{engine} back"] = ([*more, BACK, "training.save_every=2"], ["nan", 1, 3])
 CELLS["zero2 stop"] = (["training.deepspeed=ds_configs/zero2.json"], ["nan", 1, 2])
 CELLS["zero3"] = (["training.deepspeed=ds_configs/zero3.json"], None)
 CELLS["zero3 signal stopped"] = (["training.deepspeed=ds_configs/zero3.json"], ["SIGUSR1", 1, 1])
@@ -125,7 +132,7 @@ def test_a_signal_to_one_process_stops_both_with_one_checkpoint(
     assert codes(run) == codes(straight) == [0, 0]
     said = made("said").read_text(encoding="utf-8")
     assert said.count(f"stopped after step {saved}, saved as {run}/checkpoints/checkpoint-{saved}: continue") == 1
-    assert is_whole(run / f"checkpoints/checkpoint-{saved}")
+    assert flaw(run / f"checkpoints/checkpoint-{saved}") is None
     assert [line["stopped"]["at"] for line in metrics(run) if "stopped" in line] == [saved]
     for kind in ("loss", "eval_loss"):
         lines = [[(line["step"], line[kind]) for line in metrics(f) if kind in line] for f in (run, straight)]
@@ -133,8 +140,10 @@ def test_a_signal_to_one_process_stops_both_with_one_checkpoint(
     assert all(torch.equal(tensor, weights(run)[key]) for key, tensor in weights(straight).items())
 
 
-@pytest.mark.parametrize("engine", ["ddp", "zero1", "zero2", "zero3"])
-@pytest.mark.parametrize("action", ["skip", "rollback"])
+@pytest.mark.parametrize(
+    ("engine", "action"),
+    [*product(("ddp", "zero1", "zero2", "zero3"), ("skip", "rollback")), ("zero0", "rollback")],
+)
 def test_what_one_process_finds_both_leave_out(made: Callable[[str], Path], engine: str, action: str) -> None:
     """The third of four steps is lost on one process; the fourth trains on what was there before it, with every engine."""
     run = made(f"{engine} {action}")
@@ -150,6 +159,23 @@ def test_what_one_process_finds_both_leave_out(made: Callable[[str], Path], engi
     assert rates == pytest.approx([1e-2, 7.5e-3, 2.5e-3])
     for key, tensor in weights(made("ddp skip")).items():
         torch.testing.assert_close(weights(run)[key], tensor, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("engine", BEFORE)
+def test_going_back_takes_weights_and_moments_of_the_checkpoint(made: Callable[[str], Path], engine: str) -> None:
+    """The last of four steps is lost, and the newest checkpoint is of the second: what is saved at the end is that one's."""
+    run = made(f"{engine} back")
+    assert codes(run) == [0, 0]
+    (record,) = [line for line in metrics(run) if "nonfinite" in line]
+    assert record["step"] == 4 and record["nonfinite"]["back_to"].endswith("checkpoint-2")
+    old, new = (run / f"checkpoints/checkpoint-{step}" for step in (2, 4))
+    shares = engine in ("full zero2", "full zero3")  # moments are in DeepSpeed's own files then
+    for name in ("adapter_model.safetensors", *(() if shares else ("moments.safetensors",))):
+        before, after = load_file(old / name), load_file(new / name)
+        assert before.keys() == after.keys() and all(before[key].equal(after[key]) for key in before), name
+    assert all(tensor.equal(weights(run)[key]) for key, tensor in load_file(old / "adapter_model.safetensors").items())
+    rates = [json.loads((path / "scheduler.json").read_text())["learning_rates"][0] for path in (old, new)]
+    assert rates == pytest.approx([5e-3, 0.0])  # they go on
 
 
 @pytest.mark.parametrize("engine", ["ddp", "zero0", "zero2"])
@@ -186,7 +212,7 @@ def test_a_process_that_dies_or_hangs_ends_the_job(
     assert done.returncode != 0
     if kind == "hang":
         assert "imed out" in done.stderr
-    assert is_whole(run / "checkpoints/checkpoint-2") and not (run / "adapter").exists()
+    assert flaw(run / "checkpoints/checkpoint-2") is None and not (run / "adapter").exists()
     lease = Lease(run)
     lease.take()
     lease.release()

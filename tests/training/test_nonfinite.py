@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -16,7 +17,7 @@ from transformers import Trainer, TrainerCallback
 from curvelora_training import run as run_module
 from curvelora_training.config import RecipeError
 from curvelora_training.finetune import main
-from curvelora_training.nonfinite import IN_A_ROW, ROW, Numbered, numbered, poisoned
+from curvelora_training.nonfinite import IN_A_ROW, ROW, Numbered, WithRows, poisoned
 from curvelora_training.prepare import load_and_prepare
 from run_files import metrics, result
 
@@ -196,8 +197,7 @@ def test_a_run_that_went_back_resumes_exactly(
     folder = Path(recipe["output"])
     straight = load_file(folder / "adapter/adapter_model.safetensors")
     (folder / "result.json").unlink()
-    for file in (folder / "checkpoints/checkpoint-12").iterdir():
-        file.unlink()
+    shutil.rmtree(folder / "checkpoints/checkpoint-12")
     assert main(["--config", str(path), "--resume"]) == 0  # from step 9
     assert same(straight, load_file(folder / "adapter/adapter_model.safetensors"))
 
@@ -219,16 +219,19 @@ def test_rows_are_numbered_without_changing_what_the_model_gets() -> None:
     rows = [{"labels": label} for label in "abc"]
 
     class Rows(list):
+        def __getitem__(self, index: int | str) -> Any:
+            return [row[index] for row in self] if isinstance(index, str) else super().__getitem__(index)
+
         def __getitems__(self, indices: list[int]) -> list[dict]:
             return [dict(self[i]) for i in indices]
 
     data = Numbered(Rows(rows))
-    collate = numbered(
+    collate = WithRows(
         lambda features: {"labels": [feature["labels"] for feature in features], "keys": set(features[0])}
     )
     batch = collate(data.__getitems__([2, 0]))
     assert batch.pop(ROW).tolist() == [2, 0] and batch == {"labels": ["c", "a"], "keys": {"labels"}}
-    assert data[1] == {"labels": "b", ROW: 1} and len(data) == 3
+    assert data[1] == {"labels": "b", ROW: 1} and len(data) == 3 and data["labels"] == ["a", "b", "c"]
     assert ROW not in collate([{"labels": "a"}])
 
 

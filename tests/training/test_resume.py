@@ -12,7 +12,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
+from curvelora.errors import UserError
 from curvelora_training import run as run_module
+from curvelora_training.checkpoint import flaw, newest_whole, seal
 from run_files import metrics, result
 
 # Mid-epoch, with accumulation and dropout: 96 rows, batches of 4, two a step -> 12 steps an epoch.
@@ -99,8 +101,9 @@ def test_a_damaged_checkpoint_is_passed_over(
     newest.write_bytes(newest.read_bytes()[:-100])
     finetune(path, "--resume")
     printed = capsys.readouterr().out
-    assert "checkpoint-10 is not whole" in printed
-    assert "checkpoint-5" in printed
+    assert "checkpoint-10 is not whole and is passed over: adapter_model.safetensors has" in printed
+    assert "it is damaged-checkpoint-10 now" in printed
+    assert f"resuming from {tmp_path / 'run/checkpoints/checkpoint-5'}" in printed
 
 
 def test_resume_without_a_checkpoint_starts_from_the_beginning(
@@ -167,21 +170,6 @@ def test_a_complete_run_is_left_alone(
     assert {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()} == before
 
 
-def test_a_checkpoint_with_a_damaged_optimiser_is_passed_over(
-    recipe: dict[str, Any],
-    write: Callable[..., Path],
-    finetune: Callable[..., Path],
-    stop_at: Callable[..., None],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    path = stopped(write, recipe, stop_at, 12, tmp_path / "run")
-    optimiser = tmp_path / "run/checkpoints/checkpoint-10/optimizer.pt"
-    optimiser.write_bytes(optimiser.read_bytes()[:-50])
-    finetune(path, "--resume")
-    assert "checkpoint-10 is not whole" in capsys.readouterr().out
-
-
 class Marker:
     """Unpickling this creates a file."""
 
@@ -192,20 +180,31 @@ class Marker:
         return Path.touch, (self.path,)
 
 
-def test_a_checkpoint_that_would_run_code_is_refused(
+def test_a_planted_pickle_is_not_run(
     recipe: dict[str, Any],
     write: Callable[..., Path],
+    finetune: Callable[..., Path],
     stop_at: Callable[..., None],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """DeepSpeed loads its own files without PyTorch's safeguard, so they are looked at before."""
-    from curvelora_training.finetune import main
+    path = stopped(write, recipe, stop_at, 12, tmp_path / "run")
+    checkpoints = tmp_path / "run/checkpoints"
+    torch.save({"module": Marker(tmp_path / "executed")}, checkpoints / "checkpoint-10/optimizer.pt")
+    finetune(path, "--resume")
+    printed = capsys.readouterr().out
+    assert "checkpoint-10 is not whole and is passed over: optimizer.pt is not in its manifest" in printed
+    assert f"resuming from {checkpoints / 'checkpoint-5'}, written by 1 process" in printed
+    assert not (tmp_path / "executed").exists()
 
-    path = stopped(write, recipe, stop_at, 8, tmp_path / "run")
-    planted = tmp_path / "run/checkpoints/checkpoint-5/global_step5/mp_rank_00_model_states.pt"
-    planted.parent.mkdir()
-    torch.save({"module": Marker(tmp_path / "executed")}, planted)
-    assert main(["--config", str(path), "--resume"]) == 2
-    assert "would run code" in capsys.readouterr().err
+
+def test_a_checkpoint_that_would_run_code_is_refused(tmp_path: Path) -> None:
+    """DeepSpeed loads its own files without PyTorch's safeguard, so they are looked at before, also in one with a manifest."""
+    temporary, final = tmp_path / ".checkpoint-5.tmp", tmp_path / "checkpoint-5"
+    (temporary / "global_step5").mkdir(parents=True)
+    torch.save({"module": Marker(tmp_path / "executed")}, temporary / "global_step5/mp_rank_00_model_states.pt")
+    seal(temporary, final, {})
+    assert flaw(final) is None
+    with pytest.raises(UserError, match=r"would run code when it is loaded \(.*Path.*\): delete this checkpoint"):
+        newest_whole(tmp_path)
     assert not (tmp_path / "executed").exists()

@@ -44,6 +44,8 @@ def test_the_run_folder_is_complete(
     card = (folder / "adapter/README.md").read_text(encoding="utf-8")
     assert "resolvability" in card and "arXiv 2509.21870" in card
     assert not (folder / "adapter/training_args.bin").exists()
+    for saved in (folder / "adapter", folder / "checkpoints/checkpoint-12"):
+        assert (saved / "tokenizer.json").is_file()
     resolved = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     assert resolved["task"]["labels"] == ["0", "1"]
 

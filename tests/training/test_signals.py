@@ -19,8 +19,8 @@ from transformers import TrainerCallback
 
 from curvelora_training import run as run_module
 from curvelora_training import signals
+from curvelora_training.checkpoint import flaw
 from curvelora_training.finetune import main
-from curvelora_training.run_folder import is_whole
 from curvelora_training.signals import ASKED, Asked, Stopped
 from run_files import metrics, result
 
@@ -149,7 +149,7 @@ def test_one_checkpoint_and_the_straight_run_after_it(
     assert [signal.getsignal(number) for number in signals.CODES] == before
     folder = tmp_path / "run"
     newest = folder / f"checkpoints/checkpoint-{saved}"
-    assert f"checkpoint-{saved}" in checkpoints(folder) and is_whole(newest)
+    assert f"checkpoint-{saved}" in checkpoints(folder) and flaw(newest) is None
     assert saves.count(saved) == 1 and saves[-1] == saved
     assert f"saved as {newest}: continue with the same command and --resume" in capsys.readouterr().err
     assert not (folder / "adapter").exists() and not (folder / "result.json").exists()
@@ -173,9 +173,8 @@ def test_a_signal_while_saving_lets_the_save_be_the_last_one(
     monkeypatch.setattr(run_module.AdapterTrainer, "_save", save)
     options = tuple(f"training.{key}={value}" for key, value in IN_STEPS.items())
     assert go(*options) == signals.REQUEUE
-    assert saved == ["checkpoint-6"] == checkpoints(tmp_path / "run") and is_whole(
-        tmp_path / "run/checkpoints/checkpoint-6"
-    )
+    assert saved == [".checkpoint-6.tmp"] and checkpoints(tmp_path / "run") == ["checkpoint-6"]
+    assert flaw(tmp_path / "run/checkpoints/checkpoint-6") is None
     assert go(*options, "--resume") == 0
     same_run(tmp_path / "run", straight(options))
 
@@ -275,7 +274,7 @@ def test_the_command_in_a_process_of_its_own(recipe_file: Path, tmp_path: Path) 
         running.kill()
     assert running.returncode == signals.REQUEUE, said
     newest = max((folder / "checkpoints").iterdir(), key=lambda path: int(path.name.rpartition("-")[2]))
-    assert is_whole(newest) and f"saved as {newest}: continue with the same command and --resume" in said
+    assert flaw(newest) is None and f"saved as {newest}: continue with the same command and --resume" in said
 
 
 @pytest.mark.slow

@@ -22,7 +22,6 @@ from curvelora.errors import UserError
 from curvelora_training.bench.processes import join
 from curvelora_training.config import RecipeError
 from curvelora_training.matrix.cells import Cell
-from curvelora_training.matrix.launch import FINETUNE, tail, torchrun, watch
 from curvelora_training.matrix.matrix import Matrix, open_matrix
 from curvelora_training.prepare import load_and_prepare
 from curvelora_training.run import train
@@ -122,33 +121,6 @@ def test_training_is_that_of_one_process(matrix: Matrix, cell: Cell) -> None:
     lines = metrics(matrix.run(cell))
     assert [sum(kind in line for line in lines) for kind in ("loss", "eval_loss")] == [4, 1]
     assert load_file(matrix.run(cell) / "adapter/adapter_model.safetensors")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
-def test_a_run_in_shares_resumes_exactly(
-    matrix: Matrix, root: Path, tmp_path: Path, engine: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Stopped after two of four steps, with dropout: the adapter is the straight run's, bit for bit."""
-    cell = Cell("classifier", "fp32", "loran", engine)
-    for name, value in cell.environment.items():
-        monkeypatch.setenv(name, value)
-    output = tmp_path / "resumed"
-    command = [*torchrun(2), "-m", FINETUNE, "--config", str(matrix.recipes["classifier"]), f"output={output}"]
-    command += [*cell.overrides("ds_configs", 2, ["query", "value"])]
-    command += ["adapter.dropout=0.1", "training.save_every=2"]
-
-    def run(*more: str) -> dict[str, torch.Tensor]:
-        log = tmp_path / "log"
-        assert watch([*command, *more], log, root, 300, lambda _: None) == 0, tail(log)
-        return load_file(output / "adapter/adapter_model.safetensors")
-
-    straight = run()
-    for name in ("adapter", "checkpoints/checkpoint-4"):
-        shutil.rmtree(output / name)
-    (output / "result.json").unlink()
-    again = run("--resume")
-    assert straight.keys() == again.keys() and all(torch.equal(straight[key], again[key]) for key in straight)
 
 
 def test_the_share_counts_what_stays_whole() -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import re
 from typing import Any
 
+import torch
 from peft import AdaLoraConfig, PeftConfig, PeftModel
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from curvelora.errors import UserError
 from curvelora.methods.adalora import check_schedule
-from curvelora_training.config import Recipe
-from curvelora_training.run_folder import RunFolder
+
+RANKED = re.compile(r"lora_[ABE]")  # AdaLoRA's tensors with a dimension of ranks
+AVERAGES = ("ipt", "exp_avg_ipt", "exp_avg_unc")  # of PEFT's RankAllocator
 
 
 def fit_schedule(config: PeftConfig, steps: int) -> None:
@@ -26,15 +29,6 @@ def fit_schedule(config: PeftConfig, steps: int) -> None:
         return
     check_schedule(config, steps)
     config.total_step = config.total_step or steps
-
-
-def check_resume(recipe: Recipe, folder: RunFolder) -> None:
-    """Raise `UserError` where an AdaLoRA run would continue from a checkpoint."""
-    if recipe.method.name == "adalora" and folder.newest_checkpoint() is not None:
-        raise UserError(
-            f"{folder.path} cannot be resumed: AdaLoRA's importance averages and masked triplets are in no checkpoint; train "
-            "it anew with --overwrite"
-        )
 
 
 class RankAllocation(TrainerCallback):
@@ -71,6 +65,24 @@ class RankAllocation(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: PeftModel, **_: Any
     ) -> None:
         self._config(model).orth_reg_weight = self.weight
+
+    def kept(self, model: PeftModel) -> tuple[dict[str, torch.Tensor], str]:
+        """For a checkpoint: the triplets with those that lost their budget, which the saved adapter leaves out, the averages by
+        which they are ranked, and (as JSON) the pattern of those that are left."""
+        allocator = model.base_model.rankallocator
+        tensors = {f"weight:{name}": p.data for name, p in model.named_parameters() if RANKED.search(name)}
+        for part in AVERAGES:
+            tensors |= {f"{part}:{name}": tensor for name, tensor in getattr(allocator, part).items()}
+        whole = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+        return whole, json.dumps(self._config(model).rank_pattern)
+
+    def restore(self, model: PeftModel, tensors: dict[str, torch.Tensor], rest: str) -> None:
+        """Take back what `kept` gave, but for the triplets, which are weights like others."""
+        device = next(model.parameters()).device
+        for part in AVERAGES:
+            held = {n.partition(":")[2]: t.to(device) for n, t in tensors.items() if n.startswith(f"{part}:")}
+            setattr(model.base_model.rankallocator, part, held)
+        self._config(model).rank_pattern = json.loads(rest)
 
     @staticmethod
     def _config(model: PeftModel) -> AdaLoraConfig:

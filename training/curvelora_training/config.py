@@ -22,8 +22,6 @@ from curvelora.registry import EXPLAINED, METHODS
 from curvelora_eval.spec import DataSpec, ModelSpec, TaskSpec
 
 _STRICT = {"extra": "forbid"}
-# What a resumed run may change: it says what happens when something goes wrong, not what is trained.
-FREE = ("training.timeout_minutes", "training.on_nonfinite", "training.max_rollbacks")
 Positive = Annotated[float, Field(gt=0, strict=True)]
 NonNegative = Annotated[float, Field(ge=0, strict=True)]
 Count = Annotated[int, Field(ge=1, strict=True)]
@@ -89,8 +87,10 @@ class TrainingSpec:
     """Steps between two checkpoints; once an epoch where absent."""
     keep_checkpoints: Count = 2
     """Older checkpoints beyond this many are deleted."""
+    keep_best: bool = False
+    """Write a checkpoint at every new lowest validation loss, and keep the last of them whatever its age."""
     timeout_minutes: Positive = 10.0
-    """A process that waits this long for another one gives up, and the job ends; longer than the slowest load or save."""
+    """A process that waits this long for another one gives up, and the job ends; longer than the slowest load of a base."""
     on_nonfinite: Literal["stop", "skip", "rollback"] = "stop"
     """A step whose loss or gradient is NaN or infinite: end the run, leave the step out, or go back to the newest checkpoint."""
     max_rollbacks: Count = 3
@@ -228,8 +228,8 @@ def _drop(raw: dict[str, Any], location: list[str]) -> None:
         node.pop(location[-1], None)
 
 
-def differing_keys(stored: dict[str, Any], recipe: Recipe) -> list[str]:
-    """Dotted keys on which a stored resolved recipe and this one differ, with both values, for messages."""
+def differing_keys(stored: dict[str, Any], recipe: Recipe) -> dict[str, str]:
+    """Dotted keys on which a stored resolved recipe and this one differ, each with both values for messages."""
 
     def flat(node: Any, prefix: str = "") -> dict[str, Any]:
         if not isinstance(node, dict) or not node:
@@ -237,11 +237,11 @@ def differing_keys(stored: dict[str, Any], recipe: Recipe) -> list[str]:
         return {k: v for key, value in node.items() for k, v in flat(value, f"{prefix}{key}.").items()}
 
     old, new = flat(stored), flat(read_yaml(recipe.as_yaml()))
-    return [
-        f"{key} was {old.get(key)!r} and is {new.get(key)!r}"
+    return {
+        key: f"{key} was {old.get(key)!r} and is {new.get(key)!r}"
         for key in sorted(old | new)
-        if old.get(key) != new.get(key) and key not in FREE
-    ]
+        if old.get(key) != new.get(key)
+    }
 
 
 def check_adapter(section: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import Trainer
@@ -20,6 +21,11 @@ from curvelora.errors import UserError, nearest
 from curvelora_training import fsdp
 from curvelora_training.config import TrainingSpec
 from curvelora_training.zero3 import BUCKETS, THRESHOLD, share_held, stage_of
+
+T = TypeVar("T")
+# How long processes wait for one that writes: a full model on a slow disk takes longer than a collective's usual ten minutes, and
+# one that has died is the launcher's business, which ends the others.
+PATIENCE = timedelta(days=1)
 
 # What DeepSpeed means where no file says more; "auto" takes the trainer's values.
 AUTO = {
@@ -153,6 +159,8 @@ def _check_zero_section(name: str, zero: dict[str, Any]) -> None:
         found = error.errors()[0]
         where = ".".join(map(str, found["loc"]))
         raise UserError(f"{name}: zero_optimization.{where}: {found['msg']}") from error
+    if (zero.get("offload_optimizer") or {}).get("device") == "nvme":
+        raise UserError(f'{name} offloads the optimiser to "nvme", where checkpoints do not reach: write "cpu"')
 
 
 def trainer_arguments(spec: TrainingSpec, dtype: str) -> dict[str, Any]:
@@ -261,14 +269,44 @@ def check_engine(engine: dict[str, Any], asked: dict[str, Any]) -> None:
 
 def agree(error: UserError | None) -> None:
     """Raise on every process what one of them found, so that none waits for another that has given up."""
-    found: list[str | None] = [str(error) if error else None] * world_size()
-    if world_size() > 1:
-        torch.distributed.all_gather_object(found, found[0])
-    if why := next(filter(None, found), None):
+    if why := next(filter(None, everyones(str(error) if error else None)), None):
         raise UserError(why) from error
+
+
+def everyones(value: T) -> list[T]:
+    """The values of all processes, in order of rank; every process must call it, and waits for the last as long as it takes."""
+    values = [value] * world_size()
+    if world_size() > 1:
+        torch.distributed.all_gather_object(values, value, group=_patient_group())
+    return values
+
+
+def found_by_the_first(find: Callable[[], T]) -> T:
+    """What `find()` gives on the first process, on every process; its `UserError` too."""
+    found, problem = None, None
+    if rank() == 0:
+        try:
+            found = find()
+        except UserError as error:
+            problem = error
+    agree(problem)
+    return everyones(found)[0]
+
+
+_patient: dict[Any, Any] = {}  # the process group -> its patient one, once it is there
+
+
+def _patient_group() -> Any:
+    """All processes over gloo, with a time-out of its own: those that wait for a file hold no GPU collective open."""
+    world = torch.distributed.group.WORLD
+    if world not in _patient:
+        _patient.clear()
+        _patient[world] = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
+    return _patient[world]
 
 
 def leave() -> None:
     """Take the process group down, so that no launcher warns of a leak."""
+    _patient.clear()
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

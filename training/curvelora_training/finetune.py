@@ -64,7 +64,7 @@ def _run(args: argparse.Namespace) -> int:
     from curvelora_training.run import train
 
     try:
-        prepared = load_and_prepare(args.config, args.overrides)
+        prepared = load_and_prepare(args.config, args.overrides, args.resume)
     except UserError:
         if rank() > 0:  # every process finds the same; one of them says it
             return USER_ERROR

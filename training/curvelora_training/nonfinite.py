@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback
-from transformers.integrations.deepspeed import deepspeed_load_checkpoint
 
 from curvelora.errors import UserError
+from curvelora_training.checkpointing import restore
 from curvelora_training.config import TrainingSpec
-from curvelora_training.distributed import rank, world_size
+from curvelora_training.distributed import everyones, rank
 from curvelora_training.run_folder import RunFolder
 from curvelora_training.zero3 import gather_kept
 
@@ -36,25 +37,26 @@ class Numbered(Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.rows[index] | {ROW: index}
+    def __getitem__(self, index: int | str) -> Any:
+        """A row, or a whole column by its name."""
+        return self.rows[index] if isinstance(index, str) else self.rows[index] | {ROW: index}
 
     def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
         """What the data loader asks for, a batch at once."""
         return [row | {ROW: index} for row, index in zip(self.rows.__getitems__(indices), indices, strict=True)]
 
 
-def numbered(
-    collate: Callable[[list[dict[str, Any]]], dict[str, Any]],
-) -> Callable[[list[dict[str, Any]]], dict[str, Any]]:
-    """`collate` for features that may have an index, which the batch then has too."""
+class WithRows:
+    """A collator for features that may have an index, which the batch then has too."""
 
-    def with_rows(features: list[dict[str, Any]]) -> dict[str, Any]:
+    def __init__(self, collate: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> None:
+        self.collate = collate
+        self.tokenizer = getattr(collate, "tokenizer", None)  # the trainer saves it with the adapter
+
+    def __call__(self, features: list[dict[str, Any]]) -> dict[str, Any]:
         rows = [feature[ROW] for feature in features if ROW in feature]
-        batch = collate([{key: value for key, value in feature.items() if key != ROW} for feature in features])
+        batch = self.collate([{key: value for key, value in feature.items() if key != ROW} for feature in features])
         return {**batch, ROW: torch.tensor(rows)} if rows else batch
-
-    return with_rows
 
 
 def poisoned(loss: torch.Tensor) -> torch.Tensor:
@@ -113,7 +115,7 @@ class Guard(TrainerCallback):
         if math.isfinite(known):
             self._in_a_row = 0
             return
-        shares = _gather(
+        shares = everyones(
             {
                 "loss": float(sum(losses)),
                 "rows": torch.cat(rows).tolist(),
@@ -156,13 +158,13 @@ class Guard(TrainerCallback):
         trainer._tr_loss.copy_(self._logged_loss)  # the step has no part in the mean that is logged next
         trainer._globalstep_last_logged += 1
         if action == "rollback":
-            restore(trainer, newest)
+            restore(trainer, Path(newest), schedule_goes_on=True)
             self.rollbacks += 1
         else:
-            if trainer.is_deepspeed_enabled:
-                gather_kept(trainer.model_wrapped)
             self.skipped += 1
             self._in_a_row += 1
+        if trainer.is_deepspeed_enabled:
+            gather_kept(trainer.model_wrapped)
         for parameter in trainer.model.parameters():
             parameter.grad = None  # an optimiser leaves what has no gradient as it is, its moments too
         if rank() == 0:
@@ -176,27 +178,8 @@ class Guard(TrainerCallback):
             return None
 
 
-def restore(trainer: Trainer, checkpoint: str) -> None:
-    """Load adapter and moments from a checkpoint in the middle of training; the learning rate stays where it is."""
-    schedule = trainer.lr_scheduler.state_dict()
-    if trainer.is_deepspeed_enabled:
-        deepspeed_load_checkpoint(trainer.model_wrapped, checkpoint, load_module_strict=False)
-    else:
-        trainer._load_from_checkpoint(checkpoint)
-    trainer._load_optimizer_and_scheduler(checkpoint)
-    trainer._load_scaler(checkpoint)
-    trainer.lr_scheduler.load_state_dict(schedule)
-
-
 def _norm_of_weights(model: nn.Module) -> torch.Tensor:
     return torch.stack([p.detach().float().norm() for p in model.parameters() if p.requires_grad]).norm()
-
-
-def _gather(share: dict[str, Any]) -> list[dict[str, Any]]:
-    shares = [share] * world_size()
-    if world_size() > 1:
-        torch.distributed.all_gather_object(shares, share)
-    return shares
 
 
 def _plain(number: float) -> float | str:

@@ -29,6 +29,7 @@ from curvelora_training.adalora import fit_schedule
 from curvelora_training.config import Recipe, RecipeError, load_recipe
 from curvelora_training.curve_schedule import check_schedules
 from curvelora_training.distributed import accelerate_asks_for_deepspeed, deepspeed_settings
+from curvelora_training.resuming import check_same_recipe, with_its_steps
 from curvelora_training.run_length import optimiser_steps
 from curvelora_training.zero3 import check_head, stage_of, why_not
 
@@ -67,12 +68,15 @@ class _Collector:
             return None
 
 
-def load_and_prepare(path: Path, overrides: list[str]) -> Prepared:
+def load_and_prepare(path: Path, overrides: list[str], resume: bool = False) -> Prepared:
     """Read a recipe and check everything; errors of form and errors of content come in one message.
+
+    Args:
+        resume: the run in the output folder is to be continued, on as many processes as there are now.
 
     Raises:
         RecipeError: every problem that was found.
-        UserError: the recipe cannot be read at all.
+        UserError: the recipe cannot be read at all, or the run cannot be continued with it.
     """
     try:
         recipe = load_recipe(path, overrides)
@@ -84,7 +88,11 @@ def load_and_prepare(path: Path, overrides: list[str]) -> Prepared:
         except RecipeError as more:
             raise RecipeError(str(path), [*error.problems, *more.problems]) from error
         raise
-    return prepare(recipe, str(path))
+    if not resume:
+        return prepare(recipe, str(path))
+    prepared = prepare(with_its_steps(recipe), str(path))
+    check_same_recipe(prepared.recipe)  # after the task has learnt its labels, which belong to it
+    return prepared
 
 
 def prepare(recipe: Recipe, source: str = "the recipe") -> Prepared:
@@ -298,6 +306,13 @@ def _check_combinations(recipe: Recipe, task: Task, deepspeed: bool, stage: int 
     for name in ("max_length", "max_target_length", "max_new_tokens"):
         if getattr(recipe.task, name) < 1:
             problems.append(f"task.{name} must be at least 1, not {getattr(recipe.task, name)}")
+    if recipe.training.keep_best and recipe.data.validation is None:
+        problems.append("training.keep_best needs validation rows to compare by: name data.validation")
+    if deepspeed and recipe.training.optimizer.endswith("_8bit") and method.name != "full":
+        problems.append(
+            f"training.optimizer {recipe.training.optimizer} keeps blocks of numbers that ZeRO's parts cut through, so no "
+            "checkpoint could hold them by parameter: take adamw_torch, of which ZeRO shards the state"
+        )
     if recipe.training.group_by_length and recipe.task.kind == "image_classification":
         problems.append("training.group_by_length has no meaning for images, which are all of one size: leave it out")
     if problems:

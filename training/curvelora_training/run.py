@@ -6,31 +6,44 @@ import contextlib
 import copy
 import dataclasses
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from datasets import Dataset
 from peft import PeftModel
 from transformers import TrainingArguments, set_seed
 
 from curvelora.layers.decomposed import DecomposedConfig, share_factors
 from curvelora.loading import WEIGHTS_FILE
 from curvelora.merging import merged_form
+from curvelora.output_change import OutputChange
 from curvelora_eval.data import fingerprint
 from curvelora_eval.environment import describe_environment
 from curvelora_eval.eval_command import prediction_lines
 from curvelora_eval.evaluator import evaluate_rows
 from curvelora_eval.models import load_base, load_processor, storage_of
 from curvelora_training import fsdp
-from curvelora_training.adalora import RankAllocation, check_resume
+from curvelora_training.adalora import RankAllocation
+from curvelora_training.checkpoint import read_manifest, step_of
 from curvelora_training.config import Recipe
 from curvelora_training.curve_schedule import CurveSchedule, has_schedule
-from curvelora_training.distributed import check_engine, engine_in_use, rank, trainer_arguments, world_size
+from curvelora_training.distributed import (
+    check_engine,
+    engine_in_use,
+    found_by_the_first,
+    rank,
+    trainer_arguments,
+    world_size,
+)
 from curvelora_training.effects import describe_start, last_spline, measure_gap, measure_start, merges_approximately
+from curvelora_training.keep_best import KeepBest
 from curvelora_training.lease import Lease
 from curvelora_training.loading import load_into_shares
 from curvelora_training.model_card import model_card
-from curvelora_training.nonfinite import Guard, Numbered, numbered
+from curvelora_training.nonfinite import Guard, Numbered, WithRows
 from curvelora_training.prepare import Prepared, attach
 from curvelora_training.run_folder import RunFolder
 from curvelora_training.saving import save_adapter
@@ -51,12 +64,13 @@ def train(prepared: Prepared, resume: bool = False, overwrite: bool = False) -> 
     """Train the adapter and write the run folder.
 
     Args:
+        prepared: with `load_and_prepare(..., resume=True)` where a run is resumed.
         resume: continue from the newest whole checkpoint; from the start where there is none.
         overwrite: replace a run that the folder holds.
 
     Raises:
-        UserError: the folder holds a run already, is held by another attempt, was started with another recipe, or cannot be
-            written; another engine ran than was asked for; or the training stopped being finite.
+        UserError: the folder holds a run already, is held by another attempt, or cannot be written; a checkpoint cannot be
+            continued from or written; another engine ran than was asked for; or the training stopped being finite.
         Stopped: a signal asked for it.
     """
     lease = Lease(prepared.recipe.output)
@@ -66,87 +80,149 @@ def train(prepared: Prepared, resume: bool = False, overwrite: bool = False) -> 
         lease.release()
 
 
+@dataclass
+class Engine:
+    """The engine, and how it holds the base.
+
+    Attributes:
+        asked: what is to run.
+        arguments: that of `TrainingArguments`; another one where DeepSpeed is for what trains alone.
+        base: whole on every process, or in shares that are gathered by ZeRO-3's two ways or by FSDP2.
+    """
+
+    asked: dict[str, Any]
+    arguments: dict[str, Any]
+    base: Literal["whole", "blocks", "modules", "fsdp"]
+
+
+@dataclass
+class Parts:
+    """What the phases of a run share."""
+
+    folder: RunFolder
+    lease: Lease
+    engine: Engine
+    model: PeftModel
+    rows: dict[str, Dataset]
+    processor: Any
+    collate: Callable
+    timer: StepTimer
+    log: RunLog
+    guard: Guard
+    stopping: StopWhenAsked
+
+
 def _train(prepared: Prepared, resume: bool, overwrite: bool, lease: Lease) -> RunFolder:
     recipe, task = prepared.recipe, prepared.task
     folder = RunFolder(recipe.output)
     folder.fence = lease.check
-    engine = trainer_arguments(recipe.training, recipe.model.dtype)  # first: it brings the process group up
-    asked = engine
-    in_shares = stage_of(engine.get("deepspeed")) == 3
-    blocks = by_blocks(recipe, engine.get("deepspeed"), world_size(), prepared.shapes.get_base_model())
-    if blocks:
-        engine = engine | {"deepspeed": for_what_trains(engine["deepspeed"])}
-    by_modules = in_shares and not blocks
-    fully_sharded = fsdp.fsdp_asked()
-    arguments = TrainingArguments(**training_arguments(recipe, folder, bool(prepared.rows.get("validation"))), **engine)
+    engine = _engine(prepared)  # first: it brings the process group up
+    settings = training_arguments(recipe, folder, bool(prepared.rows.get("validation")))
+    arguments = TrainingArguments(**settings, **engine.arguments)
     # Without a launcher the trainer would spread one process over all GPUs (DataParallel) and multiply the batch.
     arguments._n_gpu = min(1, arguments.n_gpu)
     if rank() == 0:
         folder.check_free(resume, overwrite)
-    if resume:
-        folder.check_same_recipe(recipe)
-        if folder.is_complete():
-            if rank() == 0:
-                print(f"{folder.path} is complete: there is nothing to resume")
-            return folder
-        check_resume(recipe, folder)
+    if resume and folder.is_complete():
+        if rank() == 0:
+            print(f"{folder.path} is complete: there is nothing to resume")
+        return folder
     lease.check_free()
 
     # Before the folder is touched: weights that are missing or damaged leave it as it was.
     set_seed(recipe.seed)
     processor = load_processor(recipe.model, task)
-    with loading_into_shares(arguments, recipe.model) if by_modules else contextlib.nullcontext():
-        model = adapted_model(prepared, arguments.device, blocks)
-    if fully_sharded:
-        fsdp.share_base(model)
+    model = _load(prepared, arguments, engine)
     rows = {name: task.encode(found, processor) for name, found in prepared.rows.items() if name != "test"}
     stop_before_training(arguments.device)
     lease.take()
-    with arguments.main_process_first(desc="opening the run folder"):
-        if rank() == 0:
-            folder.open(resume, overwrite)
+    checkpoint, arguments.eval_on_start = found_by_the_first(lambda: _open_folder(prepared, folder, resume, overwrite))
+    log = RunLog(folder, getattr(torch, recipe.model.dtype))
+    watchers = StepTimer(), log, Guard(recipe.training, folder), StopWhenAsked()
+    parts = Parts(folder, lease, engine, model, rows, processor, task.collator(processor), *watchers)
+    trainer = _trainer(prepared, arguments, parts)
+    shift = _run(prepared, trainer, parts, checkpoint)
+    _finish(prepared, trainer, parts, shift)
+    return folder
+
+
+def _engine(prepared: Prepared) -> Engine:
+    recipe = prepared.recipe
+    asked = trainer_arguments(recipe.training, recipe.model.dtype)
+    if by_blocks(recipe, asked.get("deepspeed"), world_size(), prepared.shapes.get_base_model()):
+        return Engine(asked, asked | {"deepspeed": for_what_trains(asked["deepspeed"])}, "blocks")
+    if stage_of(asked.get("deepspeed")) == 3:
+        return Engine(asked, asked, "modules")
+    return Engine(asked, asked, "fsdp" if fsdp.fsdp_asked() else "whole")
+
+
+def _load(prepared: Prepared, arguments: TrainingArguments, engine: Engine) -> PeftModel:
+    """The model with its adapter, its base held as the engine does."""
+    by_modules = engine.base == "modules"
+    with loading_into_shares(arguments, prepared.recipe.model) if by_modules else contextlib.nullcontext():
+        model = adapted_model(prepared, arguments.device, engine.base == "blocks")
+    if engine.base == "fsdp":
+        fsdp.share_base(model)
+    return model
+
+
+def _open_folder(prepared: Prepared, folder: RunFolder, resume: bool, overwrite: bool) -> tuple[Path | None, bool]:
+    """Make the run folder ready to be written; the first process's work.
+
+    Returns: the checkpoint to continue from, and whether an evaluation has to be made up for first.
+    """
+    folder.open(resume, overwrite)
     checkpoint = folder.newest_checkpoint() if resume else None
-    if rank() == 0:
-        _announce(prepared, checkpoint, resume)
-        folder.write_text("config.yaml", recipe.as_yaml())
-        folder.write_json("environment.json", describe_environment())
-        folder.forget_after(int(checkpoint.name.rpartition("-")[2]) if checkpoint else -1)
-    if checkpoint and evaluation_left(folder, int(checkpoint.name.rpartition("-")[2])):
-        arguments.eval_on_start = True
-    collate, size = task.collator(processor), recipe.training.batch_size
-    timer, log = StepTimer(), RunLog(folder, getattr(torch, recipe.model.dtype))
-    guard, stopping = Guard(recipe.training, folder), StopWhenAsked()
+    _announce(prepared, checkpoint, resume)
+    if checkpoint is None:  # a run that is continued keeps its recipe, whose batches may be for other processes
+        folder.write_text("config.yaml", prepared.recipe.as_yaml())
+    folder.write_json("environment.json", describe_environment())
+    folder.forget_after(step_of(checkpoint) if checkpoint else -1)
+    return checkpoint, checkpoint is not None and evaluation_left(folder, step_of(checkpoint))
+
+
+def _trainer(prepared: Prepared, arguments: TrainingArguments, parts: Parts) -> AdapterTrainer:
+    """The trainer with what the method and the recipe add to it."""
+    recipe, task = prepared.recipe, prepared.task
     trainer = AdapterTrainer(
-        model=model,
+        model=parts.model,
         args=arguments,
-        train_dataset=Numbered(rows["train"]),
-        eval_dataset=rows.get("validation"),
-        data_collator=numbered(collate),
-        callbacks=[Fence(lease), log],
+        train_dataset=Numbered(parts.rows["train"]),
+        eval_dataset=parts.rows.get("validation"),
+        data_collator=WithRows(parts.collate),
+        callbacks=[Fence(parts.lease), parts.log],
         head=head_settings(recipe),
         token_loss=task.token_loss,
-        timer=timer,
+        timer=parts.timer,
         shapes=prepared.shapes,
-        guard=guard,
-        lease=lease,
+        guard=parts.guard,
+        lease=parts.lease,
     )
     if recipe.method.name == "adalora":
         trainer.add_callback(RankAllocation(task.token_loss))
     if has_schedule(prepared.peft_config):
         trainer.add_callback(CurveSchedule())
-    shift = None
+    if recipe.training.keep_best:
+        trainer.add_callback(KeepBest())
+    return trainer
+
+
+def _run(prepared: Prepared, trainer: AdapterTrainer, parts: Parts, checkpoint: Path | None) -> OutputChange | None:
+    """All steps that are left; returns what the untrained adapter did to the outputs, None where a run is continued."""
+    recipe, shift = prepared.recipe, None
+    by_modules = parts.engine.base == "modules"
 
     def look_at_the_start() -> None:
         # in batches of training's size: those fit, and evaluation's may not where a model has no test rows
         nonlocal shift
-        shift = measure_start(model, rows["train"], collate, size)
+        shift = measure_start(parts.model, parts.rows["train"], parts.collate, recipe.training.batch_size)
         if rank() == 0:
             print(describe_start(shift), flush=True)
             if recipe.training.max_steps != 0:  # an untrained run has no log
-                folder.log({"step": 0, "seconds": 0.0, "start_shift": shift.as_dict()})
+                parts.folder.log({"step": 0, "seconds": 0.0, "start_shift": shift.as_dict()})
 
     def with_the_engine() -> None:
-        check_engine(engine_in_use(trainer), asked)
+        check_engine(engine_in_use(trainer), parts.engine.asked)
         if by_modules:  # weights in shares can only be used from now on
             if recipe.method.name != "full":
                 keep_adapters_whole(trainer.model_wrapped)
@@ -154,9 +230,9 @@ def _train(prepared: Prepared, resume: bool, overwrite: bool, lease: Lease) -> R
                 look_at_the_start()
 
     trainer.add_callback(AtTheStart(with_the_engine))
-    trainer.add_callback(stopping)  # last: it undoes what others plan for the end of an epoch
+    trainer.add_callback(parts.stopping)  # last: it undoes what others plan for the end of an epoch
     if by_modules:
-        announce_parameters(model)
+        announce_parameters(parts.model)
     elif checkpoint is None:
         look_at_the_start()
     if recipe.training.max_steps != 0:
@@ -167,31 +243,37 @@ def _train(prepared: Prepared, resume: bool, overwrite: bool, lease: Lease) -> R
             for callback in trainer.callback_handler.callbacks:
                 if (bar := getattr(callback, "training_bar", None)) is not None:
                     bar.close()
-        stopping.leave(folder, trainer.state.global_step)
+        parts.stopping.leave(parts.folder, trainer.state.global_step)
     ASKED.let_through(world_size() == 1)
-    result = summary(prepared, trainer, timer, log) | {
+    return shift
+
+
+def _finish(prepared: Prepared, trainer: AdapterTrainer, parts: Parts, shift: OutputChange | None) -> None:
+    """Save the adapter, score the unseen rows, and write what came of the run."""
+    recipe, folder = prepared.recipe, parts.folder
+    can_merge = parts.engine.base == "whole"  # a weight in shares cannot be changed
+    result = summary(prepared, trainer, parts.timer, parts.log) | {
         "engine": engine_in_use(trainer),
         "start_shift": shift.as_dict() if shift else folder.logged("start_shift"),
         "merge_gap": None,
         "spline": last_spline(folder),
-        "nonfinite": guard.summary(),
+        "nonfinite": parts.guard.summary(),
+        "best_checkpoint": _best(prepared, trainer),
     }
-    lease.confirm()
+    parts.lease.confirm()
     save_adapter(trainer, prepared, folder)
-    can_merge = not (in_shares or fully_sharded)  # a weight in shares cannot be changed
     ASKED.let_through(rank() == 0 and can_merge)  # the others have no more to do
-    if rank() == 0 and can_merge and merges_approximately(recipe, model):
+    if rank() == 0 and can_merge and merges_approximately(recipe, parts.model):
         # after the summary, whose peak memory is that of training
         test = prepared.rows.get("test")
-        probe = task.encode(test, processor) if test else rows["train"]
-        result["merge_gap"] = measure_gap(model, probe, collate, size).as_dict()
-    if rank() == 0 or in_shares or fully_sharded:  # every process has a share of the weights, so all of them score the same rows
-        evaluation = score_unseen(prepared, model, processor, folder, can_merge)
+        probe = prepared.task.encode(test, parts.processor) if test else parts.rows["train"]
+        result["merge_gap"] = measure_gap(parts.model, probe, parts.collate, recipe.training.batch_size).as_dict()
+    if rank() == 0 or not can_merge:  # every process has a share of the weights, so all of them score the same rows
+        evaluation = score_unseen(prepared, parts.model, parts.processor, folder, can_merge)
     if rank() == 0:
         folder.write_text("adapter/README.md", model_card(recipe, result, evaluation))
         folder.write_json("result.json", result)
         print(f"written: {folder.path}")
-    return folder
 
 
 def training_arguments(recipe: Recipe, folder: RunFolder, has_validation: bool) -> dict[str, Any]:
@@ -337,14 +419,19 @@ def score_unseen(
     return result
 
 
+def _best(prepared: Prepared, trainer: AdapterTrainer) -> dict[str, Any] | None:
+    """The checkpoint of the lowest validation loss, where the recipe asks for one."""
+    if not prepared.recipe.training.keep_best:
+        return None
+    return {"step": trainer.state.best_global_step, "eval_loss": trainer.state.best_metric}
+
+
 def _announce(prepared: Prepared, checkpoint: Path | None, resume: bool) -> None:
     recipe = prepared.recipe
     rows = ", ".join(f"{len(found)} {name}" for name, found in prepared.rows.items())
     print(f"{recipe.name or recipe.output}: {recipe.method.title}; {rows} rows")
-    if resume:
-        print(
-            f"resuming from {checkpoint}"
-            if checkpoint
-            else "no whole checkpoint to resume from: starting from the beginning",
-            flush=True,
-        )
+    if checkpoint is not None:
+        processes = read_manifest(checkpoint)["processes"]
+        print(f"resuming from {checkpoint}, written by {processes} process{'es' * (processes > 1)}", flush=True)
+    elif resume:
+        print("no whole checkpoint to resume from: starting from the beginning", flush=True)

@@ -16,29 +16,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from torch.serialization import get_unsafe_globals_in_checkpoint
-
 from curvelora.errors import UserError
-from curvelora.loading import stored_shapes
 from curvelora_eval.files import make_folder, write_json, write_text
-from curvelora_training.config import Recipe, differing_keys, read_yaml
+from curvelora_training.checkpoint import newest_whole, sweep
 
 CONTENTS = (
     *("config.yaml", "environment.json", "metrics.jsonl", "result.json", "evaluation.json", "predictions.jsonl"),
     *("checkpoints", "adapter"),
 )
 RESUMABLE = "mend that and continue with --resume; what was saved before is whole"
-# What the optimiser states of the trainer and of DeepSpeed refer to, and nothing else.
-TRUSTED_GLOBALS = frozenset(
-    {
-        "deepspeed.runtime.fp16.loss_scaler.LossScaler",
-        "deepspeed.runtime.zero.config.ZeroStageEnum",
-        "deepspeed.utils.tensor_fragment.fragment_address",
-        "numpy._core.multiarray._reconstruct",
-        "numpy.dtype",
-        "numpy.ndarray",
-    }
-)
 FULL = 1 << 20  # bytes; a disk with less is called full
 
 
@@ -65,18 +51,6 @@ class RunFolder:
                 "or name another output"
             )
 
-    def check_same_recipe(self, recipe: Recipe) -> None:
-        """Raise `UserError` where the run to resume was started with another recipe: it would not be continued exactly."""
-        path = self.path / "config.yaml"
-        if not path.is_file():
-            return
-        stored = read_yaml(path.read_text(encoding="utf-8"))
-        if differences := differing_keys(stored, recipe):
-            raise UserError(
-                f"{self.path} was started with another recipe ({'; '.join(differences)}), so it cannot be continued exactly: "
-                f"resume with {path}, or name another output"
-            )
-
     def is_complete(self) -> bool:
         """Whether the run that the folder holds came to its end."""
         return self.adapter.is_dir() and (self.path / "result.json").is_file()
@@ -93,15 +67,11 @@ class RunFolder:
             for name in self.held():
                 target = self.path / name
                 shutil.rmtree(target) if target.is_dir() else target.unlink()
+        sweep(self.checkpoints)
 
     def newest_checkpoint(self) -> Path | None:
-        """The newest checkpoint that is whole, or None."""
-        found = [p for p in self.checkpoints.glob("checkpoint-*") if p.name.rpartition("-")[2].isdigit()]
-        for checkpoint in sorted(found, key=lambda p: int(p.name.rpartition("-")[2]), reverse=True):
-            if is_whole(checkpoint):
-                return checkpoint
-            print(f"{checkpoint} is not whole and is passed over", flush=True)
-        return None
+        """The newest checkpoint that is whole, or None; newer ones that are not are named and set aside."""
+        return newest_whole(self.checkpoints)
 
     def forget_after(self, step: int) -> None:
         """Drop the metrics after `step`, which a resumed run will write again."""
@@ -147,35 +117,12 @@ def _finite(record: dict[str, Any]) -> dict[str, Any]:
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in nested.items()}
 
 
-def is_whole(checkpoint: Path) -> bool:
-    """Whether training can resume from this folder: weights, trainer state, optimiser and scheduler are there and readable.
-
-    Raises:
-        UserError: a file in it would run code when it is loaded (DeepSpeed loads its own without PyTorch's safeguard).
-    """
-    try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-        stored_shapes(checkpoint)
-        pickles = [*checkpoint.rglob("*.pt"), *checkpoint.rglob("*.pth")]
-        needed = {file: set(get_unsafe_globals_in_checkpoint(file)) for file in pickles}
-    except Exception:  # every kind of damage has an exception of its own, and all of them mean the same
-        return False
-    for file, names in needed.items():
-        if foreign := names - TRUSTED_GLOBALS:
-            raise UserError(
-                f"{file} would run code when it is loaded ({', '.join(sorted(foreign))}): delete this checkpoint"
-            )
-    names = {file.name for file in pickles}
-    return "scheduler.pt" in names and ("optimizer.pt" in names or any(n.endswith("optim_states.pt") for n in names))
-
-
 @contextlib.contextmanager
-def whole_or_none(folder: Path, name: Path | None = None) -> Iterator[None]:
-    """Save into `folder`; what is only half there when saving fails, or is stopped, is removed.
+def whole_or_none(temporary: Path) -> Iterator[None]:
+    """Save into `temporary`; what is there when saving fails, or is stopped, is removed.
 
     Args:
-        folder: what is written inside the `with` block.
-        name: how messages call it, where `folder` is temporary.
+        temporary: named by `temporary_for`; messages call it by the name that it was to get.
 
     Raises:
         UserError: it could not be saved. A full disk is an OSError, a SafetensorError, a RuntimeError (torch) or a plain
@@ -184,11 +131,11 @@ def whole_or_none(folder: Path, name: Path | None = None) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        free = shutil.disk_usage(next(p for p in folder.absolute().parents if p.exists())).free
-        if not is_whole(folder):
-            shutil.rmtree(folder, ignore_errors=True)
+        free = shutil.disk_usage(next(p for p in temporary.absolute().parents if p.exists())).free
+        shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, UserError) or not isinstance(error, Exception):
             raise
         # torch's own words for a full disk are "unexpected pos 64 vs 0"
         why = "No space left on device" if free < FULL else " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{name or folder} cannot be saved ({why}): {RESUMABLE}") from error
+        final = temporary.with_name(temporary.name.removeprefix(".").removesuffix(".tmp"))
+        raise UserError(f"{final} cannot be saved ({why}): {RESUMABLE}") from error

@@ -12,5 +12,4 @@ def optimiser_steps(spec: TrainingSpec, rows: int) -> int:
     """Optimiser steps of a run on `rows` training rows, as transformers' Trainer counts them."""
     if spec.max_steps is not None:
         return spec.max_steps
-    batches = math.ceil(rows / (spec.batch_size * world_size()))
-    return math.ceil(spec.epochs * math.ceil(batches / spec.accumulation))
+    return math.ceil(spec.epochs * math.ceil(rows / (spec.batch_size * spec.accumulation * world_size())))

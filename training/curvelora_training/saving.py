@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 from pathlib import Path
 
@@ -13,11 +12,11 @@ from transformers import Trainer
 from curvelora.errors import UserError
 from curvelora.loading import stored_shapes
 from curvelora_eval.spec import write_task
+from curvelora_training.adalora import RANKED
+from curvelora_training.checkpoint import temporary_for
 from curvelora_training.distributed import agree, rank
 from curvelora_training.prepare import Prepared
 from curvelora_training.run_folder import RunFolder, whole_or_none
-
-RANKED = re.compile(r"lora_[ABE]")  # AdaLoRA's tensors with a dimension of ranks
 
 
 def save_adapter(trainer: Trainer, prepared: Prepared, folder: RunFolder) -> None:
@@ -26,20 +25,17 @@ def save_adapter(trainer: Trainer, prepared: Prepared, folder: RunFolder) -> Non
     Raises:
         UserError: it cannot be written, or what was written is not the adapter.
     """
-    temporary, problem = folder.path / ".adapter.tmp", None
+    temporary, problem = temporary_for(folder.adapter), None
     try:
-        with whole_or_none(temporary, folder.adapter):
+        with whole_or_none(temporary):
             trainer.save_model(str(temporary))
             if rank() == 0:
-                # a pickle, and nothing that config.yaml does not say
-                (temporary / "training_args.bin").unlink(missing_ok=True)
                 write_task(temporary, prepared.recipe.model, prepared.recipe.task)
         if rank() == 0:
-            with whole_or_none(temporary, folder.adapter):
+            with whole_or_none(temporary):
                 shutil.rmtree(folder.adapter, ignore_errors=True)
                 os.replace(temporary, folder.adapter)
     except UserError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
         problem = error
     agree(problem)
 

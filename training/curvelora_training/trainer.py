@@ -10,18 +10,21 @@ from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
 from peft import PeftModel
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from curvelora.errors import UserError
 from curvelora.grid_monitor import GridMonitor
 from curvelora.resolvability import model_resolvability, summarise
 from curvelora_eval.tasks.base import compute_context
+from curvelora_training.checkpoint import PREFIX, delete_beyond
+from curvelora_training.checkpointing import restore, restore_rng, save
 from curvelora_training.distributed import agree
 from curvelora_training.lease import Lease
 from curvelora_training.nonfinite import ROW, Guard, poisoned
+from curvelora_training.row_order import EpochOfRows, RowOrder
 from curvelora_training.run_folder import RunFolder, whole_or_none
 from curvelora_training.saving import check_saved
 from curvelora_training.stopping import EvaluationCut
@@ -59,8 +62,11 @@ class AdapterTrainer(Trainer):
         self.guard = guard
         self.lease = lease
         super().__init__(*args, **kwargs)
+        self.saved: tuple[int, int | None] | None = None  # step and best step of the last checkpoint
+        self.epoch_of_rows = EpochOfRows()
         self.add_callback(timer)
         self.add_callback(guard)
+        self.add_callback(self.epoch_of_rows)
         # Trainer guesses this from the signature of forward, and where it guesses wrong (BERT, T5, ViT: they accept the
         # argument and ignore it) accumulated gradients are summed instead of averaged.
         self.model_accepts_loss_kwargs = token_loss
@@ -81,7 +87,9 @@ class AdapterTrainer(Trainer):
         self.guard.note(self, rows, loss)
         return loss
 
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any) -> Any:
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **kwargs: Any
+    ) -> Any:
         """As the base class does it, with a gradient that shows whether it is finite."""
         loss = super().compute_loss(model, inputs, return_outputs, **kwargs)
         return loss if return_outputs else poisoned(loss)
@@ -110,20 +118,61 @@ class AdapterTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As the base class does it, and reads what it wrote: `UserError`, on every process, where that is not the adapter."""
-        super().save_model(output_dir, _internal_call)
-        problem = None
-        if self.args.should_save:
-            try:
-                check_saved(Path(output_dir or self.args.output_dir), self.shapes)
-            except UserError as error:
-                problem = error
+        folder, problem = Path(output_dir or self.args.output_dir), None
+        try:
+            with whole_or_none(folder):
+                super().save_model(str(folder), _internal_call)
+                if self.args.should_save:
+                    check_saved(folder, self.shapes)
+        except UserError as error:
+            problem = error
         agree(problem)
 
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """As the base class does it, but a checkpoint that cannot be written in full leaves nothing behind."""
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """The adapter and its tokenizer; not the training arguments, a pickle of what config.yaml says."""
+        if not self.args.should_save:
+            return
+        self.accelerator.unwrap_model(self.model).save_pretrained(output_dir, state_dict=state_dict)
+        if (tokenizer := getattr(self.data_collator, "tokenizer", None)) is not None:
+            tokenizer.save_pretrained(output_dir)
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> RowOrder:
+        """The same steps for any number of processes that share them."""
+        rows, args = self.train_dataset if train_dataset is None else train_dataset, self.args
+        grouped = args.train_sampling_strategy == "group_by_length"
+        lengths = [len(row) for row in rows["input_ids"]] if grouped else None
+        seed = args.seed if args.data_seed is None else args.data_seed
+        step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        self.epoch_of_rows.order = RowOrder(len(rows), step, seed, lengths)
+        return self.epoch_of_rows.order
+
+    def _save_checkpoint(self, *_: Any, **__: Any) -> None:
+        """Write a checkpoint, then delete older ones; a checkpoint that cannot be written in full leaves all as it was."""
+        now = self.state.global_step, self.state.best_global_step
+        if self.saved == now:
+            return  # an epoch that ends with a step that was saved
         self.lease.confirm()
-        with whole_or_none(Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"):
-            super()._save_checkpoint(*args, **kwargs)
+        self.store_flos()
+        folder = Path(self.args.output_dir)
+        save(self, folder / f"{PREFIX}{self.state.global_step}")
+        if self.args.should_save and self.args.save_total_limit is not None:
+            delete_beyond(folder, self.args.save_total_limit, {self.state.best_global_step})
+        self.saved = now
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
+        """As the base class does it, but with our own checkpoints: all comes back when the engine is there, whichever it is."""
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        if resume_from_checkpoint is not None:
+            restore(self, Path(resume_from_checkpoint))
+            self.saved = self.state.global_step, self.state.best_global_step
+        return prepared
+
+    def _load_from_checkpoint(self, *_: Any, **__: Any) -> None:
+        """Nothing, before there is an engine."""
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            restore_rng(Path(checkpoint))
 
 
 def parameter_groups(

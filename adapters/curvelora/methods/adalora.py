@@ -118,7 +118,6 @@ METHOD = Method(
         "whose config has a `task_type`.",
         "The scale divides by the initial rank for ever, and A and B start from N(0, 0.02^2) with e = 0.",
         "PEFT trains one such adapter on a model at a time, and gives no rows adapters of their own.",
-        "A run cannot be resumed: a checkpoint has neither the importance averages nor the masked triplets.",
     ),
     check=_check,
 )
