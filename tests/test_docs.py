@@ -15,6 +15,7 @@ import pytest
 from curvelora import METHODS
 from curvelora.methods_command import markdown
 from curvelora_eval.lab.record import BLOCK, rendered
+from curvelora_training.bench.engines_table import engines_table
 from curvelora_training.demo import ARMS, MARKS
 from curvelora_training.matrix.page import page
 from curvelora_training.reference import reference
@@ -45,6 +46,27 @@ def test_the_readme_table_is_the_recorded_one(root: Path) -> None:
 def test_the_distributed_matrix_is_the_recorded_one(root: Path) -> None:
     written = (root / "docs/distributed_matrix.md").read_text(encoding="utf-8")
     assert written == page(root / "docs/results/distributed"), "write it again: curvelora matrix --record NAME"
+
+
+def test_the_table_of_the_engines_is_that_of_its_file(root: Path) -> None:
+    records = json.loads((root / "docs/results/distributed/engines_h100.json").read_text(encoding="utf-8"))["records"]
+    page = (root / "docs/engines.md").read_text(encoding="utf-8")
+    shown = page.split("<!-- engines: engines_h100.json -->\n")[1].split("\n<!-- end of engines -->")[0]
+    assert shown == engines_table(records)
+    # and what the text makes of it
+    found = {(r["model"], r["base"], r["arm"], r["stage"], r["processes"]): r for r in records}
+    ratios = [
+        r["step_seconds"]["median"] / found[(*key[:3], 2, key[4])]["step_seconds"]["median"]
+        for key, r in found.items()
+        if key[3] == 3 and (*key[:3], 2, key[4]) in found and key[2] != "ranlora"
+    ]
+    assert "costs 0 to 4 % of a ZeRO-2 step" in page and (round(min(ratios), 2), round(max(ratios), 2)) == (1.0, 1.04)
+    ways = [
+        r["tokens_per_second_per_process"] / found[(*key[:3], 2, 1)]["tokens_per_second_per_process"]
+        for key, r in found.items()
+        if key[4] == 2 and (*key[:3], 2, 1) in found
+    ]
+    assert "keeps 0.97 to 1.00 of its throughput" in page and (round(min(ways), 2), round(max(ways), 2)) == (0.97, 1.0)
 
 
 def test_links_in_documents_lead_somewhere(root: Path) -> None:

@@ -54,6 +54,7 @@ from curvelora_training.zero3 import (
     announce_parameters,
     by_blocks,
     for_what_trains,
+    idle_keys,
     keep_adapters_whole,
     loading_into_shares,
     stage_of,
@@ -150,6 +151,8 @@ def _engine(prepared: Prepared) -> Engine:
     recipe = prepared.recipe
     asked = trainer_arguments(recipe.training, recipe.model.dtype)
     if by_blocks(recipe, asked.get("deepspeed"), world_size(), prepared.shapes.get_base_model()):
+        if rank() == 0 and (idle := idle_keys(asked["deepspeed"])):
+            print(f"ZeRO-3 gathers this base by blocks, so there is nothing for {', '.join(idle)} to act on", flush=True)
         return Engine(asked, asked | {"deepspeed": for_what_trains(asked["deepspeed"])}, "blocks")
     if stage_of(asked.get("deepspeed")) == 3:
         return Engine(asked, asked, "modules")

@@ -57,10 +57,18 @@ def by_blocks(recipe: Recipe, settings: dict[str, Any] | None, processes: int, b
 
 def for_what_trains(settings: dict[str, Any]) -> dict[str, Any]:
     """DeepSpeed's settings beside a base in `frozen_shares`: ZeRO-2, without what concerns parameters in shares."""
-    section = {
-        k: v for k, v in settings["zero_optimization"].items() if not k.startswith("stage3_") and k != "sub_group_size"
-    }
+    section = {key: value for key, value in settings["zero_optimization"].items() if not _of_shares(key)}
     return settings | {"zero_optimization": BUCKETS | section | {"stage": 2}}
+
+
+def idle_keys(settings: dict[str, Any]) -> list[str]:
+    """The keys that `for_what_trains` leaves out, but for our own default."""
+    section = settings["zero_optimization"].items()
+    return [key for key, value in section if _of_shares(key) and (key, value) != (THRESHOLD, 0)]
+
+
+def _of_shares(key: str) -> bool:
+    return key.startswith("stage3_") or key in ("sub_group_size", "module_granularity_threshold")
 
 
 def why_not(recipe: Recipe) -> list[str]:
