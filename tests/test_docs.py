@@ -49,7 +49,7 @@ def test_the_distributed_matrix_is_the_recorded_one(root: Path) -> None:
 
 
 def test_the_table_of_the_engines_is_that_of_its_file(root: Path) -> None:
-    records = json.loads((root / "docs/results/distributed/engines_h100.json").read_text(encoding="utf-8"))["records"]
+    records = json.loads((root / "docs/results/engines_h100.json").read_text(encoding="utf-8"))["records"]
     page = (root / "docs/engines.md").read_text(encoding="utf-8")
     shown = page.split("<!-- engines: engines_h100.json -->\n")[1].split("\n<!-- end of engines -->")[0]
     assert shown == engines_table(records)

@@ -162,7 +162,7 @@ def test_on_as_many_processes_it_is_the_straight_run(made: Callable[[str], Path]
     if not found["shares"]:
         early, late = (load_file(straight / f"checkpoints/checkpoint-{n}/moments.safetensors") for n in (6, 8))
         assert early.keys() == late.keys()
-        moving = [key for key in early if early[key].is_floating_point() and not early[key].equal(late[key])]
+        moving = [key for key in early if not key.startswith("step:") and not early[key].equal(late[key])]
         assert len(moving) > len(early) / 2
 
 

@@ -65,10 +65,11 @@ class Lease:
             )
 
     def release(self) -> None:
-        """Give the lease back, where it is still held."""
+        """Give the lease back, where it is still held; on a disk that cannot be written it stays, and counts as a dead one's."""
         self._stop.set()
-        if self.held and self._read().get("token") == self.me["token"]:
-            self.path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what ended the run is the error to be told
+            if self.held and self._read().get("token") == self.me["token"]:
+                self.path.unlink(missing_ok=True)
         self.held = False
 
     def _agreed(self, action: Any) -> None:
