@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from curvelora.errors import UserError
 from curvelora_eval.lab.folder import read_record
 from curvelora_training.bench.arms import parse_arms
 from curvelora_training.bench.options import (
@@ -18,7 +19,7 @@ from curvelora_training.bench.options import (
     add_timing_arguments,
     rounds_from,
 )
-from curvelora_training.bench.settings import add_model_arguments, add_training_arguments, settings_from
+from curvelora_training.bench.settings import PROBES, add_model_arguments, add_training_arguments, settings_from
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,6 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sweep", type=Path, metavar="DIR", help="show this sweep's map in the report")
     parser.add_argument("--no-cost", action="store_true", help="leave the timing out")
     parser.add_argument("--no-sharpness", action="store_true", help="leave the Hessian's eigenvalue out")
+    batches = f"held-out batches for it, {PROBES} at most (default %(default)s)"
+    parser.add_argument("--sharpness-batches", type=int, default=2, metavar="N", help=batches)
     parser.add_argument("--no-spectra", action="store_true", help="leave the spectra out")
     add_arm_arguments(parser)
     add_timing_arguments(parser, 5, 2)
@@ -37,7 +40,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Check everything, measure, train, report; exit code 1 where a run failed."""
     settings = settings_from(args, lambda: parse_arms(args.arms, args.arm), args.out, [lambda: rounds_from(args)])
+    if not 1 <= args.sharpness_batches <= PROBES:
+        raise UserError(f"--sharpness-batches is a number from 1 to {PROBES}, not {args.sharpness_batches}")
     settings.sharpness, settings.spectra = not args.no_sharpness, not args.no_spectra
+    settings.sharpness_batches = args.sharpness_batches
     if args.sweep is not None:
         read_record(args.sweep, "sweep.json", "sweep")  # not only after hours of training
     from curvelora_training.bench.compare import compare

@@ -35,6 +35,9 @@ SEEDS = 1 << 31  # the generators of CPUs take 32 bits, and a higher seed would 
 NOT_ADAPTED = ("lm_head", "embed_out", "classifier", "score", "pooler")
 
 
+PROBES = 4  # held-out batches whose layer inputs are looked at
+
+
 @dataclass(kw_only=True)
 class LabSettings:
     """One comparison. Lengths are in tokens, rates are AdamW's peaks."""
@@ -71,6 +74,8 @@ class LabSettings:
     looks: int = 20
     """At about so many steps of a run presence is measured and the path of dW is recorded."""
     sharpness: bool = True
+    sharpness_batches: int = 2
+    """Held-out batches that the sharpness is of."""
     spectra: bool = True
     arms: list[Arm] = field(default_factory=list)
     title: str = ""

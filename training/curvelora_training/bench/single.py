@@ -28,16 +28,16 @@ from curvelora_eval.lab.spectra import base_subspaces, by_module_type, spectra
 from curvelora_eval.lab.updates import adapted_layers, base_weight, update_weight
 from curvelora_training.bench.arms import FULL, Arm
 from curvelora_training.bench.ground import Ground
+from curvelora_training.bench.settings import PROBES
 from curvelora_training.bench.step_graph import start_trial
 from curvelora_training.bench.trial import Trial
 from curvelora_training.distributed import rank, world_size
 
 DIVERGED_AFTER = 10  # losses in a row that are not finite end a run: nothing comes back from there
 FLUSH = 10  # steps between two writes, since reading a value waits for the device
-SHARPNESS_BATCHES, SHARPNESS_TOLERANCE = 2, 1e-2
+SHARPNESS_TOLERANCE = 1e-2
 SPECTRA_LAYERS = 28  # at most so many, spread evenly: four blocks of seven
 APPROXIMATED_LAYERS, APPROXIMATION_TOKENS = 3, 1024
-PROBES = 4  # held-out batches whose layer inputs are looked at
 LOOK_TOKENS, TOKENS_A_RANK = 256, 16  # least number of tokens; best linear maps of rank r need many times r of them
 
 
@@ -182,7 +182,7 @@ class _Notes:
         if not whole:
             return found
         if settings.sharpness and not settings.random and arm.method != FULL:
-            batches = self.probes[:SHARPNESS_BATCHES]
+            batches = self.probes[: settings.sharpness_batches]
             found["sharpness"] = adapter_sharpness(model, batches, tolerance=SHARPNESS_TOLERANCE)
         if settings.spectra and self.sketches:
             chosen = spread(list(self.inputs), SPECTRA_LAYERS)
