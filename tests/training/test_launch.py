@@ -105,6 +105,7 @@ def test_launchers(
     run = result(folder)
     assert run["engine"] == {
         "engine": engine,
+        "base_gathered_by": None,
         "zero_stage": stage,
         "processes": 2,
         "device": "cpu",
