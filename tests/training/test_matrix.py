@@ -71,7 +71,7 @@ def write_run(folder: Path, **changes: Any) -> Path:
         ({"engine": ENGINE | {"processes": 1}}, "processes is 1, not 2"),
         ({"engine": ENGINE | {"frozen_dtype": "bfloat16"}}, "frozen_dtype is 'bfloat16'"),
         ({"engine": ENGINE | {"trainable_dtype": "bfloat16"}}, "trainable_dtype is 'bfloat16'"),
-        ({"engine": ENGINE | {"share_of_base": 1.0}}, "share_of_base is 1.000, not 0.500"),
+        ({"engine": ENGINE | {"share_of_base": 1.0}}, "share_of_base is 1.000, not 0.550"),
     ],
 )
 def test_what_is_not_as_with_one_process_is_found(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
