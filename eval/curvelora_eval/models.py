@@ -79,8 +79,12 @@ def storage_of(spec: ModelSpec, config: Any) -> str:
 def shape_model(spec: ModelSpec, task: Task) -> PreTrainedModel:
     """The model without its weights (meta device): every name and shape, in a moment and without memory."""
     config = load_config(spec, task)
-    with torch.device("meta"), set_zero3_state():  # also where DeepSpeed is to partition the model itself, and not its shapes
-        return task.auto_class.from_config(config, trust_remote_code=spec.trust_remote_code)
+    with (
+        torch.device("meta"),
+        set_zero3_state(),
+    ):  # also where DeepSpeed is to partition the model itself, and not its shapes
+        pinned = {"code_revision": spec.revision} if spec.trust_remote_code and spec.revision else {}
+        return task.auto_class.from_config(config, trust_remote_code=spec.trust_remote_code, **pinned)
 
 
 def load_processor(spec: ModelSpec, task: Task) -> Any:

@@ -130,7 +130,10 @@ def _load_weights(trainer: Trainer, folder: Path) -> None:
         own = {name.partition(":")[2]: tensor for name, tensor in kept.items() if name.startswith("weight:")}
         stored = {name: tensor for name, tensor in stored.items() if not RANKED.search(name)}
     with _gathered(list(names.values())), torch.no_grad():
-        result = set_peft_model_state_dict(model, stored)
+        try:
+            result = set_peft_model_state_dict(model, stored)
+        except RuntimeError as error:
+            raise UserError(f"its adapter does not fit: {' '.join(str(error).split())[:200]}") from error
         for name, tensor in own.items():
             names[name].copy_(tensor)
     if method is not None:  # after PEFT, which would cut the triplets to the pattern

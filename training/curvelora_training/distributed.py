@@ -259,7 +259,8 @@ def check_engine(engine: dict[str, Any], asked: dict[str, Any]) -> None:
         raise UserError(
             f"the launcher started {world_size()} processes but the trainer sees {engine['processes']}: see docs/launching.md"
         )
-    if stage == 3 and engine["share_of_base"] > (most := 1.1 / engine["processes"]):
+    # by blocks: weights beside them stay whole, and what modules_to_save leaves of them
+    if engine["base_gathered_by"] == "modules" and engine["share_of_base"] > (most := 1.1 / engine["processes"]):
         raise UserError(
             f"ZeRO-3 left {engine['share_of_base']:.0%} of the base on this process, and {most:.0%} is the most"
         )
@@ -282,13 +283,15 @@ def everyones(value: T) -> list[T]:
 
 
 def found_by_the_first(find: Callable[[], T]) -> T:
-    """What `find()` gives on the first process, on every process; its `UserError` too."""
+    """What `find()` gives on the first process, on every process; its error too, as a `UserError`."""
     found, problem = None, None
     if rank() == 0:
         try:
             found = find()
         except UserError as error:
             problem = error
+        except (OSError, RuntimeError) as error:
+            problem = UserError(f"{type(error).__name__}: {' '.join(str(error).split())}")
     agree(problem)
     return everyones(found)[0]
 

@@ -140,8 +140,11 @@ class FrozenShares:
 def units_of(model: PreTrainedModel, trained: set[str]) -> list[Unit]:
     """The blocks of layers of a model in their order, then its large weights outside of blocks; none where there are no blocks.
 
+    Outside of blocks those are shared that only their own module's pass reads, embeddings and linear layers; what else there is
+    (norms, convolutions, positions that a module with children adds itself) is small and stays whole.
+
     Args:
-        trained: last names of modules that are left alone, since they train.
+        trained: modules that are left alone, as PEFT names them: the end of the dotted name.
     """
     names = set(model._no_split_modules or ())
     ends = {model.get_input_embeddings(), model.get_output_embeddings()} - {
@@ -149,21 +152,30 @@ def units_of(model: PreTrainedModel, trained: set[str]) -> list[Unit]:
     }  # tied, perhaps, and so used elsewhere
     blocks: list[nn.Module] = []
     for module in model.modules():
-        inner = set(module.modules())
         nested = any(module in block.modules() for block in blocks)
-        if type(module).__name__ in names and not ends & inner and not nested:
+        if type(module).__name__ in names and not ends & set(module.modules()) and not nested:
             blocks.append(module)
     if not blocks:
         return []
-    owners: dict[nn.Parameter, list[nn.Module]] = {}
-    for name, module in model.named_modules():
-        for parameter in module.parameters(recurse=False):
-            if not trained & set(name.split(".")):
-                owners.setdefault(parameter, []).append(module)
-    units = [Unit([block], [p for p in block.parameters() if p in owners], n % 2) for n, block in enumerate(blocks)]
+    training = {
+        parameter
+        for name, module in model.named_modules(remove_duplicate=False)
+        if any(name == end or name.endswith(f".{end}") for end in trained)
+        for parameter in module.parameters()
+    }
+    units = [Unit([b], [p for p in b.parameters() if p not in training], n % 2) for n, b in enumerate(blocks)]
     inside = {p for unit in units for p in unit.tensors}
-    outside = [p for p in owners if p not in inside and p.numel() >= SMALL]
-    return [*units, *(Unit(owners[p], [p], OUTSIDE) for p in outside)]
+    outside: list[Unit] = []
+    for module in model.modules():
+        found = [p for p in module.parameters(recurse=False) if p not in training | inside]
+        if not isinstance(module, nn.Embedding | nn.Linear) or not any(p.numel() >= SMALL for p in found):
+            continue
+        if (tied := next((unit for unit in outside if set(unit.tensors) & set(found)), None)) is not None:
+            tied.modules.append(module)
+            tied.tensors += [p for p in found if p not in tied.tensors]
+        else:
+            outside.append(Unit([module], found, OUTSIDE))
+    return [*units, *outside]
 
 
 def _views(tensors: list[nn.Parameter], whole: Tensor) -> list[Tensor]:

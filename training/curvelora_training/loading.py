@@ -25,19 +25,34 @@ from curvelora.layers.base_weight import keep_4bit_layout
 from curvelora_eval.models import attention, fill_in, load_base, load_config, quantisation_config
 from curvelora_eval.spec import ModelSpec
 from curvelora_eval.tasks import Task
+from curvelora_training.distributed import agree
 from curvelora_training.frozen_shares import FrozenShares, units_of
 
 
 def load_into_shares(spec: ModelSpec, task: Task, device: torch.device, trained: set[str]) -> PreTrainedModel:
     """The frozen base, of which every process of the default group holds a share. Arguments and errors as for `load_base`."""
-    model = _empty_model(spec, task, device)
-    if (read := _reader(model, spec, task)) is None:
+    try:
+        model, shares = _load(spec, task, device, trained)
+        problem = None
+    except UserError as error:
+        problem = error
+    agree(problem)  # before anything is gathered, for which all are needed
+    shares.start()
+    return model
+
+
+def _load(spec: ModelSpec, task: Task, device: torch.device, trained: set[str]) -> tuple[PreTrainedModel, FrozenShares]:
+    model = read = None
+    # new heads are drawn, and a checkpoint that is quantised itself is not read tensor by tensor
+    if not task.new_head and not getattr(load_config(spec, task), "quantization_config", None):
+        model = _empty_model(spec, task, device)
+        read = _reader(model, spec)
+    if read is None:
         model = load_base(spec, task, device, trained)
         shares = FrozenShares(units_of(model, trained), device)
         for unit in shares.units:
             shares.take(unit)
-        shares.start()
-        return model
+        return model, shares
     units = units_of(model, trained)
     names = {parameter: name for name, parameter in model.named_parameters()}
     places = _places(model)
@@ -51,23 +66,27 @@ def load_into_shares(spec: ModelSpec, task: Task, device: torch.device, trained:
     for buffer_owner in model.modules():
         for name, buffer in buffer_owner.named_buffers(recurse=False):
             setattr(buffer_owner, name, buffer.to(device))
-    shares.start()
     keep_4bit_layout(model)
     fill_in(model, task)
-    return model.eval()
+    return model.eval(), shares
 
 
 def _empty_model(spec: ModelSpec, task: Task, device: torch.device) -> PreTrainedModel:
     """The model with real buffers and its parameters on the meta device, its linear layers as quantisation wants them."""
     config = load_config(spec, task)
     dtype = getattr(torch, spec.dtype)
-    with init_empty_weights(include_buffers=False):
-        model = task.auto_class.from_config(
-            config,
-            dtype=dtype,
-            attn_implementation=attention(spec, task, device),
-            trust_remote_code=spec.trust_remote_code,
-        )
+    pinned = {"code_revision": spec.revision} if spec.trust_remote_code and spec.revision else {}
+    try:
+        with init_empty_weights(include_buffers=False):
+            model = task.auto_class.from_config(
+                config,
+                dtype=dtype,
+                attn_implementation=attention(spec, task, device),
+                trust_remote_code=spec.trust_remote_code,
+                **pinned,
+            )
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise UserError(f"the model {spec.path} cannot be made: {' '.join(str(error).split())[:300]}") from error
     if spec.quantization != "none":
         quantiser = AutoHfQuantizer.from_config(quantisation_config(spec))
         quantiser.preprocess_model(model=model, device_map={"": device}, dtype=dtype)
@@ -80,14 +99,12 @@ def _empty_model(spec: ModelSpec, task: Task, device: torch.device) -> PreTraine
     return model
 
 
-def _reader(model: PreTrainedModel, spec: ModelSpec, task: Task) -> Callable[[str], Tensor] | None:
+def _reader(model: PreTrainedModel, spec: ModelSpec) -> Callable[[str], Tensor] | None:
     """The function from a parameter's name to its tensor in the checkpoint; None where it takes more than reading."""
     parameters = dict(model.named_parameters())
     persistent = set(model.state_dict()) - {name for name, _ in model.named_parameters(remove_duplicate=False)}
     if (
-        task.new_head
-        or persistent
-        or (spec.quantization == "none" and getattr(model.config, "quantization_config", None))
+        persistent
         or getattr(model, "_keep_in_fp32_modules", None)
         or getattr(model, "_keep_in_fp32_modules_strict", None)
         or (spec.quantization != "none" and any(isinstance(m, Conv1D) for m in model.modules()))
@@ -97,8 +114,13 @@ def _reader(model: PreTrainedModel, spec: ModelSpec, task: Task) -> Callable[[st
     find = stored_names(model, shapes)
     places = _places(model)
     stored: dict[str, str] = {}
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
     for name, parameter in parameters.items():
-        found = find(name)
+        # a tied weight that the checkpoint has twice is two, where the two differ
+        several = set(map(find, names[parameter])) - {None}
+        found = several.pop() if len(several) == 1 else None
         module = places[parameter][0][0]
         packed = isinstance(module, bnb.nn.Linear4bit) and places[parameter][0][1] == "weight"
         shape = (module.out_features, module.in_features) if packed else tuple(parameter.shape)

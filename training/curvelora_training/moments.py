@@ -120,6 +120,8 @@ def _gather_from_zero(trainer: Trainer, engine: Any) -> Tensors:
     _link(engine)
     state, parts = base_optimizer(trainer).state, _flat_parts(engine)
     held = state[parts[0]]
+    if not held:  # no step was made, or each was left out
+        return {f"{NOTHING}:{name}": torch.zeros(0) for name in trainable(trainer)}
     keys = [k for k, v in held.items() if torch.is_tensor(v) and v.shape == parts[0].shape]
     numbers = {key: value for key, value in held.items() if key not in keys}  # the steps, alike in all parts
     tensors = {}
@@ -136,6 +138,10 @@ def _restore_to_zero(trainer: Trainer, engine: Any, moments: dict[str, dict[str,
     state, names = base_optimizer(trainer).state, trainable(trainer)
     shapes = {name: getattr(parameter, "ds_shape", parameter.shape) for name, parameter in names.items()}
     moments = {name: held for name, held in moments.items() if NOTHING not in held}  # the others begin at zero, as here
+    if not moments:
+        for parameter in names.values():
+            safe_set_full_fp32_param(parameter, _whole(parameter))
+        return
     first = next(iter(moments.values()))
     keys = [key for key in first if all(_has(held, key, shapes[name]) for name, held in moments.items())]
     if blocks := [key for key, value in first.items() if key not in keys and value.dim() > 0]:

@@ -28,10 +28,10 @@ from curvelora_training import fsdp
 from curvelora_training.adalora import fit_schedule
 from curvelora_training.config import Recipe, RecipeError, load_recipe
 from curvelora_training.curve_schedule import check_schedules
-from curvelora_training.distributed import accelerate_asks_for_deepspeed, deepspeed_settings
+from curvelora_training.distributed import accelerate_asks_for_deepspeed, deepspeed_settings, world_size
 from curvelora_training.resuming import check_same_recipe, with_its_steps
 from curvelora_training.run_length import optimiser_steps
-from curvelora_training.zero3 import check_head, stage_of, why_not
+from curvelora_training.zero3 import by_blocks, check_head, stage_of, why_not
 
 T = TypeVar("T")
 PEFT_TASK = {
@@ -131,7 +131,9 @@ def prepare(recipe: Recipe, source: str = "the recipe") -> Prepared:
                 collect(check_schedules, peft_config, steps)
             collect(_check_weights, base, peft_config)
             if stage == 3 and task.new_head:
-                collect(check_head, recipe, base)
+                settings = deepspeed_settings(recipe.training.deepspeed, recipe.model.dtype)
+                if not by_blocks(recipe, settings, world_size(), base):
+                    collect(check_head, recipe, base)
             with torch.device("meta"):  # the adapter needs no memory either
                 shapes = collect(attach, base, peft_config)
     if collect.problems:

@@ -122,8 +122,7 @@ def _train(prepared: Prepared, resume: bool, overwrite: bool, lease: Lease) -> R
     arguments = TrainingArguments(**settings, **engine.arguments)
     # Without a launcher the trainer would spread one process over all GPUs (DataParallel) and multiply the batch.
     arguments._n_gpu = min(1, arguments.n_gpu)
-    if rank() == 0:
-        folder.check_free(resume, overwrite)
+    found_by_the_first(lambda: folder.check_free(resume, overwrite))
     if resume and folder.is_complete():
         if rank() == 0:
             print(f"{folder.path} is complete: there is nothing to resume")

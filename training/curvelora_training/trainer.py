@@ -21,7 +21,7 @@ from curvelora.resolvability import model_resolvability, summarise
 from curvelora_eval.tasks.base import compute_context
 from curvelora_training.checkpoint import PREFIX, delete_beyond
 from curvelora_training.checkpointing import restore, restore_rng, save
-from curvelora_training.distributed import agree
+from curvelora_training.distributed import agree, found_by_the_first
 from curvelora_training.lease import Lease
 from curvelora_training.nonfinite import ROW, Guard, poisoned
 from curvelora_training.row_order import EpochOfRows, RowOrder
@@ -121,7 +121,10 @@ class AdapterTrainer(Trainer):
         folder, problem = Path(output_dir or self.args.output_dir), None
         try:
             with whole_or_none(folder):
-                super().save_model(str(folder), _internal_call)
+                if getattr(self.model_wrapped, "zero_optimization_stage", int)() == 3:
+                    super().save_model(str(folder), _internal_call)  # which gathers what trains
+                else:  # the base class would copy all of the base into host memory
+                    self._save(str(folder))
                 if self.args.should_save:
                     check_saved(folder, self.shapes)
         except UserError as error:
@@ -132,7 +135,9 @@ class AdapterTrainer(Trainer):
         """The adapter and its tokenizer; not the training arguments, a pickle of what config.yaml says."""
         if not self.args.should_save:
             return
-        self.accelerator.unwrap_model(self.model).save_pretrained(output_dir, state_dict=state_dict)
+        # not the base's embeddings under an adapter, which PEFT adds by default: they are frozen
+        model = self.accelerator.unwrap_model(self.model)
+        model.save_pretrained(output_dir, state_dict=state_dict, save_embedding_layers=False)
         if (tokenizer := getattr(self.data_collator, "tokenizer", None)) is not None:
             tokenizer.save_pretrained(output_dir)
 
@@ -155,8 +160,8 @@ class AdapterTrainer(Trainer):
         self.store_flos()
         folder = Path(self.args.output_dir)
         save(self, folder / f"{PREFIX}{self.state.global_step}")
-        if self.args.should_save and self.args.save_total_limit is not None:
-            delete_beyond(folder, self.args.save_total_limit, {self.state.best_global_step})
+        if (most := self.args.save_total_limit) is not None:
+            found_by_the_first(lambda: delete_beyond(folder, most, {self.state.best_global_step}))
         self.saved = now
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:

@@ -49,10 +49,18 @@ def by_blocks(recipe: Recipe, settings: dict[str, Any] | None, processes: int, b
         stage_of(settings) == 3
         and processes > 1
         and recipe.method.name not in BY_MODULES
+        and not _reads_weights(recipe)
         and recipe.adapter_options().get("bias", "none") == "none"
         and not settings["zero_optimization"].get("offload_param")
         and bool(units_of(base, set()))
     )
+
+
+def _reads_weights(recipe: Recipe) -> bool:
+    """Whether PEFT's LoRA is told to start from the weights, or to be DoRA."""
+    options = recipe.adapter_options()
+    start = options.get("init_lora_weights", True)
+    return bool(options.get("use_dora")) or start not in (True, False, "gaussian", "orthogonal")
 
 
 def for_what_trains(settings: dict[str, Any]) -> dict[str, Any]:
@@ -83,7 +91,7 @@ def why_not(recipe: Recipe) -> list[str]:
         problems.append(
             "training.max_steps=0 trains nothing, and ZeRO-3 cannot run without training: leave DeepSpeed out"
         )
-    if method == "dora" and model.quantization == "nf4":
+    if (method == "dora" or recipe.adapter_options().get("use_dora")) and model.quantization == "nf4":
         problems.append(
             "adapter.method dora on a base in nf4 has PEFT make another weight of the one that ZeRO-3 keeps in shares, which "
             "it does not know then: take ZeRO-2, or an unquantised base"

@@ -152,6 +152,8 @@ def generate(
         ]
         lengths = [len(prompts[i]) for i in chosen]
         mask = [[0] * (width - n) + [1] * n if left_padding else [1] * n + [0] * (width - n) for n in lengths]
+        # weights in shares have to be gathered by all processes together, as long as one of them writes
+        together = any(hasattr(parameter, "whole") for parameter in model.parameters())
         with compute_context(model):
             tokens = model.generate(
                 input_ids=torch.tensor(padded, device=device_of(model)),
@@ -163,6 +165,7 @@ def generate(
                 top_p=None,
                 top_k=None,
                 pad_token_id=pad,
+                **({"synced_gpus": True} if together else {}),
             )
         new = tokens[:, width:] if left_padding else tokens
         for i, text in zip(chosen, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):

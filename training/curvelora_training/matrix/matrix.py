@@ -115,7 +115,7 @@ class Matrix:
 
             log = self.out / "logs" / ("one.log" if launcher == [sys.executable] else "group.log")
             code = watch([*launcher, "-m", WORKER, str(jobs)], log, self.configs.parent, SILENCE, line)
-            if code == 0:
+            if code == 0 or not waiting:
                 return
             if not current:
                 raise UserError(f"the process group came to nothing; its output is in {log}:\n{tail(log)}")
