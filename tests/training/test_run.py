@@ -275,3 +275,19 @@ def test_accumulation_equals_one_large_batch(
     whole, accumulated = (metrics(folder)[0] for folder in runs)
     assert accumulated["loss"] == pytest.approx(whole["loss"], rel=1e-5)
     assert accumulated["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-4)
+
+
+def test_the_base_s_embeddings_are_not_saved_with_an_adapter_on_them(
+    recipe: dict[str, Any], write: Callable[..., Path], finetune: Callable[..., Path]
+) -> None:
+    """PEFT adds them by default; they are frozen, and placeholders where the base is in shares."""
+    recipe["adapter"] = {"method": "lora", "r": 4, "target_modules": ["query", "word_embeddings"]}
+    folder = finetune(write(recipe))
+    for saved in (folder / "adapter", folder / "checkpoints/checkpoint-12"):
+        stored = load_file(saved / "adapter_model.safetensors")
+        assert any("lora_embedding_A" in name for name in stored)
+        assert not any("base_layer" in name for name in stored)
+    base = AutoModelForSequenceClassification.from_pretrained(recipe["model"]["path"], num_labels=2).eval()
+    model = load_adapter(base, folder / "adapter")
+    trained = [p for n, p in model.named_parameters() if "lora_embedding_B" in n]
+    assert trained and all(p.abs().max() > 0 for p in trained)
