@@ -105,7 +105,7 @@ def test_launchers(
     run = result(folder)
     assert run["engine"] == {
         "engine": engine,
-        "base_gathered_by": None,
+        "base_gathered_by": "blocks" if stage == 3 else None,
         "zero_stage": stage,
         "processes": 2,
         "device": "cpu",
