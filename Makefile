@@ -11,7 +11,7 @@ export HF_HUB_OFFLINE = 1
 help:
 	@echo "make demo       LoRAN, RanLoRA and AuroRA against QLoRA on real sentences (runs/demo/report.html)"
 	@echo "make lab        what Sinter costs, whether it is stable and whether it is there (runs/lab/report.html)"
-	@echo "make test       the test suite (about 13 minutes on 2 cores)"
+	@echo "make test       the test suite (about 17 minutes on 2 cores)"
 	@echo "make test-slow  the tests that take minutes each"
 	@echo "make lint       style"
 
