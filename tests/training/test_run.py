@@ -12,7 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, Trainer
 
 from curvelora.loading import load_adapter
 from curvelora_training.config import load_recipe
@@ -291,3 +291,17 @@ def test_the_base_s_embeddings_are_not_saved_with_an_adapter_on_them(
     model = load_adapter(base, folder / "adapter")
     trained = [p for n, p in model.named_parameters() if "lora_embedding_B" in n]
     assert trained and all(p.abs().max() > 0 for p in trained)
+
+
+def test_saving_copies_nothing_of_the_base(
+    recipe: dict[str, Any], write: Callable[..., Path], finetune: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under DeepSpeed transformers' way has every process copy the whole base into host memory, whatever of it is saved."""
+
+    def copying(*_: Any, **__: Any) -> None:
+        raise AssertionError("transformers' save_model was called")
+
+    monkeypatch.setattr(Trainer, "save_model", copying)
+    folder = finetune(write(recipe))
+    for saved in (folder / "adapter", folder / "checkpoints/checkpoint-12"):
+        assert load_file(saved / "adapter_model.safetensors")

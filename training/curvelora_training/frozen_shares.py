@@ -147,9 +147,8 @@ def units_of(model: PreTrainedModel, trained: set[str]) -> list[Unit]:
         trained: modules that are left alone, as PEFT names them: the end of the dotted name.
     """
     names = set(model._no_split_modules or ())
-    ends = {model.get_input_embeddings(), model.get_output_embeddings()} - {
-        None
-    }  # tied, perhaps, and so used elsewhere
+    # tied, perhaps, and so used elsewhere
+    ends = {model.get_input_embeddings(), model.get_output_embeddings()} - {None}
     blocks: list[nn.Module] = []
     for module in model.modules():
         nested = any(module in block.modules() for block in blocks)

@@ -28,6 +28,8 @@ from curvelora_eval.tasks import Task
 from curvelora_training.distributed import agree
 from curvelora_training.frozen_shares import FrozenShares, units_of
 
+Places = dict[nn.Parameter, list[tuple[nn.Module, str]]]
+
 
 def load_into_shares(spec: ModelSpec, task: Task, device: torch.device, trained: set[str]) -> PreTrainedModel:
     """The frozen base, of which every process of the default group holds a share. Arguments and errors as for `load_base`."""
@@ -46,7 +48,8 @@ def _load(spec: ModelSpec, task: Task, device: torch.device, trained: set[str]) 
     # new heads are drawn, and a checkpoint that is quantised itself is not read tensor by tensor
     if not task.new_head and not getattr(load_config(spec, task), "quantization_config", None):
         model = _empty_model(spec, task, device)
-        read = _reader(model, spec)
+        places = _places(model)
+        read = _reader(model, places, spec)
     if read is None:
         model = load_base(spec, task, device, trained)
         shares = FrozenShares(units_of(model, trained), device)
@@ -55,13 +58,13 @@ def _load(spec: ModelSpec, task: Task, device: torch.device, trained: set[str]) 
         return model, shares
     units = units_of(model, trained)
     names = {parameter: name for name, parameter in model.named_parameters()}
-    places = _places(model)
     shares = FrozenShares(units, device)
     for unit in units:
         unit.tensors = [_fill(places[p], read(names[p]), p, device) for p in unit.tensors]
         shares.take(unit)
     for parameter, name in names.items():
-        if places[parameter][0][0]._parameters[places[parameter][0][1]] is parameter:  # small, and in no unit
+        module, attribute = places[parameter][0]
+        if module._parameters[attribute] is parameter:  # in no unit: small, or it trains
             _fill(places[parameter], read(name), parameter, device)
     for buffer_owner in model.modules():
         for name, buffer in buffer_owner.named_buffers(recurse=False):
@@ -99,10 +102,12 @@ def _empty_model(spec: ModelSpec, task: Task, device: torch.device) -> PreTraine
     return model
 
 
-def _reader(model: PreTrainedModel, spec: ModelSpec) -> Callable[[str], Tensor] | None:
+def _reader(model: PreTrainedModel, places: Places, spec: ModelSpec) -> Callable[[str], Tensor] | None:
     """The function from a parameter's name to its tensor in the checkpoint; None where it takes more than reading."""
-    parameters = dict(model.named_parameters())
-    persistent = set(model.state_dict()) - {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    persistent = set(model.state_dict()) - {name for several in names.values() for name in several}
     if (
         persistent
         or getattr(model, "_keep_in_fp32_modules", None)
@@ -112,21 +117,17 @@ def _reader(model: PreTrainedModel, spec: ModelSpec) -> Callable[[str], Tensor] 
         return None
     shapes = stored_tensor_shapes(spec.path, spec.revision)
     find = stored_names(model, shapes)
-    places = _places(model)
     stored: dict[str, str] = {}
-    names: dict[nn.Parameter, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(parameter, []).append(name)
-    for name, parameter in parameters.items():
+    for parameter, own in names.items():
         # a tied weight that the checkpoint has twice is two, where the two differ
-        several = set(map(find, names[parameter])) - {None}
+        several = set(map(find, own)) - {None}
         found = several.pop() if len(several) == 1 else None
-        module = places[parameter][0][0]
-        packed = isinstance(module, bnb.nn.Linear4bit) and places[parameter][0][1] == "weight"
+        module, attribute = places[parameter][0]
+        packed = isinstance(module, bnb.nn.Linear4bit) and attribute == "weight"
         shape = (module.out_features, module.in_features) if packed else tuple(parameter.shape)
         if found is None or shapes[found] != shape:
             return None
-        stored[name] = found
+        stored[own[0]] = found
     files = tensor_files(spec.path, spec.revision)
     dtype = getattr(torch, spec.dtype)
 
@@ -142,9 +143,9 @@ def _reader(model: PreTrainedModel, spec: ModelSpec) -> Callable[[str], Tensor] 
     return read
 
 
-def _places(model: nn.Module) -> dict[nn.Parameter, list[tuple[nn.Module, str]]]:
+def _places(model: nn.Module) -> Places:
     """Where each parameter is found: (module, its name there), several where it is tied."""
-    found: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
+    found: Places = {}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             found.setdefault(parameter, []).append((module, name))
