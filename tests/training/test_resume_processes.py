@@ -1,4 +1,6 @@
-"""Runs on two CPU processes that were stopped and resumed: on two again bit for bit, on another number with the same steps.
+"""Runs on two processes that were stopped and resumed: on two again bit for bit, on another number with the same steps.
+
+On CPU processes; on GPUs where there are two.
 
 One launch makes all of them (`fault_cells.py`). 26 rows in steps of 8, so that an epoch ends with a step that is filled up;
 two epochs of four steps, a checkpoint every two, accumulation.
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from curvelora_training.checkpoint import flaw, read_manifest
@@ -57,6 +60,7 @@ SLOW: dict[str, list[str]] = {
 }
 # stopped on one process after step 2, resumed on two
 ONTO_TWO = {"onto DDP": [], "onto ZeRO-2": [zero("2")], "onto ZeRO-3": [zero("3")], "FSDP2 onto": []}
+ON_GPUS = torch.cuda.device_count() > 1
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 NO_DROPOUT = "adapter.dropout=0.0"
 ALONE = ["training.batch_size=4", NO_DROPOUT]  # x accumulation 2
@@ -100,7 +104,7 @@ def made(tmp_path_factory: pytest.TempPathFactory, tiny_models: dict[str, Path],
         launched = subprocess.run(
             [*TORCHRUN, str(root / "tests/training/fault_cells.py"), str(folder / "cells.json")],
             cwd=root,
-            env=environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+            env=environ | {"OMP_NUM_THREADS": "1"} | ({} if ON_GPUS else {"DS_ACCELERATOR": "cpu"}),
             capture_output=True,
             text=True,
             timeout=600,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 
+from accelerate import Accelerator
 from peft import PeftModel
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -38,7 +39,7 @@ def fsdp_asked() -> bool:
 
 
 def take_over() -> None:
-    """Have Accelerate wrap the model for DistributedDataParallel: the base is shared by `share_base`."""
+    """Keep Accelerate's FSDP away: the base is shared by `share_base`, and the model wrapped by `data_parallel`."""
     os.environ[_ASKED] = "1"
     os.environ["ACCELERATE_USE_FSDP"] = "false"
 
@@ -86,6 +87,18 @@ def share_base(model: PeftModel) -> None:
     # DistributedDataParallel would send them to all processes and wait for their gradients
     hidden = [name for name, p in model.named_parameters() if is_shared(p)]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, hidden)
+
+
+def data_parallel(model: PeftModel, accelerator: Accelerator) -> DistributedDataParallel:
+    """Wrap a model with shares in it as Accelerate wraps others; on GPUs it refuses one, as shares would not be kept in step.
+
+    Args:
+        model: from `share_base`; its shares are frozen, and hidden from DistributedDataParallel.
+        accelerator: gives autocast and the settings.
+    """
+    model = accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
+    settings = accelerator.ddp_handler.to_kwargs() if accelerator.ddp_handler is not None else {}
+    return DistributedDataParallel(model, **settings)
 
 
 def is_shared(parameter: nn.Parameter) -> bool:

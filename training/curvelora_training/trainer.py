@@ -22,6 +22,7 @@ from curvelora_eval.tasks.base import compute_context
 from curvelora_training.checkpoint import PREFIX, delete_beyond
 from curvelora_training.checkpointing import restore, restore_rng, save
 from curvelora_training.distributed import agree, found_by_the_first
+from curvelora_training.fsdp import data_parallel, is_shared
 from curvelora_training.lease import Lease
 from curvelora_training.nonfinite import ROW, Guard, poisoned
 from curvelora_training.row_order import EpochOfRows, RowOrder
@@ -171,6 +172,12 @@ class AdapterTrainer(Trainer):
             restore(self, Path(resume_from_checkpoint))
             self.saved = self.state.global_step, self.state.best_global_step
         return prepared
+
+    def _wrap_model(self, model: nn.Module, training: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
+        """As the base class does it, but for a base in torch's shares, which Accelerate does not wrap."""
+        if training and model is self.model and any(map(is_shared, model.parameters())):
+            return data_parallel(model, self.accelerator)
+        return super()._wrap_model(model, training, *args, **kwargs)
 
     def _load_from_checkpoint(self, *_: Any, **__: Any) -> None:
         """Nothing, before there is an engine."""

@@ -13,8 +13,10 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
@@ -138,9 +140,22 @@ def loading_into_shares(arguments: TrainingArguments, spec: ModelSpec) -> Iterat
     config = arguments.hf_deepspeed_config.config
     config["bf16"] = {"enabled": spec.dtype == "bfloat16"}
     try:
-        yield
+        with DrawnOnCpu():
+            yield
     finally:
         del config["bf16"]
+
+
+class DrawnOnCpu(TorchFunctionMode):
+    """Inside, random numbers come from the CPU's generator, on whichever device they are wanted.
+
+    DeepSpeed makes a new head on the GPU; other engines make it on the CPU, and the same seed is to give the same head.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func in (Tensor.normal_, Tensor.uniform_) and args[0].device.type != "cpu":
+            return args[0].copy_(func(torch.empty_like(args[0], device="cpu"), *args[1:], **(kwargs or {})))
+        return func(*args, **(kwargs or {}))
 
 
 def announce_parameters(model: nn.Module) -> None:
