@@ -166,7 +166,7 @@ def _reduce(meeting: Meeting, asked: Asked, machine: Machine, plan: dict[str, An
         late = watching.absent("reducing")
         who = meeting.named(late) if late else "all have begun it, so a link or the network between them does not work"
         hint = "; NCCL_DEBUG=INFO shows where NCCL waits" if plan["cuda"] else ""
-        return f"the all-reduce did not end within {meeting.seconds:.0f} s: {who}{hint}"
+        return f"the all-reduce did not end within {meeting.seconds:g} s: {who}{hint}"
 
     try:
         with deadline(meeting.seconds, why):

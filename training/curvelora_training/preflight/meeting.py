@@ -70,7 +70,7 @@ class Meeting:
         except Exception as error:  # a time-out, or a connection that broke
             place = self.place
             raise UserError(
-                f"{place.host} (process {place.rank}) waited {self.seconds + GRACE:.0f} s in vain for the first process at "
+                f"{place.host} (process {place.rank}) waited {self.seconds + GRACE:g} s in vain for the first process at "
                 f"{place.address}:{place.port}: look at its output"
             ) from error
 
@@ -123,7 +123,7 @@ class Meeting:
         present = sorted({host for rank, (host, _) in came.items() if rank not in missing})
         what = "did not come" if topic == "here" else f"came, and then said nothing more ({topic})"
         there = f"; {', '.join(present)} did" if topic == "here" and present else ""
-        return f"{who} {what} within {seconds:.0f} s{there}: look whether it runs and at what it printed, or raise --timeout"
+        return f"{who} {what} within {seconds:g} s{there}: look whether it runs and at what it printed, or raise --timeout"
 
 
 def _list(ranks: list[int]) -> str:

@@ -108,7 +108,7 @@ def open_store(place: Place, seconds: float) -> Any:
         if place.rank == 0 and not place.served:
             raise UserError(f"{place.host} cannot serve {where} ({why}): name another MASTER_PORT") from error
         raise UserError(
-            f"{place.host} (process {place.rank}) cannot reach the first process at {where} within {seconds:.0f} s ({why}): "
+            f"{place.host} (process {place.rank}) cannot reach the first process at {where} within {seconds:g} s ({why}): "
             "look whether that node runs, whether its name means the same here, and whether a firewall is between them"
         ) from error
     return PrefixStore("curvelora-preflight", store)
