@@ -48,10 +48,11 @@ def test_the_distributed_matrix_is_the_recorded_one(root: Path) -> None:
     assert written == page(root / "docs/results/distributed"), "write it again: curvelora matrix --record NAME"
 
 
-def test_the_table_of_the_engines_is_that_of_its_file(root: Path) -> None:
-    records = json.loads((root / "docs/results/engines_h100.json").read_text(encoding="utf-8"))["records"]
+@pytest.mark.parametrize("file", ["engines_h100.json", "engines_h200.json"])
+def test_the_table_of_the_engines_is_that_of_its_file(root: Path, file: str) -> None:
+    records = json.loads((root / "docs/results" / file).read_text(encoding="utf-8"))["records"]
     page = (root / "docs/engines.md").read_text(encoding="utf-8")
-    shown = page.split("<!-- engines: engines_h100.json -->\n")[1].split("\n<!-- end of engines -->")[0]
+    shown = page.split(f"<!-- engines: {file} -->\n")[1].split("\n<!-- end of engines -->")[0]
     assert shown == engines_table(records)
     # and what the text makes of it
     found = {(r["model"], r["base"], r["arm"], r["stage"], r["processes"]): r for r in records}

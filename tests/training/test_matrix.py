@@ -52,6 +52,13 @@ def write_run(folder: Path, **changes: Any) -> Path:
     return folder
 
 
+def test_a_start_shift_is_compared_to_the_rounding_of_outputs(tmp_path: Path) -> None:
+    alone = write_run(tmp_path / "alone", shift=8.37e-6)
+    measured, wrong = compare(CELL, write_run(tmp_path / "rounded", shift=8.40e-6), alone, 2)
+    assert not wrong and measured["start_shift"] == pytest.approx(3e-4, rel=1e-6)
+    assert "start_shift" in compare(CELL, write_run(tmp_path / "other", shift=9e-6), alone, 2)[1][0]
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

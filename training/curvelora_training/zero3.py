@@ -10,13 +10,13 @@ DeepSpeed's their gradients): they can be saved, measured and logged as with any
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel, TrainingArguments
 from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
@@ -140,22 +140,31 @@ def loading_into_shares(arguments: TrainingArguments, spec: ModelSpec) -> Iterat
     config = arguments.hf_deepspeed_config.config
     config["bf16"] = {"enabled": spec.dtype == "bfloat16"}
     try:
-        with DrawnOnCpu():
+        with drawn_on_cpu():
             yield
     finally:
         del config["bf16"]
 
 
-class DrawnOnCpu(TorchFunctionMode):
+@contextlib.contextmanager
+def drawn_on_cpu() -> Iterator[None]:
     """Inside, random numbers come from the CPU's generator, on whichever device they are wanted.
 
     DeepSpeed makes a new head on the GPU; other engines make it on the CPU, and the same seed is to give the same head.
     """
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
-        if func in (Tensor.normal_, Tensor.uniform_) and args[0].device.type != "cpu":
-            return args[0].copy_(func(torch.empty_like(args[0], device="cpu"), *args[1:], **(kwargs or {})))
-        return func(*args, **(kwargs or {}))
+    def on_cpu(draw: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def drawn(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if tensor.device.type == "cpu":
+                return draw(tensor, *args, **kwargs)
+            return tensor.copy_(draw(torch.empty_like(tensor, device="cpu"), *args, **kwargs))
+
+        return drawn
+
+    with contextlib.ExitStack() as patches:  # no TorchFunctionMode: torch.nn.init's functions would leave it
+        for name in ("normal_", "uniform_"):
+            patches.enter_context(mock.patch.object(Tensor, name, on_cpu(getattr(Tensor, name))))
+        yield
 
 
 def announce_parameters(model: nn.Module) -> None:
