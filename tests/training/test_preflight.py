@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -21,8 +22,8 @@ from curvelora.cli import run_guarded, run_module
 from curvelora.errors import UserError
 from curvelora_training.preflight import command
 from curvelora_training.preflight.allreduce import Ring, check_sum, measure
-from curvelora_training.preflight.check import Asked, Found, Machine, check
-from curvelora_training.preflight.facts import describe_node, hash_of_code
+from curvelora_training.preflight.check import Asked, Found, Machine, _share_gpus, check
+from curvelora_training.preflight.facts import describe_node, hash_of_code, own_gpu, visible_gpus
 from curvelora_training.preflight.judge import GIB, Bounds, judge, judge_reduction
 from curvelora_training.preflight.meeting import Absent, Meeting
 from curvelora_training.preflight.page import lines, record_of
@@ -354,6 +355,52 @@ def test_what_is_slow_or_odd_is_a_warning_only() -> None:
     warnings = judge_reduction(measured, hosts, on_gpus=True).warnings
     assert len(warnings) == 3 and sum("across nodes moves 0.2 GB/s" in text for text in warnings) == 1
     assert judge_reduction(measured, hosts, on_gpus=False).warnings == []
+
+
+class Driver:
+    """The driver's library on a machine with two GPUs, of which it cannot name the second (a slice of one, say)."""
+
+    class NVMLError(Exception):
+        pass
+
+    def nvmlInit(self) -> None: ...
+
+    def nvmlShutdown(self) -> None: ...
+
+    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> str:
+        if uuid != "GPU-a":
+            raise self.NVMLError
+        return uuid
+
+    def nvmlDeviceGetMemoryInfo(self, handle: str) -> SimpleNamespace:
+        return SimpleNamespace(used=3 * GIB)
+
+    def nvmlSystemGetDriverVersion(self) -> str:
+        return "580.1"
+
+
+def test_what_is_asked_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each process reads its own GPU where the driver's library does not know it; the first one puts a node's together."""
+    properties = [SimpleNamespace(uuid=uuid, name="H100", total_memory=80 * GIB) for uuid in "ab"]
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda i: properties[i])
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda i: (70 * GIB, 80 * GIB))
+    monkeypatch.setitem(sys.modules, "pynvml", Driver())
+    seen = [visible_gpus(own) for own in (0, 1)]
+    assert [[gpu["used_bytes"] for gpu in found["gpus"]] for found in seen] == [[3 * GIB, None], [3 * GIB, 10 * GIB]]
+    assert seen[0]["driver"] == "580.1"
+    assert [own_gpu(place) for place in places(1, 2)] == [0, 1]
+    records = [
+        {"node_index": 0, "node": {"code": "c"} if rank == 0 else None, **found}
+        for rank, found in enumerate(copy.deepcopy(seen))
+    ]
+    records[1]["gpus"][0]["used_bytes"] = 4 * GIB  # a reading after preflight itself has begun to use it
+    _share_gpus(records)
+    assert [gpu["used_bytes"] for gpu in records[0]["node"]["gpus"]] == [3 * GIB, 10 * GIB]
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)  # SLURM shows each task its own
+    assert [own_gpu(place) for place in places(1, 2)] == [0, 0]
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert own_gpu(Place()) is None and visible_gpus(None) == {"gpus": [], "driver": None}
 
 
 TORCHRUN = {

@@ -202,8 +202,18 @@ LEFT: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "stopped": (stopped, "stopped", "with code 75; --resume continues from step 8"),
     "requeued": (
         lambda run: attempts(stopped(run), START, event("end", 0, code=75, why="requeued")),
+        "requeued",
+        "job 99 ended with code 75, and SLURM starts it again; --resume continues from step 8",
+    ),
+    "crashed and requeued": (
+        lambda run: attempts(unfinished(run, 10), START, event("end", 0, code=1, why="requeued")),
+        "requeued",
+        "with code 1",
+    ),
+    "out of time": (
+        lambda run: attempts(stopped(run), START, event("end", 0, code=75, why="ended_by_slurm")),
         "stopped",
-        "SLURM starts it again",
+        "with code 75; SLURM ended it",
     ),
     "gave up": (
         lambda run: attempts(stopped(run), START, event("end", 0, code=75, why="gave_up")),

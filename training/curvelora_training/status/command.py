@@ -4,8 +4,9 @@
     curvelora status runs/* --watch 30
     curvelora status runs/mine --json
 
-States: submitted, starting, training, evaluating, finished, stopped (--resume continues), failed, stalled. Nothing is asked of a
-scheduler and nothing is written, so that it works on any machine that sees the folder. Exit code 2: a folder is no run.
+States: submitted, starting, training, evaluating, finished, requeued (SLURM will start it again), stopped (--resume continues),
+failed, stalled. Nothing is asked of a scheduler and nothing is written, so that it works on any machine that sees the folder.
+Exit code 2: a folder is no run.
 """
 
 from __future__ import annotations
