@@ -101,7 +101,7 @@ def test_cancelled_it_stays_so(stand_in: Callable[..., Submitted], cluster: Clus
     assert job.ends() == "CANCELLED"
     until(job.outcomes, "the script has written its end down", job.words)
     (outcome,) = job.outcomes()
-    assert (outcome[0], outcome[2]) == (0, "failed")
+    assert (outcome[0], outcome[2]) == (0, "ended_by_slurm")
 
 
 def test_ports(stand_in: Callable[..., Submitted], cluster: Cluster) -> None:
