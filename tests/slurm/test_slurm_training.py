@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -17,9 +18,10 @@ import pytest
 from safetensors.torch import load_file
 
 from curvelora_training.checkpoint import flaw
+from curvelora_training.finetune import main
 from curvelora_training.launch.job import Job
 from run_files import metrics, result
-from slurm_world import Cluster, Submitted, until
+from slurm_world import SMALL, Cluster, Submitted
 
 pytestmark = pytest.mark.slurm
 STEPS = 24
@@ -97,11 +99,10 @@ def check_resumed(job: Submitted, straight: Path) -> int:
     return int(last.partition("checkpoint-")[2].partition(",")[0])
 
 
-def test_two_nodes_are_one_process(
-    straight: Path, recipe: Path, finetune: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_two_nodes_are_one_process(straight: Path, recipe: Path, tmp_path: Path) -> None:
     """The same global batches on one process give the same losses and weights, to the rounding of sums."""
-    one = finetune(recipe, "training.batch_size=8", f"output={tmp_path / 'one'}")
+    one = tmp_path / "one"
+    assert main(["--config", str(recipe), "training.batch_size=8", f"output={one}"]) == 0
     losses, wanted = ([line["loss"] for line in metrics(run) if "loss" in line] for run in (straight, one))
     assert losses == pytest.approx(wanted, rel=1e-5) and len(losses) == STEPS
     engine = result(straight)["engine"]
@@ -201,9 +202,9 @@ def _process_of(job: Submitted, rank: int) -> int:
             environment = (path / "environ").read_bytes().split(b"\0")
         except OSError:
             continue
-        if b"held_finetune" in command and command[0].endswith(b"python") and f"RANK={rank}".encode() in environment:
-            if f"SLURM_JOB_ID={job.number}".encode() in environment:
-                return int(path.name)
+        wanted = {f"RANK={rank}".encode(), f"SLURM_JOB_ID={job.number}".encode()}
+        if b"held_finetune" in command and command[0].endswith(b"python") and wanted <= set(environment):
+            return int(path.name)
     raise AssertionError(job.words())
 
 
@@ -220,17 +221,27 @@ def test_two_jobs_on_the_same_nodes(submit: Callable[..., Submitted], straight: 
 
 
 @slow
-def test_a_full_disk(submit: Callable[..., Submitted], cluster: Cluster, tmp_path: Path) -> None:
-    """Explained, and not started again."""
-    import subprocess
+@pytest.mark.parametrize("left", [320, 150])
+def test_a_full_disk(submit: Callable[..., Submitted], cluster: Cluster, left: int) -> None:
+    """Explained, and not started again; with more space the same job goes on from the last checkpoint that is whole.
 
-    small = tmp_path / "small"
-    small.mkdir()
-    until(lambda: True, "")
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "small", str(small)], check=True)
+    Args:
+        left: KB; room for two checkpoints and a half, or for half of one.
+    """
+    filler, run = SMALL / "filler", SMALL / f"run-{left}"
+    free = shutil.disk_usage(SMALL).free
+    filler.write_bytes(b"x" * (free - left * 1024))
     try:
-        job = submit(output=str(small / "run"))
+        job = submit(output=str(run))
         assert job.ends() == "FAILED", job.words()
         assert job.fact("ExitCode") == "2:0", job.words()
+        assert job.fact("Restarts") == "0"
+        said = (run / "logs/node0-rank0.log").read_text("utf-8")
+        assert "No space left on device" in said or "ended with an error" in said
+        assert all(flaw(checkpoint) is None for checkpoint in (run / "checkpoints").glob("checkpoint-*"))
+        filler.unlink()
+        again = submit(output=str(run))
+        assert again.ends() == "COMPLETED", again.words()
     finally:
-        subprocess.run(["umount", "-l", str(small)], check=True)
+        filler.unlink(missing_ok=True)
+        shutil.rmtree(run, ignore_errors=True)
