@@ -117,7 +117,7 @@ def refusal(text: str, job: Job) -> str:
         "more processors requested": f"{named} does not have so many CPUs a node: ask for fewer with --cpus-per-gpu",
         "node configuration is not available": f"{named} does not have {wanted} with these CPUs and this memory: ask for less",
         "time limit": f"--time {job.time} is above what {named} allows: ask for less, a longer run is continued by itself",
-        "invalid account": f"{job.account or "the default account"} is no account of yours in {named}: name another --account",
+        "invalid account": f"{job.account or 'the default account'} is no account of yours in {named}: name another one",
         "invalid qos": f"the quality of service {job.qos} is not yours, or not known: name another --qos",
         "invalid feature": f"no node has the feature {job.constraint}: name another --constraint",
         "dependency": f"the job that --dependency {job.dependency} names is not known",

@@ -76,10 +76,17 @@ class Job:
     """What runs under the launcher."""
     configs: str = "ds_configs"
     """The folder of the engines' files."""
+    log: str | None = None
+    """SLURM's own output; None is in the run folder."""
     folder: str | None = None
     """Where the job runs; None is where sbatch was called."""
     arguments: tuple[str, ...] = ()
-    """For modules other than training, in place of --config."""
+    """For templates of modules other than training."""
+
+    @property
+    def log_file(self) -> str:
+        """Where SLURM writes what the script says; %j is the job's number. It opens the file before the script begins."""
+        return self.log or f"{self.output}/logs/slurm-%j.out"
 
     @property
     def processes(self) -> int:

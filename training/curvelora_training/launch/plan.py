@@ -39,7 +39,7 @@ class Plan:
     def by_hand(self) -> Job:
         """The job for a script of its own: nothing of it lies in the run folder yet."""
         given = [o for o in self.overrides if not o.startswith("output=")]
-        return dataclasses.replace(self.job, recipe=str(self.source), overrides=tuple(given))
+        return dataclasses.replace(self.job, recipe=str(self.source), overrides=tuple(given), log="slurm-%x-%j.out")
 
 
 def plan(args: argparse.Namespace) -> Plan:
