@@ -68,22 +68,21 @@ node() {
     export TORCH_EXTENSIONS_DIR=$SCRATCH/extensions TRITON_CACHE_DIR=$SCRATCH/triton CURVELORA_EXIT_CODES=$SCRATCH/codes
     mkdir "$CURVELORA_EXIT_CODES"
     launch "$@" || code=$?
-    [[ $code == 0 ]] || code=$(what_they_said)
+    [[ $code == 0 ]] || as_they_said
     rm -rf "$SCRATCH"
     return "$code"
 }
 
-# Launchers answer 1 whatever their processes said: 2 is an error that its message explains, 75 and 130 are stopped by a signal,
-# where all of them say so; anything else is a crash.
-what_they_said() {
+# Launchers answer 1 whatever their processes said. Sets $code: 2 is an error that its message explains, 75 and 130 are stopped by
+# a signal, where all processes say so; anything else is a crash. (Not by `$(...)`: SIGTERM would end that.)
+as_they_said() {
     local said
-    said=$(sort "$CURVELORA_EXIT_CODES"/* 2>/dev/null | uniq -c) || said=
+    said=$(sort "$CURVELORA_EXIT_CODES"/* 2>/dev/null | uniq -c) || said=''
+    code=1
     if [[ $said =~ \ 2$ || $said =~ \ 2$'\n' ]]; then
-        echo 2
+        code=2
     elif [[ $said =~ ^\ *"$PROCESSES"\ (75|130)$ ]]; then
-        echo "${BASH_REMATCH[1]}"
-    else
-        echo 1
+        code=${BASH_REMATCH[1]}
     fi
 }
 
@@ -109,7 +108,8 @@ with_deepspeed() {
 }
 
 launch() { "with_$LAUNCHER" "$@"; }
-export -f node what_they_said launch with_torchrun with_accelerate with_deepspeed
+export -f with_torchrun with_accelerate with_deepspeed
+export -f process heading node as_they_said launch
 
 child='' interrupted=''
 in_session() { # in_session COMMAND...: under the launcher, in a session of its own; its exit code is in $code
@@ -133,5 +133,5 @@ trap 'pass_on INT' INT
 trap 'pass_on TERM' TERM HUP USR1 # launchers hand SIGTERM on, and not SIGUSR1
 
 code=0
-in_session python -m curvelora_training.finetune --config "$recipe" "${engine[@]}" "$@"
+[[ -n $stopping ]] || in_session python -m curvelora_training.finetune --config "$recipe" "${engine[@]}" "$@"
 exit "$code"
