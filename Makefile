@@ -30,7 +30,7 @@ demo: $(STAMP)
 
 lab: $(STAMP)
 	$(BIN)/python -c "from curvelora_training.demo import MODEL, export_minilm; export_minilm(MODEL)"
-	$(BIN)/curvelora bench compare --config training/curvelora_training/recipes/demo.yaml --steps 24 --rounds 3 --seeds 42-43 --sharpness-batches 1 --out runs/lab --overwrite
+	$(BIN)/curvelora bench compare --config training/recipes/demo.yaml --steps 24 --rounds 3 --seeds 42-43 --sharpness-batches 1 --out runs/lab --overwrite
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -m "not gpu and not slurm and not slow"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import mimetypes
 import re
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,12 @@ def load_rows(spec: DataSpec) -> Dataset:
                 f"{spec.path} has the splits {known}: name one of them as `split`{nearest(spec.split or '', rows)}"
             )
         rows = rows[spec.split]
+    if spec.rename:
+        for column in spec.rename:
+            columns_of(column, rows.column_names)
+        if taken := sorted(set(spec.rename.values()) & (set(rows.column_names) - set(spec.rename))):
+            raise UserError(f"{spec.path}: rename cannot give the name {taken[0]!r}, which another column has")
+        rows = rows.rename_columns(spec.rename)
     if spec.limit is not None:
         rows = rows.select(range(min(spec.limit, len(rows))))
     if len(rows) == 0:
@@ -101,8 +108,30 @@ def _load_folder(path: Path, spec: DataSpec) -> Dataset | DatasetDict:
         raise UserError(
             f"{path} is an empty folder: it should hold a saved data set, or images in one sub-folder a class"
         )
+    if all(mimetypes.guess_type(file.name)[0] in (None, "text/plain") for file in files):
+        return _load_texts(path, files)
     images = load_dataset("imagefolder", data_dir=str(path))
     return images if spec.split else images.get("train", images)
+
+
+def _load_texts(path: Path, files: list[Path]) -> Dataset:
+    """Rows of `text` and `label` (the sub-folder's name), in the order of the paths; Latin-1 where a text is not UTF-8."""
+    if stray := [file for file in files if len(file.relative_to(path).parts) != 2]:
+        raise UserError(
+            f"{path} should hold texts in one sub-folder a class, and {stray[0].relative_to(path)} is elsewhere"
+        )
+    rows: dict[str, list[str]] = {"text": [], "label": []}
+    for file in sorted(files):
+        content = file.read_bytes()
+        if b"\0" in content:
+            raise UserError(f"{path}: {file.relative_to(path)} is neither a text nor an image")
+        try:
+            text = content.decode("utf-8")
+        except UnicodeDecodeError:
+            text = content.decode("latin-1")
+        rows["text"].append(text)
+        rows["label"].append(file.parent.name)
+    return Dataset.from_dict(rows)
 
 
 def _load_hub(spec: DataSpec) -> Dataset | DatasetDict:

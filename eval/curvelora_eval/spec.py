@@ -74,13 +74,15 @@ class DataSpec:
 
     path: str
     """A .json, .jsonl, .csv, .tsv or .parquet file (also .gz), a folder of such files (a split each), a folder saved by
-    `datasets`, an image folder with one sub-folder a class, or a hub name."""
+    `datasets`, a folder of images or of plain texts with one sub-folder a class, or a hub name."""
     split: str | None = None
     """For folders and hub names with several splits."""
     limit: int | None = None
     """Use only the first so many rows."""
     column_names: list[str] | None = None
     """Names for the columns of a .csv or .tsv file without a header."""
+    rename: dict[str, str] | None = None
+    """Column -> new name, where these rows call something otherwise than the other ones do."""
 
 
 def write_task(folder: Path, model: ModelSpec, task: TaskSpec) -> None:

@@ -54,8 +54,7 @@ def submit(cluster: Cluster, job: Callable[..., Job], recipe: Path, tmp_path: Pa
 
     def submit(held: bool = False, name: str = "run", **changes: Any) -> Submitted:
         output = changes.pop("output", str(tmp_path / name))
-        arguments = ("--config", str(recipe), f"output={output}", "--resume")
-        made = job(module="held_finetune", arguments=arguments, output=output, name=name, **changes)
+        made = job(module="held_finetune", recipe=str(recipe), output=output, name=name, **changes)
         return cluster.submit(made, HELD=str(int(held)))
 
     return submit
@@ -65,9 +64,8 @@ def submit(cluster: Cluster, job: Callable[..., Job], recipe: Path, tmp_path: Pa
 def straight(powered: Cluster, recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run that nothing happens to, on two nodes with torchrun."""
     output = tmp_path_factory.mktemp("straight") / "run"
-    arguments = ("--config", str(recipe), f"output={output}", "--resume")
     settings: dict[str, Any] = {"nodes": 2, "gpus_per_node": 0, "processes_per_node": 1, "time": "10"}
-    job = Job(name="straight", recipe="-", output=str(output), module="held_finetune", arguments=arguments, **settings)
+    job = Job(name="straight", recipe=str(recipe), output=str(output), module="held_finetune", **settings)
     submitted = powered.submit(job, HELD="0")
     assert submitted.ends() == "COMPLETED", submitted.words()
     return output

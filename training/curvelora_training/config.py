@@ -20,11 +20,13 @@ from curvelora.errors import UserError, nearest
 from curvelora.method import Method
 from curvelora.registry import EXPLAINED, METHODS
 from curvelora_eval.spec import DataSpec, ModelSpec, TaskSpec
+from curvelora_training.recipes import find
 
 _STRICT = {"extra": "forbid"}
 Positive = Annotated[float, Field(gt=0, strict=True)]
 NonNegative = Annotated[float, Field(ge=0, strict=True)]
 Count = Annotated[int, Field(ge=1, strict=True)]
+Finite = Annotated[float, Field(strict=True, allow_inf_nan=False)]
 
 
 @dataclass(kw_only=True)
@@ -100,6 +102,23 @@ class TrainingSpec:
 
 
 @dataclass(kw_only=True)
+class Published:
+    """What a paper prints for this run; reports show it beside what was measured."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
+
+    source: str
+    """The paper, and where in it."""
+    metrics: dict[str, Finite] = field(default_factory=dict)
+    """Metric -> value, in the units of evaluation.json (shares from 0 to 1). A name that evaluation.json has too, such as
+    accuracy or rouge1, is shown beside it; others are shown by their name."""
+    parameters: str | None = None
+    """The number of trainable parameters as it is printed, for example 3.5M."""
+    notes: list[str] = field(default_factory=list)
+    """What to know before comparing, a sentence each."""
+
+
+@dataclass(kw_only=True)
 class Recipe:
     """One run."""
 
@@ -121,6 +140,8 @@ class Recipe:
     """Title of the run in reports; the run folder's name where absent."""
     seed: int = 42
     """Seeds initialisation, data order and dropout."""
+    published: Published | None = None
+    """What a paper prints for this run; it changes nothing in training."""
 
     @property
     def method(self) -> Method:
@@ -175,13 +196,14 @@ class RecipeError(UserError):
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     """Read a recipe, apply `section.key=value` overrides and check its form (names, types, the method's options).
 
+    Args:
+        path: a file, or the name of a recipe that comes with the project.
+
     Raises:
         RecipeError: every error of form, in one message.
         UserError: the file is missing or no YAML mapping, or an override has no `=`.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"the recipe {path} does not exist")
+    path = find(path)
     try:
         raw = read_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -324,7 +346,13 @@ def _lower(message: str) -> str:
 
 
 def _section_keys(location: list[Any]) -> list[str]:
-    sections = {"model": ModelSpec, "task": TaskSpec, "data": RecipeData, "training": TrainingSpec}
+    sections = {
+        "model": ModelSpec,
+        "task": TaskSpec,
+        "data": RecipeData,
+        "training": TrainingSpec,
+        "published": Published,
+    }
     if not location:
         return _names(Recipe)
     return _names(DataSpec if location[0] == "data" and len(location) > 1 else sections.get(location[0], Recipe))

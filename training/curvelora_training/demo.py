@@ -14,12 +14,12 @@ import shutil
 import subprocess
 import sys
 import time
-from importlib.resources import files
 from pathlib import Path
 
 from curvelora.cli import run_guarded
 from curvelora.errors import UserError
 from curvelora_eval.files import write_text
+from curvelora_training.recipes import find
 
 MODEL = Path(".models/minilm")
 MARKS = (
@@ -64,7 +64,7 @@ def run_demo(out: Path, overrides: list[str]) -> int:
     from curvelora_eval.report import write_report
 
     export_minilm(MODEL)
-    recipe = files("curvelora_training") / "recipes" / "demo.yaml"
+    recipe = find("demo")
     started = time.perf_counter()
     for number, (folder, (title, changes)) in enumerate(ARMS.items(), start=1):
         print(f"\n=== arm {number} of {len(ARMS)}: {title} ({time.perf_counter() - started:.0f} s so far)", flush=True)

@@ -13,16 +13,26 @@ import sys
 import typing
 
 from curvelora_eval.spec import DataSpec, ModelSpec, TaskSpec
-from curvelora_training.config import Recipe, RecipeData, TrainingSpec
+from curvelora_training.config import Published, Recipe, RecipeData, TrainingSpec
+from curvelora_training.recipes_command import markdown
 
 INTRODUCTION = """# Recipes
 
 A recipe is one YAML file; `curvelora train --config recipe.yaml section.key=value ...` runs it with some values replaced.
 Unknown keys, wrong types and impossible combinations are reported together, before any weight is loaded; `--dry-run`
 prints the resolved recipe and what would train.
-The demo's recipe is a working example: `training/curvelora_training/recipes/demo.yaml`.
+`--config` also takes the name of a recipe that comes with the project (`training/recipes`; `curvelora recipes` lists them, and so
+does the [end of this page](#recipes-that-come-with-the-project)). The demo's, `demo`, runs on a CPU.
 
 This page is written by `python -m curvelora_training.reference`.
+"""
+RECIPES = """## Recipes that come with the project
+
+Names are MODEL_TASK_METHOD. Each says at its head what it reproduces, from which source, what its rows look like and how it is
+launched. A line that says "not stated" (in the paper) or "not recorded" (here: the paper has a value that could not be had, or a
+range) is a choice of this project, with its reason. What a paper prints for the run stands in `published`, and `curvelora report`
+shows it beside what was measured. Those of source `ours` are in no paper. Models have their names on the hub; rows lie under
+`data/`, in the formats in which the data sets are published.
 """
 SECTIONS: dict[str, type] = {
     "Top level": Recipe,
@@ -31,6 +41,7 @@ SECTIONS: dict[str, type] = {
     "data": RecipeData,
     "data.train, data.validation, data.test": DataSpec,
     "training": TrainingSpec,
+    "published": Published,
 }
 
 
@@ -81,6 +92,7 @@ def reference() -> str:
         "## adapter\n\n`method` is one of `curvelora methods`; the other keys are that method's options, with its defaults "
         "(`curvelora methods loran`).\n`alpha` and `dropout` mean the same for every method.\n"
     )
+    parts.append(f"{RECIPES}\n{markdown()}\n")
     return "\n".join(parts)
 
 

@@ -64,7 +64,8 @@ def check_same_recipe(recipe: Recipe) -> None:
         return
     same_step = facts is not None and (folder.is_complete() or facts["global_batch"] == _rows(recipe.training))
     allowed = MAY_CHANGE | (SHARED if same_step else set())
-    if differences := [text for key, text in differing_keys(stored, recipe).items() if key not in allowed]:
+    changed = {k: v for k, v in differing_keys(stored, recipe).items() if k.partition(".")[0] != "published"}
+    if differences := [text for key, text in changed.items() if key not in allowed]:
         path = folder.path / "config.yaml"
         raise UserError(
             f"{folder.path} was started with another recipe ({'; '.join(differences)}), so it cannot be continued exactly: "

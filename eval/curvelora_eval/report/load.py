@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 SCHEMA = 1
 
 
@@ -28,6 +30,8 @@ class Run:
     config: str | None = None
     lines: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    published: dict[str, Any] = field(default_factory=dict)
+    """What a paper prints for this run: the recipe's `published` section, empty where it has none."""
 
     def series(self, key: str) -> list[tuple[float, float]]:
         """Return (step, value) of each logged finite number `key`, by step; a resumed run's later line wins."""
@@ -98,6 +102,7 @@ def load_run(folder: Path) -> Run:
     run.environment = _read_optional(folder / "environment.json")
     if (folder / "config.yaml").is_file():
         run.config = (folder / "config.yaml").read_text(encoding="utf-8", errors="replace")
+        run.published = _published(run.config)
     if (folder / "metrics.jsonl").is_file():
         run.lines, truncated = _read_lines(folder / "metrics.jsonl")
         if truncated:
@@ -106,6 +111,16 @@ def load_run(folder: Path) -> Run:
         if lost:
             run.notes.append(f"{lost} of the logged losses are not finite and are missing from the chart")
     return run
+
+
+def _published(config: str) -> dict[str, Any]:
+    """The `published` section of a recipe; empty where there is none, or the text is no recipe."""
+    try:
+        recipe = yaml.safe_load(config)
+    except yaml.YAMLError:
+        return {}
+    section = recipe.get("published") if isinstance(recipe, dict) else None
+    return section if isinstance(section, dict) else {}
 
 
 def _read_optional(path: Path) -> dict[str, Any] | None:

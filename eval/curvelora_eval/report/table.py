@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from curvelora_eval.report import published
 from curvelora_eval.report.load import Run, number
 from curvelora_eval.wording import percent
 
@@ -28,10 +29,12 @@ def headings(runs: list[Run]) -> list[str]:
         "arm",
         "method",
         "trainable parameters",
+        *(["published parameters"] if published.has_counts(runs) else []),
         "step time, median (ms)",
         "examples/s",
         "peak memory (MB)",
         f"{metric} on unseen rows" + (f" [{level} interval]" if level else ""),
+        *(["published score"] if published.has_scores(runs) else []),
         "loss, first → last",
         "resolvability, forward / derivative",
         *(heading for heading, _ in optional_columns(runs)),
@@ -66,10 +69,12 @@ def cells(run: Run, runs: list[Run]) -> list[str]:
         run.label,
         str(result.get("method") or DASH),
         show(result.get("trainable_parameters"), lambda n: f"{n:,.0f}"),
+        *([published.count_cell(run)] if published.has_counts(runs) else []),
         show(_get(result, "step_seconds", "median"), lambda seconds: _significant(seconds * 1e3)),
         show(result.get("examples_per_second"), _significant),
         show(result.get("peak_memory_bytes"), lambda size: f"{size / 1e6:,.0f}"),
         metric_cell(run),
+        *([published.score_cell(run, score_text)] if published.has_scores(runs) else []),
         _pair(result.get("first_loss"), result.get("last_loss"), " → ", lambda loss: f"{loss:.3f}"),
         _pair(_get(result, "resolvability", "forward"), _get(result, "resolvability", "derivative"), " / ", percent),
         *(cell(run) for _, cell in optional_columns(runs)),

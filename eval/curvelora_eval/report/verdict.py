@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from curvelora_eval.report.load import Run, number
+from curvelora_eval.report.published import sources
 from curvelora_eval.report.table import interval_level, is_share, score_text
 from curvelora_eval.wording import percent
 
@@ -33,7 +34,7 @@ def caveats(runs: list[Run]) -> list[str]:
     elif found:
         each = "; ".join(f"{label}: {kind or 'not stated'}" for label, kind in kinds.items())
         sentences.append(f"Peak memory was measured in different ways and does not compare ({each}).")
-    return sentences
+    return sentences + sources(runs)
 
 
 def baseline(runs: list[Run]) -> Run:

@@ -181,5 +181,5 @@ def test_damaged_settings_are_refused(tmp_path, content):
 
 
 def test_shipped_recipes_can_be_compared(root):
-    for path in sorted((root / "training/curvelora_training/recipes").glob("*.yaml")):
+    for path in sorted((root / "training/recipes").glob("*.yaml")):
         assert yaml.safe_load(path.read_text())["training"].get("schedule", "linear") != "cosine", path

@@ -74,8 +74,19 @@ class Job:
     dependency: str | None = None
     module: str = FINETUNE
     """What runs under the launcher."""
+    configs: str = "ds_configs"
+    """The folder of the engines' files."""
+    log: str | None = None
+    """SLURM's own output; None is in the run folder."""
+    folder: str | None = None
+    """Where the job runs; None is where sbatch was called."""
     arguments: tuple[str, ...] = ()
-    """For modules other than training, in place of --config."""
+    """For templates of modules other than training."""
+
+    @property
+    def log_file(self) -> str:
+        """Where SLURM writes what the script says; %j is the job's number. It opens the file before the script begins."""
+        return self.log or f"{self.output}/logs/slurm-%j.out"
 
     @property
     def processes(self) -> int:
@@ -160,7 +171,7 @@ class Job:
                 )
             elif found[1] in OWN_OPTIONS:
                 problems.append(f"sbatch_options: --{found[1]} is written by `curvelora launch` itself: leave it out")
-        for name, value in self.environment.items():
+        for name in self.environment:
             if not VARIABLE.fullmatch(name):
                 problems.append(f"environment: {name!r} is no name of a variable")
             elif name in OF_THE_LAUNCHER:
@@ -169,11 +180,12 @@ class Job:
         texts |= {f"environment {name}": value for name, value in self.environment.items()}
         texts |= {repr(line): line for line in (*self.setup, *self.overrides, *self.arguments)}
         problems += [f"{what} must be one line" for what, text in texts.items() if any(ord(c) < 32 for c in text)]
-        if re.search(r"[\s%\"'\\$`]", self.output):  # `#SBATCH --output` has patterns and quotes of its own
-            problems.append(
-                f"the output {self.output!r} has a space, %, $, a quote or a backslash, which sbatch would read as its own: "
-                "take another name"
-            )
+        for what, path in (("output", self.output), ("current folder", self.folder or "")):
+            if re.search(r"[\s%\"'\\$`]", path):  # `#SBATCH` has patterns and quotes of its own
+                problems.append(
+                    f"the {what} {path!r} has a space, %, $, a quote or a backslash, which sbatch would read as its own: take "
+                    "another name"
+                )
         return problems
 
 

@@ -29,6 +29,8 @@ def render(job: Job, template: str = "job.sbatch.j2", **more: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
+        comment_start_string="{%#",  # `{#` stands in ${#array[@]}
+        comment_end_string="#%}",
         autoescape=False,  # shell, not HTML; values are quoted by the filter
     )
     environment.filters["quote"] = lambda value: shlex.quote(str(value))
