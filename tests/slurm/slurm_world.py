@@ -18,6 +18,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 SCRIPT = HERE / "cluster.sh"
 BIN = Path(sys.executable).parent
+SMALL = Path(os.environ.get("SLURMCI_STATE", "/run/slurmci"), "small")  # a file system of 1 MB
 NODES = ("n1", "n2", "n3")
 PATIENCE = 240.0  # seconds for anything to happen; a busy machine imports our libraries in 30
 
@@ -90,7 +91,8 @@ class Cluster:
         script = run / "launch/job.sbatch"
         script.write_text(render(job), encoding="utf-8")
         # what a user's login shell would have
-        settings = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PREFLIGHT": "0", "LEAVING": "2", "PATH": f"{BIN}:{os.environ['PATH']}"}
+        settings = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PREFLIGHT": "0", "LEAVING": "2"}
+        settings["PATH"] = f"{BIN}{os.pathsep}{os.environ['PATH']}"
         settings["PYTHONPATH"] = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
         done = self.run("sbatch", "--parsable", str(script), **settings | variables)
         assert done.returncode == 0, done.stderr

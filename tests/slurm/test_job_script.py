@@ -23,9 +23,9 @@ pytestmark = pytest.mark.slurm
 def stand_in(cluster: Cluster, job: Callable[..., Job]) -> Callable[..., Submitted]:
     """`stand_in("75 0")` submits a job whose training follows the plan (see stand_in.py)."""
 
-    def submit(plan: str, arguments: tuple[str, ...] = (), **changes: object) -> Submitted:
+    def submit(plan: str, overrides: tuple[str, ...] = (), **changes: object) -> Submitted:
         path = os.pathsep.join([str(HERE / "bin"), os.environ["PATH"]])
-        made = job(module="stand_in", arguments=arguments, **changes)
+        made = job(module="stand_in", overrides=overrides, **changes)
         return cluster.submit(made, PLAN=plan, PATH=path)
 
     return submit
@@ -40,7 +40,7 @@ def test_it_ends_with_the_code_of_training(stand_in: Callable[..., Submitted]) -
     for rank in (0, 1):
         log = (good.run / f"logs/node{rank}-rank{rank}.log").read_text("utf-8").splitlines()
         assert log[0].startswith(f"=== n{rank + 1}, attempt {good.number}-0, ")
-        assert log[1].endswith(f"arguments {list(words)}")
+        assert log[1].endswith(f"arguments {['--config', 'unused.yaml', f'output={good.run}', *words, '--resume']}")
     assert (good.run / f"logs/slurm-{good.number}.out").is_file()
 
 
@@ -101,7 +101,7 @@ def test_cancelled_it_stays_so(stand_in: Callable[..., Submitted], cluster: Clus
     assert job.ends() == "CANCELLED"
     until(job.outcomes, "the script has written its end down", job.words)
     (outcome,) = job.outcomes()
-    assert (outcome[0], outcome[2]) == (0, "failed")
+    assert (outcome[0], outcome[2]) == (0, "ended_by_slurm")
 
 
 def test_ports(stand_in: Callable[..., Submitted], cluster: Cluster) -> None:
