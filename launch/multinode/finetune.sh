@@ -217,8 +217,11 @@ while ((${#running[@]})); do
         wait "${running[rank]}" || code=$?
         unset "running[rank]"
         [[ $code != 0 ]] || continue
-        echo "${hosts[rank]} ended with code $code$([[ $code != 255 ]] || echo ' (of ssh: it could not be reached, or was lost)'); the others are stopped" >&2
-        [[ $first != 0 ]] || first=$code
+        if [[ $first == 0 ]]; then
+            first=$code
+            [[ $code != 255 ]] || echo "ssh to ${hosts[rank]} failed, or was lost" >&2
+            echo "${hosts[rank]} ended with code $code: the others are stopped" >&2
+        fi
         stop_all
     done
     sleep 1 || :
