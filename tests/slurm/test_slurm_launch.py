@@ -16,7 +16,7 @@ from run_files import result
 from slurm_world import BIN, Cluster, Submitted
 
 pytestmark = pytest.mark.slurm
-SETTINGS = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PREFLIGHT": "0", "LEAVING": "2"}
+SETTINGS = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
 
 
 @pytest.fixture
@@ -83,6 +83,8 @@ def test_a_run_and_its_evaluation(launch: Callable[..., Any], cluster: Cluster, 
     assert evaluation.fact("JobState") == "PENDING"
     assert job.ends() == "COMPLETED", job.words()
     assert job.outcomes() == [(0, 0, "done")]
+    assert "n1" in (run / f"logs/slurm-{first}.out").read_text("utf-8")
+    assert (run / "launch/preflight.json").is_file()
     assert evaluation.ends() == "COMPLETED", job.words()
     (scores,) = run.glob("evaluation-*/evaluation.json")
     assert result(scores.parent, scores.name)

@@ -55,8 +55,9 @@ def submit(cluster: Cluster, job: Callable[..., Job], recipe: Path, tmp_path: Pa
 
     def submit(held: float = 0, name: str = "run", **changes: Any) -> Submitted:
         output = changes.pop("output", str(tmp_path / name))
+        preflight = changes.pop("preflight", 0)
         made = job(module="held_finetune", recipe=str(recipe), output=output, name=name, **changes)
-        return cluster.submit(made, HELD=str(held))
+        return cluster.submit(made, HELD=str(held), PREFLIGHT=str(preflight))
 
     return submit
 
@@ -236,6 +237,16 @@ def test_two_jobs_on_the_same_nodes(submit: Callable[..., Submitted], straight: 
     starts = [job.attempts()[0] for job in jobs]
     assert starts[0]["nodes"] == starts[1]["nodes"]
     assert jobs[0].attempts()[-1]["time"] > starts[1]["time"]
+
+
+@slow
+def test_nodes_without_their_gpus(submit: Callable[..., Submitted]) -> None:
+    """The check before training refuses them: SLURM gives two GPUs a node, and there are none. Not started again."""
+    job = submit(preflight=1, gpus_per_node=2, processes_per_node=0)
+    assert job.ends() == "FAILED", job.words()
+    assert job.outcomes() == [(0, 2, "failed")], job.words()
+    assert "preflight refuses" in job.words()
+    assert not (job.run / "metrics.jsonl").exists()
 
 
 @slow
