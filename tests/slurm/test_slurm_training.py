@@ -221,7 +221,7 @@ def _process_of(job: Submitted, rank: int) -> int:
             environment = (path / "environ").read_bytes().split(b"\0")
         except OSError:
             continue
-        wanted = {f"RANK={rank}".encode(), f"SLURM_JOB_ID={job.number}".encode()}
+        wanted = {f"RANK={rank}".encode(), f"RUN={job.run}".encode()}
         if b"held_finetune" in command and command[0].endswith(b"python") and wanted <= set(environment):
             return int(path.name)
     raise AssertionError(job.words())
