@@ -229,3 +229,41 @@ def test_a_missing_text_is_refused_with_its_row(tmp_path: Path) -> None:
     task = make_task(TaskSpec(kind="sequence_classification", labels=["no", "yes"]))
     with pytest.raises(UserError, match="row 1 has no text"):
         task.check(load_rows(DataSpec(path=str(tmp_path / "rows.jsonl"))), "train")
+
+
+def text_folder(folder: Path) -> Path:
+    for name, content in (
+        ("sci.med/58", b"first\r\n"),
+        ("rec.autos/7", "naïve".encode()),
+        ("rec.autos/10", b"na\xefve"),
+    ):
+        file = folder / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(content)
+    return folder
+
+
+def test_a_folder_of_texts_has_the_folders_as_labels(tmp_path: Path) -> None:
+    rows = load(text_folder(tmp_path / "texts"))
+    assert rows["label"] == ["rec.autos", "rec.autos", "sci.med"]
+    assert rows["text"] == ["naïve", "naïve", "first\r\n"]  # Latin-1, UTF-8
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [("stray", b"x", "stray is elsewhere"), ("rec.autos/8", b"\0\1", "neither a text nor")],
+)
+def test_a_folder_of_texts_holds_nothing_else(name: str, content: bytes, words: str, tmp_path: Path) -> None:
+    (text_folder(tmp_path / "texts") / name).write_bytes(content)
+    with pytest.raises(UserError, match=words):
+        load(tmp_path / "texts")
+
+
+def test_columns_can_be_renamed(tmp_path: Path) -> None:
+    path = write(tmp_path, ".jsonl")
+    assert load(path, rename={"text": "query"}).column_names == ["query", "label"]
+    assert load(path, rename={"text": "label", "label": "text"})["label"][0] == "null"
+    with pytest.raises(UserError, match=r"no column 'txt'; did you mean 'text'"):
+        load(path, rename={"txt": "query"})
+    with pytest.raises(UserError, match="cannot give the name 'label', which another column has"):
+        load(path, rename={"text": "label"})

@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import yaml
 
 from curvelora.errors import UserError
 from curvelora_eval import report_command
@@ -17,7 +18,7 @@ from curvelora_eval.report import write_report
 from curvelora_eval.report.load import load_run, load_runs
 from curvelora_eval.report.svg import smooth, ticks
 from curvelora_eval.report.table import cells, headings, metric_cell, percent
-from curvelora_eval.report.verdict import baseline, verdict
+from curvelora_eval.report.verdict import baseline, caveats, verdict
 
 LOSSES = [{"step": 10 * i, "seconds": float(i), "loss": 0.7 * 0.97**i} for i in range(1, 31)]
 
@@ -343,3 +344,59 @@ class Page(HTMLParser):
         opened, text = self._open.pop()
         assert opened == tag, f"<{opened}> is closed by </{tag}>"
         self._texts.append((tag, text))
+
+
+def with_published(folder: Path, section: object) -> Path:
+    (folder / "config.yaml").write_text(
+        yaml.safe_dump({"seed": 1, "published": section}, sort_keys=False), encoding="utf-8"
+    )
+    return folder
+
+
+def test_what_a_paper_prints_stands_beside_ours(tmp_path):
+    paper = {
+        "source": "A paper, table 1",
+        "metrics": {"accuracy": 0.836, "f1": 0.9},
+        "parameters": "0.1M",
+        "notes": ["Prints <b> 0.1M."],
+    }
+    same = with_published(make_run(tmp_path / "a", "RanLoRA", adapter_parameters=73_776), paper)
+    other = make_run(tmp_path / "b", "AuroRA", metric="matthews")
+    with_published(
+        other,
+        {
+            "source": "A paper, table 1",
+            "metrics": {"mean_accuracy": 0.838, "loss": 1.5},
+            "parameters": None,
+            "notes": [],
+        },
+    )
+    none = with_published(make_run(tmp_path / "c", "QLoRA"), None)
+    runs = load_runs([same, other, none])
+    assert headings(runs)[2:5] == ["trainable parameters", "published parameters", "step time, median (ms)"]
+    assert headings(runs)[8] == "published score" and "unseen rows" in headings(runs)[7]
+    assert [cells(run, runs)[3] for run in runs] == ["0.1M (ours 73,776)", "–", "–"]
+    assert [cells(run, runs)[8] for run in runs] == ["83.6 %", "mean_accuracy 83.8 %; loss 1.500", "–"]
+    assert all(len(cells(run, runs)) == len(headings(runs)) for run in runs)
+    assert caveats(runs)[-2:] == [
+        "RanLoRA, AuroRA: published values are those of A paper, table 1.",
+        "RanLoRA: Prints <b> 0.1M.",
+    ]
+    page, table = write_report([same, other, none], tmp_path / "report")
+    assert "0.1M (ours 73,776)" in page.read_text() and "Prints &lt;b&gt; 0.1M." in page.read_text()
+    assert "| 82.6 % [79.2, 85.9] | 83.6 % |" in table.read_text() and "&lt;b> 0.1M" in table.read_text()
+
+
+@pytest.mark.parametrize(
+    "section", [None, "words", [1], {}, {"metrics": [0.8], "notes": "one"}, {"metrics": {"accuracy": "high"}}]
+)
+def test_a_published_section_with_nothing_to_show_adds_nothing(tmp_path, section):
+    runs = load_runs([with_published(make_run(tmp_path / "a", "QLoRA"), section)])
+    assert len(headings(runs)) == len(cells(runs[0], runs)) == 9
+
+
+def test_a_config_that_is_no_yaml_is_shown_as_it_is(tmp_path):
+    folder = make_run(tmp_path / "a", "QLoRA")
+    (folder / "config.yaml").write_text("seed: [1")
+    run = load_run(folder)
+    assert run.config == "seed: [1" and run.published == {}

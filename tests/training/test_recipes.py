@@ -1,4 +1,4 @@
-"""The recipes that come with the project: each is valid, launches as it says, counts what its source prints, and does not drift."""
+"""The recipes that come with the project: each is valid, launches as it says and counts what its source prints."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ STAND_INS = {
     "roberta": RobertaConfig(**SMALL, vocab_size=64, architectures=["RobertaForMaskedLM"]),
     "vit": ViTConfig(**SMALL, architectures=["ViTModel"]),
 }
-    "index\tsentence1\tsentence2\tlabel\n0\tA cat.\tAn animal.\tentailment\n1\tA cat.\tA dog.\tnot_entailment\n"
-)
 # the rows of each file, in the format in which the data set is published
 ROWS: dict[str, Any] = {
     "gsm8k/test.jsonl": [{"question": "1 + 1?", "answer": "2\n#### 2"}],
-    "metamath.json": [{"query": "1 + 1?", "response": "The answer is: 2", "type": "GSM", "original_question": "1 + 1?"}],
+    "metamath.json": [
+        {"query": "1 + 1?", "response": "The answer is: 2", "type": "GSM", "original_question": "1 + 1?"}
+    ],
     "sst2/train.tsv.gz": "sentence\tlabel\nfine\t1\npoor\t0\n",
     "sst2/dev.tsv": "sentence\tlabel\nfine\t1\npoor\t0\n",
 }

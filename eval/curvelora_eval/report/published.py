@@ -56,6 +56,7 @@ def sources(runs: list[Run]) -> list[str]:
     for run in runs:
         if source := run.published.get("source"):
             sentences.setdefault(f"published values are those of {source}.", []).append(run.label)
-        for note in run.published.get("notes") or []:
+        notes = run.published.get("notes")
+        for note in notes if isinstance(notes, list) else ():
             sentences.setdefault(f"{str(note).rstrip('.')}.", []).append(run.label)
     return [f"{', '.join(labels)}: {sentence}" for sentence, labels in sentences.items()]
