@@ -273,6 +273,17 @@ def test_a_damaged_checkpoint_is_told_and_left_where_it_is(run: Path) -> None:
     assert listing(run) == before
 
 
+def test_a_checkpoint_that_is_too_large_to_read_is_compared_by_size(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr("curvelora_training.status.facts.HASHED", 1000)
+    monkeypatch.setattr("curvelora_training.checkpoint._sha256", lambda file: pytest.fail("it was read"))
+    assert status(run) == 0
+    assert "of the sizes in its manifest (too large to read here)" in capsys.readouterr().out
+    (run / "checkpoints/checkpoint-24/moments.safetensors").unlink()
+    assert "moments.safetensors is missing" in status_of(run)["damaged_checkpoints"]["checkpoint-24"]
+
+
 GARBAGE = (
     b"",
     b"{",

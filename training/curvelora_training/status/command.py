@@ -88,7 +88,10 @@ def detailed(status: dict[str, Any]) -> list[str]:
         end = time.strftime("%Y-%m-%d %H:%M", time.localtime(time.time() + status["seconds_left"]))
         say("time left", f"{span(status['seconds_left'])} (until {end}, scoring not counted)")
     if (checkpoint := status["checkpoint"]) is not None:
-        say("checkpoint", f"step {checkpoint['step']}, {span(checkpoint['age_seconds'])} old, whole by its manifest")
+        whole = (
+            "whole by its manifest" if checkpoint["hashed"] else "of the sizes in its manifest (too large to read here)"
+        )
+        say("checkpoint", f"step {checkpoint['step']}, {span(checkpoint['age_seconds'])} old, {whole}")
     elif status["state"] not in ("finished", "submitted"):
         say("checkpoint", "none that is whole")
     for name, flaw in status["damaged_checkpoints"].items():

@@ -54,7 +54,9 @@ def status_of(folder: Path, clock: Any = time.time) -> dict[str, Any]:
         "eval_loss": _last(facts, "eval_loss"),
         "nonfinite_steps": sum("nonfinite" in line for line in facts.lines),
         "log_age_seconds": facts.log_age,
-        "checkpoint": None if whole is None else {"name": whole.name, "step": whole.step, "age_seconds": whole.age},
+        "checkpoint": None
+        if whole is None
+        else {"name": whole.name, "step": whole.step, "age_seconds": whole.age, "hashed": whole.hashed},
         "damaged_checkpoints": {c.name: c.flaw for c in facts.checkpoints if c.flaw is not None},
         "steps_per_second": rates["whole"],
         "steps_per_second_recent": rates["recent"],
