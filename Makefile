@@ -6,13 +6,15 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE = 1
 
-.PHONY: help demo lab test test-slow lint clean
+.PHONY: help demo lab test test-slow test-slurm test-slurm-all lint clean
 
 help:
 	@echo "make demo       LoRAN, RanLoRA and AuroRA against QLoRA on real sentences (runs/demo/report.html)"
 	@echo "make lab        what Sinter costs, whether it is stable and whether it is there (runs/lab/report.html)"
 	@echo "make test       the test suite (about 17 minutes on 2 cores)"
 	@echo "make test-slow  the tests that take minutes each"
+	@echo "make test-slurm the job script on a SLURM of three nodes, which it installs and starts; root, Debian (4 minutes)"
+	@echo "make test-slurm-all   the same, with everything that can happen to a job"
 	@echo "make lint       style"
 
 $(STAMP): requirements.txt requirements-dev.txt requirements-demo.txt adapters/pyproject.toml eval/pyproject.toml training/pyproject.toml
@@ -35,6 +37,12 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m "slow and not gpu and not slurm"
+
+test-slurm: $(STAMP)
+	$(BIN)/python -m pytest -m "slurm and not slow" tests/slurm
+
+test-slurm-all: $(STAMP)
+	$(BIN)/python -m pytest -m "slurm" tests/slurm
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

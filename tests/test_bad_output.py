@@ -6,7 +6,6 @@ A tiny tmpfs is mounted where that is permitted (as root, on Linux); /dev/full a
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -19,6 +18,7 @@ from transformers import AutoModelForSequenceClassification
 
 from curvelora import cli
 from curvelora.loading import load_adapter
+from curvelora_eval.files import temporary_for
 from curvelora_training import checkpointing, finetune
 from curvelora_training.checkpoint import flaw
 from world import WEIGHTS, World, check_message
@@ -201,7 +201,7 @@ def test_a_full_disk_keeps_earlier_scores(name: str, world: World, capsys: pytes
     out.mkdir()
     (out / name).write_text("earlier")
     # what is written first under a temporary name meets the full device
-    (out / f".{name}.{os.getpid()}.tmp").symlink_to("/dev/full")
+    temporary_for(out / name).symlink_to("/dev/full")
     assert evaluate(world, out) == 2
     check_message(
         capsys.readouterr().err, [f"{name} cannot be written (No space left on device)", "nothing was changed"]

@@ -8,6 +8,7 @@ which one to name when it is missing.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import sys
@@ -15,6 +16,7 @@ import traceback
 import warnings
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
 from types import ModuleType
 
 from curvelora.errors import UserError, nearest
@@ -117,6 +119,19 @@ def run_guarded(action, debug: bool = False) -> int:
 
     An `OSError` (disk full, read-only, no such file) is the user's to mend as well, so it is treated alike.
     """
+    code = _guarded(action, debug)
+    _keep(code)
+    return code
+
+
+def _keep(code: int) -> None:
+    """Write the exit code where a job script asks for it: launchers answer 1 whatever their processes said."""
+    if folder := os.environ.get("CURVELORA_EXIT_CODES"):
+        with contextlib.suppress(OSError):
+            Path(folder, os.environ.get("RANK", "0")).write_text(f"{code}\n", encoding="ascii")
+
+
+def _guarded(action, debug: bool) -> int:
     try:
         code = action()
         sys.stdout.flush()  # a closed pipe shows here, not at exit
@@ -125,9 +140,10 @@ def run_guarded(action, debug: bool = False) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (UserError, OSError) as error:
-        if debug:
-            traceback.print_exc()
-        print(f"error: {_sentence(error)}", file=sys.stderr)
+        with contextlib.suppress(OSError):  # a log on the disk that is full
+            if debug:
+                traceback.print_exc()
+            print(f"error: {_sentence(error)}", file=sys.stderr, flush=True)
         return USER_ERROR
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

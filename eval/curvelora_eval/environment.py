@@ -20,7 +20,7 @@ PACKAGES = (
 def describe_environment() -> dict[str, Any]:
     """Versions, hardware, commit and Python version, as plain data."""
     return {
-        "versions": {name: found for name in PACKAGES if (found := _version(name))},
+        "versions": {name: found for name in PACKAGES if (found := installed_version(name))},
         "hardware": _hardware(),
         "commit": _commit(),
         "python": platform.python_version(),
@@ -28,7 +28,8 @@ def describe_environment() -> dict[str, Any]:
     }
 
 
-def _version(package: str) -> str | None:
+def installed_version(package: str) -> str | None:
+    """Version of a package, or None where it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:

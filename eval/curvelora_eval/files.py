@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ def write_text(path: Path, text: str) -> Path:
     Raises:
         UserError: the disk is full, or the folder cannot be written; what stood there before is untouched.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_for(path)
     try:
         with temporary.open("w", encoding="utf-8") as stream:
             stream.write(text)
@@ -28,6 +29,11 @@ def write_text(path: Path, text: str) -> Path:
         temporary.unlink(missing_ok=True)
         raise UserError(f"{path} cannot be written ({error.strerror}): nothing was changed") from error
     return path
+
+
+def temporary_for(path: Path) -> Path:
+    """The name under which this process writes a file first; no other one's, on no machine that shares the folder."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
 
 
 def write_json(path: Path, record: Any) -> Path:

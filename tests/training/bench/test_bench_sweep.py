@@ -10,6 +10,7 @@ import pytest
 
 from curvelora.errors import UserError
 from curvelora_training.bench import sweep_command
+from curvelora_training.bench.pool import jobs_of
 from curvelora_training.bench.settings import LabSettings
 from curvelora_training.bench.sweep import REFERENCES, gather_sweep, sweep_arms
 
@@ -140,9 +141,30 @@ def test_an_interrupted_sweep_continues(swept, sweep_options, cli, tmp_path):
     assert [c["heldout_loss"] for c in after["cells"]] == [c["heldout_loss"] for c in before["cells"]]
 
 
+def test_shares_make_their_own_runs_and_the_last_one_reports(swept, sweep_options, cli, tmp_path):
+    out = tmp_path / "shared"
+    shutil.copytree(swept, out)
+    before = json.loads((out / "sweep.json").read_text())
+    lost = [out / job.folder for job in jobs_of(LabSettings.read(out / "lab.json"))[2:4]]  # one of each share
+    for path in (out / "sweep.json", out / "report.html", *(folder / "run.json" for folder in lost)):
+        path.unlink()
+    claim = out / f"{lost[1].relative_to(out)}.claimed"
+    claim.write_text("the other share makes this one now")
+    code, printed, _ = cli("sweep", *sweep_options, "--out", out, "--resume", "--share", "0/2")
+    assert code == 0 and "share 0 of 2 is through; 1 of 12 runs are not made yet" in printed
+    assert [(folder / "run.json").is_file() for folder in lost] == [True, False] and claim.is_file()
+    assert not (out / "sweep.json").exists()
+    code, printed, _ = cli("sweep", *sweep_options, "--out", out, "--resume", "--share", "1/2")
+    assert code == 0 and "report:" in printed and (out / "report.html").is_file()
+    after = json.loads((out / "sweep.json").read_text())
+    assert [c["heldout_loss"] for c in after["cells"]] == [c["heldout_loss"] for c in before["cells"]]
+
+
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
+        (["--amplitude", "1", "--share", "2/2", "--resume"], "--share '2/2' is no share: write 0/8"),
+        (["--amplitude", "1", "--share", "1/2"], "--share goes with --resume"),
         (["--model", "llama-1b", "--amplitude", "1"], "a built-in shape has random weights"),
         (["--jobs", "0", "--amplitude", "1"], "--jobs must be at least 1"),
         (["--method", "loran:sintr", "--amplitude", "1"], "did you mean 'sinter'"),

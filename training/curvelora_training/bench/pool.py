@@ -32,6 +32,8 @@ from curvelora_training.distributed import rank, world_size
 SETTINGS = "lab.json"
 PARENT = "CURVELORA_LAB_PARENT"
 CLAIM, FAILED, DONE = "claimed", "failed.txt", "run.json"
+Share = tuple[int, int]  # (index, number of shares)
+WHOLE: Share = (0, 1)
 
 
 @dataclass(frozen=True)
@@ -48,20 +50,29 @@ def jobs_of(settings: LabSettings) -> list[Job]:
     return [Job(arm, seed, f"runs/{arm.slug}/seed-{seed}") for seed in settings.seeds for arm in settings.arms]
 
 
+def shared(jobs: list[Job], share: Share) -> list[Job]:
+    """Those of the jobs that are this share's: every N-th one, so that shares take about the same time."""
+    index, count = share
+    return jobs[index::count]
+
+
 def check_jobs(workers: int) -> None:
     """Raise `UserError` where packed runs would meet a launcher's processes."""
     if workers > 1 and world_size() > 1:
         raise UserError("--jobs packs runs on the devices itself: start it without a launcher")
 
 
-def run_all(settings: LabSettings, out: Path, workers: int, ground: Ground | None = None) -> list[str]:
+def run_all(
+    settings: LabSettings, out: Path, workers: int, ground: Ground | None = None, share: Share = WHOLE
+) -> list[str]:
     """Make every run that is not finished; returns the folders of those that failed.
 
     Args:
         workers: processes for each device; 1 runs in this process.
         ground: what is loaded already, for runs in this process.
+        share: only these runs; others may be made by another share at the same time, and are not touched.
     """
-    jobs = jobs_of(settings)
+    jobs = shared(jobs_of(settings), share)
     if rank() == 0:
         for job in jobs:
             for name in (CLAIM, FAILED):
@@ -74,7 +85,7 @@ def run_all(settings: LabSettings, out: Path, workers: int, ground: Ground | Non
         if left:
             work(ground or build_ground(settings, join()), left, out)
     else:
-        _spawn(out, workers, left)
+        _spawn(out, workers, left, share)
     barrier()  # only the first process writes run.json, when the others are through already
     return [job.folder for job in jobs if not (out / job.folder / DONE).is_file()]
 
@@ -134,7 +145,7 @@ def _claim(out: Path, job: Job) -> bool:
     return True
 
 
-def _spawn(out: Path, workers: int, jobs: list[Job]) -> None:
+def _spawn(out: Path, workers: int, jobs: list[Job], share: Share) -> None:
     """Start the workers, wait, and say what is finished."""
     devices = max(1, torch.cuda.device_count())
     logs = out / "workers"
@@ -146,8 +157,8 @@ def _spawn(out: Path, workers: int, jobs: list[Job]) -> None:
         environment |= {"OMP_NUM_THREADS": str(threads), PARENT: str(os.getpid())}
         if torch.cuda.is_available():
             environment["CUDA_VISIBLE_DEVICES"] = _visible(number % devices)
-        command = [sys.executable, "-m", "curvelora_training.bench.pool", str(out)]
-        with (logs / f"{number}.log").open("w", encoding="utf-8") as log:
+        command = [sys.executable, "-m", "curvelora_training.bench.pool", str(out), *map(str, share)]
+        with _log(logs, number, share).open("w", encoding="utf-8") as log:
             processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
     say(f"{len(jobs)} runs in {len(processes)} processes on {devices} device(s); logs in {logs}")
     seen: set[str] = set()
@@ -172,7 +183,11 @@ def _spawn(out: Path, workers: int, jobs: list[Job]) -> None:
                 process.terminate()
                 process.wait()
     if broken := [number for number, p in enumerate(processes) if p.returncode]:
-        say(f"{len(broken)} worker(s) ended with an error: see {', '.join(str(logs / f'{n}.log') for n in broken)}")
+        say(f"{len(broken)} worker(s) ended with an error: see {', '.join(str(_log(logs, n, share)) for n in broken)}")
+
+
+def _log(logs: Path, number: int, share: Share) -> Path:
+    return logs / (f"{number}.log" if share == WHOLE else f"share-{share[0]}-{number}.log")
 
 
 def _visible(number: int) -> str:
@@ -182,13 +197,13 @@ def _visible(number: int) -> str:
 
 
 def main() -> None:
-    """A worker: `python -m curvelora_training.bench.pool DIR`."""
+    """A worker: `python -m curvelora_training.bench.pool DIR SHARE SHARES`."""
     quiet_libraries()
-    out = Path(sys.argv[1])
+    out, share = Path(sys.argv[1]), (int(sys.argv[2]), int(sys.argv[3]))
     settings = LabSettings.read(out / SETTINGS)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     ground = build_ground(settings, join())
-    work(ground, [job for job in jobs_of(settings) if not (out / job.folder / DONE).is_file()], out)
+    work(ground, [job for job in shared(jobs_of(settings), share) if not (out / job.folder / DONE).is_file()], out)
 
 
 if __name__ == "__main__":

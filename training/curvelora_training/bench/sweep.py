@@ -14,7 +14,7 @@ from curvelora_eval.files import write_json
 from curvelora_eval.lab.report import write_sweep_report
 from curvelora_training.bench.arms import FULL, Arm, named_arm
 from curvelora_training.bench.compare import SWEEP, measured_in, open_folder, stability_beside
-from curvelora_training.bench.pool import DONE, Job, check_jobs, jobs_of, run_all
+from curvelora_training.bench.pool import DONE, WHOLE, Job, Share, check_jobs, jobs_of, run_all
 from curvelora_training.bench.processes import barrier, join
 from curvelora_training.bench.settings import LabSettings
 from curvelora_training.distributed import leave, rank
@@ -78,8 +78,19 @@ def _check(arm: Arm, options: dict[str, Any]) -> None:
         )
 
 
-def sweep(settings: LabSettings, axes: dict[str, list], out: Path, resume: bool, overwrite: bool, jobs: int) -> int:
+def sweep(
+    settings: LabSettings,
+    axes: dict[str, list],
+    out: Path,
+    resume: bool,
+    overwrite: bool,
+    jobs: int,
+    share: Share = WHOLE,
+) -> int:
     """Make every run and write sweep.json and report.html; returns 1 where a run failed.
+
+    Args:
+        share: make only these runs; the share that finds all runs made, its own and the others', writes the report.
 
     Raises:
         UserError: as `compare` does for its folder.
@@ -89,14 +100,17 @@ def sweep(settings: LabSettings, axes: dict[str, list], out: Path, resume: bool,
     if rank() == 0:
         open_folder(out, settings, resume, overwrite)
     barrier()
-    failed = run_all(settings, out, jobs)
+    failed = run_all(settings, out, jobs, share=share)
     if rank() == 0:
-        write_json(out / SWEEP, gather_sweep(settings, axes, out))
-        print(f"results: {out / SWEEP}\nreport:  {write_sweep_report(out)}")
+        every = jobs_of(settings)
+        missing = [job.folder for job in every if not (out / job.folder / DONE).is_file()]
+        if share == WHOLE or not missing:
+            write_json(out / SWEEP, gather_sweep(settings, axes, out))
+            print(f"results: {out / SWEEP}\nreport:  {write_sweep_report(out)}")
+        else:
+            print(f"share {share[0]} of {share[1]} is through; {len(missing)} of {len(every)} runs are not made yet")
         if failed:
-            print(
-                f"{len(failed)} of {len(jobs_of(settings))} runs failed: {', '.join(failed)}; --resume makes them again"
-            )
+            print(f"{len(failed)} of {len(every)} runs failed: {', '.join(failed)}; --resume makes them again")
     leave()
     return 1 if failed else 0
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 
 from curvelora.errors import UserError
 from curvelora_training.bench.options import add_folder_arguments
@@ -27,6 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     add_training_arguments(parser)
     add_folder_arguments(parser)
+    share = "make only the I-th of N shares of the runs (I from 0), beside others that make theirs, as a job array does"
+    parser.add_argument("--share", metavar="I/N", help=share)
     group = parser.add_argument_group("grid")
     group.add_argument("--method", default="loran", metavar="ARM", help="the arm that is varied (default loran)")
     group.add_argument("--grid", choices=sorted(GRIDS), help="a ready-made amplitude x frequency grid")
@@ -44,7 +47,20 @@ def run(args: argparse.Namespace) -> int:
     settings.looks = min(settings.looks, 4)
     if settings.random:
         raise UserError("a sweep compares what is learnt, and a built-in shape has random weights: name a checkpoint")
-    return sweep(settings, axes, args.out, resume=args.resume, overwrite=args.overwrite, jobs=args.jobs)
+    share = share_from(args)
+    return sweep(settings, axes, args.out, resume=args.resume, overwrite=args.overwrite, jobs=args.jobs, share=share)
+
+
+def share_from(args: argparse.Namespace) -> tuple[int, int]:
+    """(index, number of shares); (0, 1) is all. Raises `UserError` for another text, or without --resume."""
+    if args.share is None:
+        return 0, 1
+    found = re.fullmatch(r"(\d+)/(\d+)", args.share)
+    if not found or not int(found[1]) < int(found[2]):
+        raise UserError(f"--share {args.share!r} is no share: write 0/8 for the first of eight, up to 7/8")
+    if not args.resume or args.overwrite:
+        raise UserError("--share goes with --resume, as one of them begins the folder and the others go on in it")
+    return int(found[1]), int(found[2])
 
 
 def axes_from(args: argparse.Namespace) -> dict[str, list]:

@@ -1,0 +1,136 @@
+"""The job script on a real SLURM, with a stand-in for training: exit codes, bounds, ports, signals, what is written down.
+
+Each job takes a few seconds, as nothing imports torch here.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from curvelora_training.launch.job import LAUNCHERS, Job
+from curvelora_training.launch.render import render
+from slurm_world import HERE, Cluster, Submitted, until
+
+pytestmark = pytest.mark.slurm
+
+
+@pytest.fixture
+def stand_in(cluster: Cluster, job: Callable[..., Job]) -> Callable[..., Submitted]:
+    """`stand_in("75 0")` submits a job whose training follows the plan (see stand_in.py)."""
+
+    def submit(plan: str, overrides: tuple[str, ...] = (), **changes: object) -> Submitted:
+        path = os.pathsep.join([str(HERE / "bin"), os.environ["PATH"]])
+        made = job(module="stand_in", overrides=overrides, **changes)
+        return cluster.submit(made, PLAN=plan, PATH=path)
+
+    return submit
+
+
+def test_it_ends_with_the_code_of_training(stand_in: Callable[..., Submitted]) -> None:
+    """0 and 2 and 130 are kept and never started again; arguments arrive word for word."""
+    words = ("a b", "$HOME", "it's", '"', "*", "--x=1")
+    good = stand_in("0", words)
+    assert good.ends() == "COMPLETED"
+    assert good.outcomes() == [(0, 0, "done")]
+    for rank in (0, 1):
+        log = (good.run / f"logs/node{rank}-rank{rank}.log").read_text("utf-8").splitlines()
+        assert log[0].startswith(f"=== n{rank + 1}, attempt {good.number}-0, ")
+        assert log[1].endswith(f"arguments {['--config', 'unused.yaml', f'output={good.run}', *words, '--resume']}")
+    assert (good.run / f"logs/slurm-{good.number}.out").is_file()
+
+
+@pytest.mark.parametrize("code", [2, 130])
+def test_an_error_that_is_explained_is_not_started_again(stand_in: Callable[..., Submitted], code: int) -> None:
+    job = stand_in(str(code))
+    assert job.ends() == "FAILED"
+    assert job.fact("ExitCode") == f"{code}:0"
+    assert job.outcomes() == [(0, code, "failed")]
+    assert "not started again" in job.words()
+
+
+def test_stopped_it_goes_back_into_the_queue(stand_in: Callable[..., Submitted]) -> None:
+    """Logs and the record are appended to, and name the attempt."""
+    job = stand_in("75 75 0")
+    assert job.ends() == "COMPLETED"
+    assert job.outcomes() == [(0, 75, "requeued"), (1, 75, "requeued"), (2, 0, "done")]
+    assert [line["event"] for line in job.attempts()] == ["start", "end"] * 3
+    first = job.attempts()[0]
+    assert (first["job"], first["nodes"], first["launcher"], first["processes"]) == (
+        job.number,
+        ["n1", "n2"],
+        "torchrun",
+        2,
+    )
+    heads = [line for line in (job.run / "logs/node1-rank1.log").read_text("utf-8").splitlines() if "===" in line]
+    assert [head.split()[3] for head in heads] == [f"{job.number}-{attempt}," for attempt in (0, 1, 2)]
+
+
+def test_requeues_are_bounded(stand_in: Callable[..., Submitted]) -> None:
+    job = stand_in("75", max_requeues=1)
+    assert job.ends() == "FAILED"
+    assert [(restart, why) for restart, _, why in job.outcomes()] == [(0, "requeued"), (1, "requeued"), (2, "gave_up")]
+    assert "started again 1 times and not done" in job.words()
+
+
+def test_crashes_are_retried_while_checkpoints_come(stand_in: Callable[..., Submitted]) -> None:
+    """Three in a row without a new one are the end."""
+    job = stand_in("1 save+1 1 1 1")
+    assert job.ends() == "FAILED"
+    # 137 where srun killed one node's task before it came to its own end
+    assert all(code in (1, 137) for _, code, _ in job.outcomes())
+    assert [(restart, why) for restart, _, why in job.outcomes()] == [
+        *((n, "requeued") for n in range(4)),
+        (4, "gave_up"),
+    ]
+    assert "crashed 3 times in a row without a new checkpoint" in job.words()
+
+
+def test_the_warning_reaches_training_and_spares_the_launcher(stand_in: Callable[..., Submitted]) -> None:
+    """By the batch script (as SLURM sends it), and to the steps alone."""
+    for where in (["--batch"], []):
+        job = stand_in("listen 0", name="warned")
+        seen = job.run / "listening"
+        until(seen.exists, "training listens", job.words)
+        job.signal("USR1", *where)
+        assert job.ends() == "COMPLETED"
+        assert job.outcomes()[-2:] == [(0, 75, "requeued"), (1, 0, "done")]
+        seen.unlink()
+
+
+def test_cancelled_it_stays_so(stand_in: Callable[..., Submitted], cluster: Cluster) -> None:
+    job = stand_in("listen 0")
+    until((job.run / "listening").exists, "training listens", job.words)
+    assert cluster.run("scancel", job.number).returncode == 0
+    assert job.ends() == "CANCELLED"
+    until(job.outcomes, "the script has written its end down", job.words)
+    (outcome,) = job.outcomes()
+    assert (outcome[0], outcome[2]) == (0, "ended_by_slurm")
+
+
+def test_ports(stand_in: Callable[..., Submitted], cluster: Cluster) -> None:
+    """One that is taken is passed over, one that is taken in the last moment is given up for another; jobs have their own."""
+    first = stand_in("taken")
+    assert first.ends() == "COMPLETED"
+    ports = [
+        int(line.split()[3]) for line in (first.run / "logs/node0-rank0.log").read_text().splitlines() if "port" in line
+    ]
+    assert len(set(ports)) == 2 and all(10000 <= port < 32768 for port in ports)
+    assert "was taken by another program" in first.words()
+    assert first.outcomes() == [(0, 0, "done")]
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_shellcheck(job: Callable[..., Job], launcher: str, tmp_path: Path) -> None:
+    """Clean, with everything that a job may have."""
+    full = {"partition": "p", "account": "a", "qos": "q", "constraint": "c", "cpus_per_task": 96, "memory": "0"}
+    full |= {"setup": ("module load cuda", "source .venv/bin/activate"), "environment": {"NCCL_IB_HCA": "mlx5_0 $x"}}
+    path = tmp_path / "job.sbatch"
+    for more in ({}, full | {"gpus_per_node": 8, "processes_per_node": 0, "engine": "zero2"}):
+        path.write_text(render(job(launcher=launcher, module="curvelora_training.finetune", **more)), encoding="utf-8")
+        done = subprocess.run(["shellcheck", str(path)], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout
