@@ -5,7 +5,7 @@
 #   ENGINE=ddp|zero1|zero2|zero3|fsdp2 (default ddp, with deepspeed zero2; any file of ds_configs by its name)
 # The exit code is training's: 0 done, 2 an error that its message explains, 75 stopped by SIGTERM and 130 by Ctrl-C (go on with
 # --resume), 1 crashed. Written by `python -m curvelora_training.launch.scripts`; change this copy as you like.
-# shellcheck disable=SC2317 # the functions are called where they are exported to
+# shellcheck disable=SC2317,SC2329 # the functions are called where they are exported to
 set -euo pipefail
 
 fail() {

@@ -9,7 +9,7 @@
 # Logs: RUN/logs/node*-rank*.log. The same command goes on where a run was stopped. Ctrl-C or SIGTERM stop all machines, with a
 # checkpoint. The exit code is training's: 0 done, 2 an error that its message explains, 75 stopped, 1 crashed.
 # Written by `python -m curvelora_training.launch.scripts`; change this copy as you like.
-# shellcheck disable=SC2153,SC2317 # RANK is the launcher's; the functions are called where they are exported to
+# shellcheck disable=SC2153,SC2317,SC2329 # RANK is the launcher's; the functions are called where they are exported to
 set -euo pipefail
 
 fail() {

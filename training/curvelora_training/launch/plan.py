@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable
@@ -114,4 +115,5 @@ def raise_all(problems: list[str]) -> None:
 
 def override(key: str, value: str) -> str:
     """`key=value` for a text that YAML might read as something else."""
-    return f"{key}={value if read_yaml(value) == value else json.dumps(value)}"
+    plain = re.fullmatch(r"[\w./-]+", value) and read_yaml(value) == value
+    return f"{key}={value if plain else json.dumps(value)}"
