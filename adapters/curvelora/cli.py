@@ -27,6 +27,7 @@ HOME = {
     "methods": ("curvelora", "list the methods, or explain one"),
     "prepare": ("curvelora", "compute the singular factors that a method starts from, once"),
     "train": ("curvelora-training", "fine-tune a model from a recipe"),
+    "launch": ("curvelora-training", "submit a recipe to SLURM, on one node or many"),
     "bench": (
         "curvelora-training",
         "what a nonlinearity costs, whether it is stable and whether it is there, beside QLoRA",

@@ -7,7 +7,10 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -19,6 +22,7 @@ from curvelora_training.launch.job import Job
 from curvelora_training.launch.plan import override
 from curvelora_training.launch.render import render
 from curvelora_training.launch.snapshot import code_state
+from run_files import metrics, result
 
 STORED = scripts.scripts()
 BIN = Path(sys.executable).parent
@@ -130,6 +134,48 @@ def test_a_hostfile_is_read_with_care(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=60
     )
     assert done.returncode == 2 and said in done.stderr and not (tmp_path / "x").exists()
+
+
+@pytest.mark.slow
+def test_two_machines_without_slurm(
+    root: Path, tmp_path: Path, recipe: dict[str, Any], write: Callable[..., Path], finetune: Callable[..., Path]
+) -> None:
+    """By a stand-in of ssh: the run of one process, its exit codes, and SIGTERM stops both machines with a checkpoint."""
+    recipe["adapter"]["dropout"] = 0.0
+    recipe["training"]["batch_size"] = 4
+    path, run = str(write(recipe)), tmp_path / "run two"
+    (tmp_path / "hosts").write_text("first slots=1\nsecond slots=1\n")
+    # a shell that has nothing of this one's environment
+    ssh = tmp_path / "ssh"
+    ssh.write_text('#!/bin/bash\nexec env -i HOME="$HOME" bash -c "${*: -1}"\n')
+    ssh.chmod(0o755)
+    environment = os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "SSH": f"{ssh} -o BatchMode=yes"}
+    environment |= {"HOSTFILE": str(tmp_path / "hosts"), "HEAD": "127.0.0.1", "RUN": str(run), "PREFLIGHT": "0"}
+    environment |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+
+    def start(*more: str) -> subprocess.Popen[str]:
+        command = [str(root / MULTINODE), path, *more]
+        return subprocess.Popen(command, cwd=root, env=environment, text=True, stderr=subprocess.PIPE)
+
+    stopped = start("name=it's $HOME")
+    until = time.monotonic() + 200
+    while time.monotonic() < until and not (run.is_dir() and (run / "metrics.jsonl").exists() and metrics(run)):
+        time.sleep(0.2)
+    stopped.terminate()
+    _, said = stopped.communicate(timeout=200)
+    assert stopped.returncode == 75 and "asked to stop" in said
+    assert metrics(run)[-1]["stopped"]["code"] == 75
+    again = start("name=it's $HOME")
+    assert again.communicate(timeout=200)[1] == "" and again.returncode == 0
+    straight = finetune(Path(path), "training.batch_size=8", f"output={tmp_path / 'straight'}")
+    losses = [[line["loss"] for line in metrics(folder) if "loss" in line] for folder in (run, straight)]
+    assert losses[0][-1] == pytest.approx(losses[1][-1], rel=1e-5)
+    assert result(run)["engine"]["processes"] == 2 and result(run)["name"] == "it's $HOME"
+    assert {p.name for p in (run / "logs").iterdir()} == {f"node{n}{r}.log" for n in (0, 1) for r in ("", f"-rank{n}")}
+    changed = start("seed=5")
+    assert (
+        "ended with code 2: the others are stopped" in changed.communicate(timeout=200)[1] and changed.returncode == 2
+    )
 
 
 def test_engines(monkeypatch: pytest.MonkeyPatch) -> None:
