@@ -93,7 +93,7 @@ def check_model(recipe: Recipe, source: Path) -> str:
     if missing := missing_of(spec):
         raise UserError(
             f"model.path {spec.path}: {missing}, and compute nodes have no network as a rule: bring it with "
-            f"`curvelora fetch {source}`, or name a folder that holds it"
+            f"`curvelora fetch {source}` and add the overrides that it prints, or name a folder that holds it"
         )
     load_processor(spec, make_task(recipe.task))
     return spec.path
