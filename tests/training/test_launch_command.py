@@ -117,15 +117,17 @@ def test_print_shows_a_script_that_works_by_hand(
     strange = 'name=it\'s $(touch never) "quoted" `id` \\ *'
     code, out, _ = launch("--gpus-per-node", "1", "--print", "--launcher", "deepspeed", "--engine", "zero3", strange)
     assert code == 0 and not slurm.heard("sbatch") and not Path(recipe["output"]).exists()
-    file = f"training.deepspeed={root / 'ds_configs/zero3.json'}"
     assert arguments_of(out) == [
-        *("--config", "recipe", "output=run", strange, file),
+        *("--config", "recipe", "output=run", strange),
         *("training.deepspeed=configs/zero3.json", "--resume"),
     ]
     assert f"CONFIGS={root / 'ds_configs'} " in out and "\n#SBATCH --output=slurm-%x-%j.out\n" in out
     assert subprocess.run(["bash", "-n"], input=out, text=True, check=False).returncode == 0
     code, out, _ = launch("--gpus-per-node", "1", "--print", "training.deepspeed=ds_configs/zero1.json")
     assert code == 0 and f"training.deepspeed={root / 'ds_configs/zero1.json'}" in arguments_of(out)
+    own = ["--gpus-per-node", "1", "--print", "training.deepspeed=ds_configs/zero1.json", "--launcher", "accelerate"]
+    code, out, _ = launch(*own, "--engine", "ddp")
+    assert code == 0 and "training.deepspeed=null" in arguments_of(out) and f"CONFIGS={root / 'ds_configs'} " in out
 
 
 def test_a_dry_run_says_what_it_found(slurm: Slurm, launch: Launch, recipe: dict[str, Any]) -> None:

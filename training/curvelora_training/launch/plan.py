@@ -39,8 +39,9 @@ class Plan:
 
     def by_hand(self) -> Job:
         """The job for a script of its own: nothing of it lies in the run folder yet."""
-        given = [o for o in self.overrides if not o.startswith("output=")]
-        return dataclasses.replace(self.job, recipe=str(self.source), overrides=tuple(given), log="slurm-%x-%j.out")
+        written = {"output", "training.deepspeed"} if deepspeed_file(self.job.engine) else {"output"}  # by the template
+        given = tuple(o for o in self.overrides if o.partition("=")[0] not in written)
+        return dataclasses.replace(self.job, recipe=str(self.source), overrides=given, log="slurm-%x-%j.out")
 
 
 def plan(args: argparse.Namespace) -> Plan:
@@ -62,21 +63,23 @@ def plan(args: argparse.Namespace) -> Plan:
     source = collect(lambda: find(args.recipe).absolute())
     overrides = [*args.overrides, *([override("output", args.output)] if args.output else [])]
     recipe = collect(lambda: load_recipe(source, overrides)) if source else None
-    root = Path(site.run_root or ".").expanduser()
-    output = os.path.abspath(root / Path(recipe.output if recipe else "unknown").expanduser())
+    output = "unknown"
     if recipe is not None:
-        own = (
-            recipe.training.deepspeed if args.engine is None else None
-        )  # a file of the recipe's, unless --engine is there
-        file = collect(lambda: own or deepspeed_file(engine))
-        settled = {"output": output} | ({"training.deepspeed": os.path.abspath(file)} if file else {})
-        overrides = [o for o in overrides if o.partition("=")[0] not in settled]
-        overrides += [override(key, value) for key, value in settled.items()]
-        engine = engine if own is None else None  # the recipe names it
+        output = os.path.abspath(Path(site.run_root or ".").expanduser() / Path(recipe.output).expanduser())
+        settled = {"output": override("output", output)}
+        own = recipe.training.deepspeed
+        if own and args.engine is None:  # a file of the recipe's own
+            engine, settled["training.deepspeed"] = None, override("training.deepspeed", os.path.abspath(own))
+        elif file := collect(lambda: deepspeed_file(engine)):
+            settled["training.deepspeed"] = override("training.deepspeed", str(file))
+        elif own:  # and another engine is asked for
+            settled["training.deepspeed"] = "training.deepspeed=null"
+        overrides = [o for o in overrides if o.partition("=")[0] not in settled] + list(settled.values())
         recipe = collect(lambda: load_recipe(source, overrides))
     gpus = args.gpus_per_node if args.gpus_per_node is not None else site.gpus_per_node
     if gpus is None:
         problems.append("--gpus-per-node is missing: write it, or gpus_per_node in the site file (0 runs on CPUs)")
+    cpus = args.cpus_per_gpu or site.cpus_per_gpu
     job = Job(
         recipe=str(Path(output) / FOLDER / RECIPE),
         output=output,
@@ -86,9 +89,7 @@ def plan(args: argparse.Namespace) -> Plan:
         nodes=args.nodes,
         gpus_per_node=1 if gpus is None else gpus,
         processes_per_node=args.processes_per_node,
-        cpus_per_task=cpus * (gpus or args.processes_per_node)
-        if (cpus := args.cpus_per_gpu or site.cpus_per_gpu)
-        else None,
+        cpus_per_task=cpus and cpus * (gpus or args.processes_per_node),
         memory=args.mem or site.memory,
         time=args.time or site.time or Job.time,
         warning_seconds=args.warning_seconds,
@@ -99,7 +100,7 @@ def plan(args: argparse.Namespace) -> Plan:
         setup=(f"export PATH={shlex.quote(os.path.dirname(sys.executable))}:$PATH", *site.setup),
         environment=site.environment,
         dependency=args.dependency,
-        configs=str(collect(configurations) if engine else "ds_configs"),
+        configs=str(collect(configurations)) if engine or args.launcher == "accelerate" else "ds_configs",
         folder=os.getcwd(),
     )
     raise_all([*problems, *job.problems()])
