@@ -122,7 +122,11 @@ class Submitted:
         """Wait until training has logged this step."""
 
         def reached() -> bool:
-            lines = (self.run / "metrics.jsonl").read_text("utf-8").splitlines() if (self.run / "metrics.jsonl").exists() else []
+            lines = (
+                (self.run / "metrics.jsonl").read_text("utf-8").splitlines()
+                if (self.run / "metrics.jsonl").exists()
+                else []
+            )
             return any(f'"step": {step},' in line for line in lines)
 
         until(reached, f"step {step}", self.words)

@@ -60,7 +60,12 @@ def test_stopped_it_goes_back_into_the_queue(stand_in: Callable[..., Submitted])
     assert job.outcomes() == [(0, 75, "requeued"), (1, 75, "requeued"), (2, 0, "done")]
     assert [line["event"] for line in job.attempts()] == ["start", "end"] * 3
     first = job.attempts()[0]
-    assert (first["job"], first["nodes"], first["launcher"], first["processes"]) == (job.number, ["n1", "n2"], "torchrun", 2)
+    assert (first["job"], first["nodes"], first["launcher"], first["processes"]) == (
+        job.number,
+        ["n1", "n2"],
+        "torchrun",
+        2,
+    )
     heads = [line for line in (job.run / "logs/node1-rank1.log").read_text("utf-8").splitlines() if "===" in line]
     assert [head.split()[3] for head in heads] == [f"{job.number}-{attempt}," for attempt in (0, 1, 2)]
 
@@ -78,7 +83,10 @@ def test_crashes_are_retried_while_checkpoints_come(stand_in: Callable[..., Subm
     assert job.ends() == "FAILED"
     # 137 where srun killed one node's task before it came to its own end
     assert all(code in (1, 137) for _, code, _ in job.outcomes())
-    assert [(restart, why) for restart, _, why in job.outcomes()] == [*((n, "requeued") for n in range(4)), (4, "gave_up")]
+    assert [(restart, why) for restart, _, why in job.outcomes()] == [
+        *((n, "requeued") for n in range(4)),
+        (4, "gave_up"),
+    ]
     assert "crashed 3 times in a row without a new checkpoint" in job.words()
 
 
@@ -108,7 +116,9 @@ def test_ports(stand_in: Callable[..., Submitted], cluster: Cluster) -> None:
     """One that is taken is passed over, one that is taken in the last moment is given up for another; jobs have their own."""
     first = stand_in("taken")
     assert first.ends() == "COMPLETED"
-    ports = [int(line.split()[3]) for line in (first.run / "logs/node0-rank0.log").read_text().splitlines() if "port" in line]
+    ports = [
+        int(line.split()[3]) for line in (first.run / "logs/node0-rank0.log").read_text().splitlines() if "port" in line
+    ]
     assert len(set(ports)) == 2 and all(10000 <= port < 32768 for port in ports)
     assert "was taken by another program" in first.words()
     assert first.outcomes() == [(0, 0, "done")]

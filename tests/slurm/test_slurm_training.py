@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from curvelora_training.checkpoint import flaw
 from curvelora_training.finetune import main
 from curvelora_training.launch.job import Job
 from run_files import metrics, result
-from slurm_world import SMALL, Cluster, Submitted
+from slurm_world import SMALL, Cluster, Submitted, until
 
 pytestmark = pytest.mark.slurm
 STEPS = 24
@@ -50,12 +51,13 @@ def recipe(tmp_path_factory: pytest.TempPathFactory, tiny_models: dict[str, Path
 
 @pytest.fixture
 def submit(cluster: Cluster, job: Callable[..., Job], recipe: Path, tmp_path: Path) -> Callable[..., Submitted]:
-    """`submit(launcher="deepspeed")`; `held=True` goes slowly from step 6 on, in its first attempt."""
+    """`submit(launcher="deepspeed")`; `held=2` takes 2 s a step from step 6 on, in its first attempt."""
 
-    def submit(held: bool = False, name: str = "run", **changes: Any) -> Submitted:
+    def submit(held: float = 0, name: str = "run", **changes: Any) -> Submitted:
         output = changes.pop("output", str(tmp_path / name))
+        preflight = changes.pop("preflight", 0)
         made = job(module="held_finetune", recipe=str(recipe), output=output, name=name, **changes)
-        return cluster.submit(made, HELD=str(int(held)))
+        return cluster.submit(made, HELD=str(held), PREFLIGHT=str(preflight))
 
     return submit
 
@@ -71,12 +73,21 @@ def straight(powered: Cluster, recipe: Path, tmp_path_factory: pytest.TempPathFa
     return output
 
 
+@pytest.fixture(scope="module")
+def alone(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One process on the same global batches, without SLURM."""
+    torch.set_num_threads(1)
+    run = tmp_path_factory.mktemp("alone") / "run"
+    assert main(["--config", str(recipe), "training.batch_size=8", f"output={run}"]) == 0
+    return run
+
+
 def check_same(run: Path, straight: Path) -> None:
     """The same losses and the same bytes of weights; every checkpoint that is there is whole."""
     assert [line["loss"] for line in metrics(run) if "loss" in line] == [
         line["loss"] for line in metrics(straight) if "loss" in line
     ]
-    assert result(run)["engine"]["processes"] == 2
+    assert result(run)["engine"] == result(straight)["engine"]
     name = "adapter/adapter_model.safetensors"
     assert (run / name).read_bytes() == (straight / name).read_bytes()
     for checkpoint in (run / "checkpoints").glob("checkpoint-*"):
@@ -91,21 +102,18 @@ def check_resumed(job: Submitted, straight: Path) -> int:
     assert job.outcomes()[-1][1:] == (0, "done")
     check_same(job.run, straight)
     log = (job.run / "logs/node0-rank0.log").read_text("utf-8")
-    # a lost node takes the log's neighbour with it: what counts is that the last attempt did not begin anew
-    last = log.rpartition("=== ")[2]
+    last = log.rpartition(f", attempt {job.number}-")[2]
     assert "resuming from" in last, job.words()
     return int(last.partition("checkpoint-")[2].partition(",")[0])
 
 
-def test_two_nodes_are_one_process(straight: Path, recipe: Path, tmp_path: Path) -> None:
+def test_two_nodes_are_one_process(straight: Path, alone: Path) -> None:
     """The same global batches on one process give the same losses and weights, to the rounding of sums."""
-    one = tmp_path / "one"
-    assert main(["--config", str(recipe), "training.batch_size=8", f"output={one}"]) == 0
-    losses, wanted = ([line["loss"] for line in metrics(run) if "loss" in line] for run in (straight, one))
+    losses, wanted = ([line["loss"] for line in metrics(run) if "loss" in line] for run in (straight, alone))
     assert losses == pytest.approx(wanted, rel=1e-5) and len(losses) == STEPS
     engine = result(straight)["engine"]
     assert (engine["engine"], engine["processes"]) == ("DistributedDataParallel", 2)
-    weights, others = (load_file(run / "adapter/adapter_model.safetensors") for run in (straight, one))
+    weights, others = (load_file(run / "adapter/adapter_model.safetensors") for run in (straight, alone))
     assert all((weights[key] - others[key]).abs().max() <= 1e-4 for key in others)
 
 
@@ -127,7 +135,7 @@ def test_launchers(submit: Callable[..., Submitted], straight: Path, launcher: s
 )
 def test_warned_it_saves_and_resumes(submit: Callable[..., Submitted], straight: Path, launcher: str) -> None:
     """USR1 by scancel: a checkpoint at the very step, and the rest in the next attempt."""
-    job = submit(held=True, launcher=launcher)
+    job = submit(held=2, launcher=launcher)
     job.reaches(6)
     job.signal("USR1", "--batch")
     if launcher == "deepspeed":  # ZeRO-2 rounds otherwise
@@ -141,8 +149,8 @@ def test_warned_it_saves_and_resumes(submit: Callable[..., Submitted], straight:
 
 @slow
 def test_the_time_limit(submit: Callable[..., Submitted], straight: Path) -> None:
-    """SLURM warns ahead of it."""
-    job = submit(held=True, time="2", warning_seconds=60)
+    """SLURM warns ahead of it, by up to a minute more than it was asked to; the start has to fit in before."""
+    job = submit(held=8, time="3", warning_seconds=60)
     assert check_resumed(job, straight) >= 4
     assert job.outcomes() == [(0, 75, "requeued"), (1, 0, "done")]
 
@@ -150,7 +158,7 @@ def test_the_time_limit(submit: Callable[..., Submitted], straight: Path) -> Non
 @slow
 def test_preemption(submit: Callable[..., Submitted], straight: Path, cluster: Cluster) -> None:
     """Another partition takes all nodes: a checkpoint within the grace time, and the rest when they are back."""
-    job = submit(held=True)
+    job = submit(held=2)
     job.reaches(6)
     done = cluster.run("sbatch", "--parsable", "--partition=urgent", "--nodes=3", "--exclusive", "--wrap=sleep 5")
     assert done.returncode == 0, done.stderr
@@ -161,7 +169,7 @@ def test_preemption(submit: Callable[..., Submitted], straight: Path, cluster: C
 @pytest.mark.parametrize("node", ["n1", "n2"])
 def test_a_node_crashes(submit: Callable[..., Submitted], straight: Path, cluster: Cluster, node: str) -> None:
     """The batch script's, or the other one: SLURM starts the job on those that are left."""
-    job = submit(held=True)
+    job = submit(held=2)
     job.reaches(6)
     cluster.crash(node)
     assert check_resumed(job, straight) == 4
@@ -175,7 +183,7 @@ def test_a_node_is_lost_and_lives_on(
     submit: Callable[..., Submitted], straight: Path, cluster: Cluster, how: str, node: str
 ) -> None:
     """The old processes go on beside the new attempt: what they write is fenced off, and nothing is damaged."""
-    job = submit(held=True)
+    job = submit(held=2)
     job.reaches(6)
     getattr(cluster, how)(node)
     assert check_resumed(job, straight) >= 4
@@ -183,9 +191,22 @@ def test_a_node_is_lost_and_lives_on(
 
 
 @slow
+@pytest.mark.parametrize("how", ["kill_daemon", "unplug"])
+def test_the_fence(submit: Callable[..., Submitted], alone: Path, cluster: Cluster, how: str) -> None:
+    """A job of one node, which nothing else stops when its node is lost: it finds out that another attempt has its folder."""
+    job = submit(held=15, nodes=1, overrides=("training.batch_size=8",))
+    job.reaches(6)
+    getattr(cluster, how)("n1")
+    assert check_resumed(job, alone) == 4
+    log = job.run / "logs/node0-rank0.log"  # of both attempts
+    until(lambda: "was taken over by another attempt" in log.read_text("utf-8"), "the old attempt stops", job.words)
+    check_same(job.run, alone)
+
+
+@slow
 def test_a_process_is_killed(submit: Callable[..., Submitted], straight: Path) -> None:
     """SIGKILL, as the kernel does it where memory is short: the job starts again by itself."""
-    job = submit(held=True)
+    job = submit(held=2)
     job.reaches(6)
     os.kill(_process_of(job, rank=1), signal.SIGKILL)
     assert check_resumed(job, straight) == 4
@@ -200,7 +221,7 @@ def _process_of(job: Submitted, rank: int) -> int:
             environment = (path / "environ").read_bytes().split(b"\0")
         except OSError:
             continue
-        wanted = {f"RANK={rank}".encode(), f"SLURM_JOB_ID={job.number}".encode()}
+        wanted = {f"RANK={rank}".encode(), f"RUN={job.run}".encode()}
         if b"held_finetune" in command and command[0].endswith(b"python") and wanted <= set(environment):
             return int(path.name)
     raise AssertionError(job.words())
@@ -216,6 +237,16 @@ def test_two_jobs_on_the_same_nodes(submit: Callable[..., Submitted], straight: 
     starts = [job.attempts()[0] for job in jobs]
     assert starts[0]["nodes"] == starts[1]["nodes"]
     assert jobs[0].attempts()[-1]["time"] > starts[1]["time"]
+
+
+@slow
+def test_nodes_without_their_gpus(submit: Callable[..., Submitted]) -> None:
+    """The check before training refuses them: SLURM gives two GPUs a node, and there are none. Not started again."""
+    job = submit(preflight=1, gpus_per_node=2, processes_per_node=0)
+    assert job.ends() == "FAILED", job.words()
+    assert job.outcomes() == [(0, 2, "failed")], job.words()
+    assert "preflight refuses" in job.words()
+    assert not (job.run / "metrics.jsonl").exists()
 
 
 @slow
