@@ -34,6 +34,8 @@ class Plan:
     recipe: Recipe
     source: Path
     """The recipe's own file."""
+    given: str
+    """Its name as it was given."""
     overrides: list[str]
     """As they were given, with the run folder and the engine's file as absolute paths."""
 
@@ -104,14 +106,15 @@ def plan(args: argparse.Namespace) -> Plan:
         folder=os.getcwd(),
     )
     raise_all([*problems, *job.problems()])
-    return Plan(job, recipe, source, overrides)
+    return Plan(job, recipe, source, args.recipe, overrides)
 
 
 def raise_all(problems: list[str]) -> None:
     """Raise `UserError` with every problem, a line each where there are several."""
     if problems:
         heading = f"{len(problems)} things are wrong:\n" if len(problems) > 1 else ""
-        raise UserError(heading + "\n".join(f"  - {text}" if heading else text for text in problems))
+        lines = [text.replace("\n", "\n    ") for text in problems] if heading else problems
+        raise UserError(heading + "\n".join(f"  - {text}" if heading else text for text in lines))
 
 
 def override(key: str, value: str) -> str:
