@@ -26,7 +26,11 @@ GROUP = "curvelora.commands"
 HOME = {
     "methods": ("curvelora", "list the methods, or explain one"),
     "prepare": ("curvelora", "compute the singular factors that a method starts from, once"),
+    "fetch": ("curvelora-training", "bring a recipe's model, rows and wheels to machines without network"),
+    "preflight": ("curvelora-training", "whether all nodes of a job are fit to begin, and why not"),
     "train": ("curvelora-training", "fine-tune a model from a recipe"),
+    "launch": ("curvelora-training", "submit a recipe to SLURM, on one node or many"),
+    "status": ("curvelora-training", "how runs stand, from their folders alone"),
     "bench": (
         "curvelora-training",
         "what a nonlinearity costs, whether it is stable and whether it is there, beside QLoRA",

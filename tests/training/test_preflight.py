@@ -1,4 +1,4 @@
-"""Preflight: every refusal, with processes as threads that meet over a real store and reduce over gloo."""
+"""Preflight from beginning to end, with processes as threads that meet over a real store and reduce over gloo."""
 
 from __future__ import annotations
 
@@ -8,14 +8,12 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch.distributed import AllreduceOptions, PrefixStore, ProcessGroupGloo, ReduceOp, TCPStore
 
 from curvelora.cli import run_guarded, run_module
 from curvelora.errors import UserError
@@ -23,96 +21,12 @@ from curvelora_training.preflight import command
 from curvelora_training.preflight.allreduce import Ring, check_sum, measure
 from curvelora_training.preflight.check import Asked, Found, Machine, check
 from curvelora_training.preflight.facts import describe_node, hash_of_code
-from curvelora_training.preflight.judge import GIB, Bounds, judge, judge_reduction
+from curvelora_training.preflight.judge import Bounds
 from curvelora_training.preflight.meeting import Absent, Meeting
 from curvelora_training.preflight.page import lines, record_of
-from curvelora_training.preflight.place import Place, find_place, open_store
+from curvelora_training.preflight.place import Place, open_store
 from curvelora_training.preflight.rings import deadline
-
-CPU = torch.device("cpu")
-SMALL = {"sizes": (1 << 10, 1 << 14), "sample": 1 << 16, "patience": 0.3}
-NODE = {
-    "versions": {"torch": "2.13.0", "peft": "0.21.2"},
-    "commit": "0123456789ab",
-    "code": "c" * 64,
-    "hardware": {"cpu_cores": 8, "memory_bytes": 64 * GIB},
-    "platform": "Linux",
-}
-
-
-def places(nodes: int, each: int) -> list[Place]:
-    """The processes of a job on `nodes` machines n1, n2, ..."""
-    names = tuple(f"n{i + 1}" for i in range(nodes))
-    return [
-        Place(node * each + local, nodes * each, local, each, node, names[node], names)
-        for node in range(nodes)
-        for local in range(each)
-    ]
-
-
-def gloo(place: Place, store: Any, device: torch.device, nodes: list[list[int]], seconds: float) -> dict[str, Ring]:
-    """As `open_rings`, without the one process group that a process has: a thread has its own."""
-
-    def ring(name: str, members: list[int]) -> Ring:
-        index = members.index(place.rank)
-        group = ProcessGroupGloo(PrefixStore(name, store), index, len(members), timedelta(seconds=20))
-
-        def reduce(tensor: torch.Tensor, operation: str) -> None:
-            options = AllreduceOptions()
-            options.reduceOp = ReduceOp.SUM if operation == "sum" else ReduceOp.MAX
-            group.allreduce([tensor], options).wait()
-
-        return Ring(reduce, index, len(members), tuple(members))
-
-    rings = {"all": ring("all", list(range(place.processes)))}
-    own = next(ranks for ranks in nodes if place.rank in ranks)
-    if len(nodes) > 1 and len(own) > 1:
-        rings["node"] = ring(f"node {own}", own)
-        if place.rank == own[0]:
-            rings["across"] = ring("across", [ranks[0] for ranks in nodes])
-    return rings
-
-
-def meet(
-    who: list[Place],
-    act: Callable[[Meeting], Any],
-    seconds: float = 20.0,
-    absent: tuple[int, ...] = (),
-) -> dict[int, Any]:
-    """What `act` gives, or raises, in each process that comes."""
-    server = TCPStore("127.0.0.1", 0, None, is_master=True, wait_for_workers=False)
-    came: dict[int, Any] = {}
-
-    def process(place: Place) -> None:
-        here = replace(place, address="127.0.0.1", port=server.port, served=True)
-        meeting = Meeting(open_store(here, seconds), here, seconds)
-        try:
-            came[place.rank] = act(meeting)
-        except UserError as error:
-            came[place.rank] = error
-        finally:
-            meeting.part(1.0)
-
-    threads = [
-        threading.Thread(target=process, args=(place,), daemon=True) for place in who if place.rank not in absent
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-        assert not thread.is_alive(), "a process hangs"
-    return came
-
-
-def machine(**other: Any) -> Machine:
-    """A machine without GPUs, whose facts are `NODE`."""
-    usual = {
-        "describe": lambda place: copy.deepcopy(NODE),
-        "gpu": lambda place: None,
-        "gpus": lambda own: {"gpus": [], "driver": None},
-        "rings": gloo,
-    }
-    return Machine(**usual | other)
+from preflight_world import CPU, NODE, SMALL, gloo, machine, meet, places
 
 
 def found_on(who: list[Place], asked: Asked, machines: Callable[[int], Machine]) -> Found:
@@ -267,125 +181,6 @@ def test_the_known_sum_is_that_of_all_processes() -> None:
     assert check_sum(alone, 9, CPU) == "9 of 9 sums are wrong, the first at 0: 2 instead of 6"
     [row] = measure(alone, (36,), CPU, timed=2)
     assert row["bytes"] == 36 and row["wrong"] == check_sum(alone, 9, CPU)
-
-
-def job(nodes: int = 2, each: int = 2, gpus: int = 2) -> list[dict[str, Any]]:
-    """Good records of a job on machines with GPUs, as `judge` gets them."""
-    records = []
-    for place in places(nodes, each):
-        own = [
-            {"uuid": f"{place.host}-{i}", "name": "H100", "memory_bytes": 80 * GIB, "used_bytes": GIB // 2, "index": i}
-            for i in range(gpus)
-        ]
-        node = copy.deepcopy(NODE) | {"gpus": own, "driver": "580.1"}
-        folder = {"seen": None, "written": None, "free_bytes": 900 * GIB, "write_bytes_per_second": 5e8}
-        first = place.local_rank == 0
-        records.append(
-            {"rank": place.rank, "host": place.host, "node_index": place.node, "skew": 0.001}
-            | {
-                "gpu": f"{place.host}-{place.local_rank}",
-                "node": node if first else None,
-                "folder": folder if first else None,
-            }
-        )
-    return records
-
-
-REFUSALS = {
-    "code": (
-        lambda r: r[2]["node"].update(code="d" * 64),
-        "n1 has cccccccccccc (commit 0123456789ab); n2 has dddddddddddd",
-    ),
-    "package missing": (lambda r: r[2]["node"]["versions"].pop("peft"), "peft 0.21.2 on n1, none on n2"),
-    "no gpu": (lambda r: r[3].update(gpu=None), "n2 has no GPU for process 3"),
-    "one gpu for two": (lambda r: r[3].update(gpu="n2-0"), "processes 2, 3 on n2 would share one GPU"),
-    "busy": (
-        lambda r: r[2]["node"]["gpus"][1].update(used_bytes=30 * GIB),
-        "GPU 1 of n2 is busy: 30.0 of 80 GiB are in use",
-    ),
-    "not writable": (
-        lambda r: r[2]["folder"].update(written="Permission denied"),
-        "n2 cannot write the run folder: Permission",
-    ),
-    "not shared": (
-        lambda r: r[2]["folder"].update(seen="No such file", written="No such file"),
-        "n2 does not see what n1",
-    ),
-    "not made": (
-        lambda r: [x["folder"].update(seen="full", written="full") for x in (r[0], r[2])],
-        "n1 cannot write the run",
-    ),
-    "disk": (lambda r: r[2]["folder"].update(free_bytes=GIB), "the run folder has 1.0 GiB of free space on n2"),
-    "clock behind": (lambda r: r[2].update(skew=-3.5), "the clock of n2 is 3.5 s behind that of n1"),
-}
-
-
-@pytest.mark.parametrize("name", REFUSALS)
-def test_one_difference_is_one_reason(name: str) -> None:
-    records, (damage, part) = job(), REFUSALS[name]
-    assert judge(records, Bounds(gpus=2)).refusals == []
-    damage(records)
-    verdict = judge(records, Bounds(gpus=2))
-    assert len(verdict.refusals) == 1 and part in verdict.refusals[0], verdict.refusals
-    assert verdict.reducible is (name not in ("package missing", "no gpu", "one gpu for two", "busy"))
-
-
-def test_gpus_that_were_asked_for_and_are_not_there() -> None:
-    refusals = judge(job(), Bounds(gpus=8)).refusals
-    assert [text.split(":")[0] for text in refusals] == [
-        f"{host} shows 2 GPUs and 8 were asked for (--expect-gpus)" for host in ("n1", "n2")
-    ]
-    assert judge(job(), Bounds(gpus=2)).refusals == judge(job(gpus=3), Bounds()).refusals == []
-
-
-def test_what_is_slow_or_odd_is_a_warning_only() -> None:
-    records = job()
-    records[2]["node"].update(driver="550.0")
-    records[2]["node"]["gpus"][0].update(name="A100")
-    records[2]["folder"].update(write_bytes_per_second=3e6)
-    verdict = judge(records, Bounds())
-    assert verdict.refusals == [] and verdict.reducible
-    for part in ("the GPU drivers differ: 580.1 on n1, 550.0 on n2", "the GPUs differ", "n2 writes 3 MB/s"):
-        assert sum(part in text for text in verdict.warnings) == 1
-    slow = {"wrong": None, "bus_bytes_per_second": 2e8}
-    measured = {rank: {"all": [slow], "node": [slow]} for rank in range(4)}
-    measured[0]["across"] = measured[2]["across"] = [slow]
-    hosts = [record["host"] for record in records]
-    warnings = judge_reduction(measured, hosts, on_gpus=True).warnings
-    assert len(warnings) == 3 and sum("across nodes moves 0.2 GB/s" in text for text in warnings) == 1
-    assert judge_reduction(measured, hosts, on_gpus=False).warnings == []
-
-
-TORCHRUN = {
-    **{"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "GROUP_RANK": "1"},
-    **{"MASTER_ADDR": "n1", "MASTER_PORT": "23456", "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RUN_ID": "7"},
-}
-DEEPSPEED = {
-    **{"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_SIZE": "4", "CROSS_RANK": "1", "CROSS_SIZE": "2"},
-    **{"MASTER_ADDR": "n1", "MASTER_PORT": "23456"},
-}
-SRUN = {
-    **{"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1", "SLURM_NODEID": "1"},
-    **{"SLURM_STEP_TASKS_PER_NODE": "4(x2)", "SLURM_STEP_NODELIST": "n1,n2", "SLURM_JOB_ID": "123456"},
-}
-
-
-@pytest.mark.parametrize("given", [TORCHRUN, DEEPSPEED, SRUN], ids=["torchrun", "deepspeed", "srun"])
-def test_every_launcher_says_where_a_process_stands(given: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shutil.which", lambda name: None)
-    place = find_place(given)
-    assert (place.rank, place.processes, place.local_rank, place.local_processes, place.node) == (5, 8, 1, 4, 1)
-    assert place.address == "n1" and place.served is (given is TORCHRUN)
-    assert place.port == (20000 + 3456 if given is SRUN else 23456)
-    assert place.nodes == (("n1", "n2") if given is SRUN else ())
-
-
-def test_no_launcher_is_one_process_and_half_of_one_an_error() -> None:
-    assert find_place({"SLURM_PROCID": "0", "SLURM_JOB_ID": "1"}).processes == 1, "a batch script is no step"
-    with pytest.raises(UserError, match="WORLD_SIZE is not set"):
-        find_place({"RANK": "0"})
-    with pytest.raises(UserError, match="LOCAL_RANK is 'x', and no number"):
-        find_place(TORCHRUN | {"LOCAL_RANK": "x"})
 
 
 def test_a_first_process_that_cannot_be_reached_is_named() -> None:

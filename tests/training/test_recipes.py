@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import gzip
 import itertools
@@ -15,6 +16,7 @@ from datasets import Image
 from PIL import Image as Pillow
 from transformers import LlamaConfig, RobertaConfig, ViTConfig
 
+from curvelora import prepare_command
 from curvelora.errors import UserError
 from curvelora.registry import METHODS
 from curvelora_training import recipes, recipes_command
@@ -209,6 +211,16 @@ def test_every_launch_line_has_the_rows_of_a_step(name: str) -> None:
     head = head.replace("\\\n#  ", "")
     recipe, stated = load_recipe(name), int(re.search(r"processes = (\d+) in every line", head)[1])
     lines = [line.split() for line in re.findall(r"^#   (\S.*)$", head, re.MULTILINE)]
+    if name.startswith("llama") and recipe.method.name == "ranlora":
+        asked = vars(prepare_arguments().parse_args(lines.pop(0)[2:]))
+        targets = ",".join(recipe.adapter["target_modules"])
+        wanted = {
+            "model": recipe.model.path,
+            "method": "ranlora",
+            "init": recipe.adapter["init"],
+            "dtype": recipe.model.dtype,
+        }
+        assert asked.items() >= (wanted | {"rank": recipe.adapter["r"], "target_modules": targets}).items()
     assert [line[0] for line in lines] == ["curvelora", "torchrun", "curvelora"]
     assert recipe.training.batch_size * recipe.training.accumulation == stated
     for line, option in zip(lines, ("--config", "--config", "--recipe"), strict=True):
@@ -219,7 +231,13 @@ def test_every_launch_line_has_the_rows_of_a_step(name: str) -> None:
         assert changed.batch_size * changed.accumulation * processes == stated, line
 
 
-# (a recipe, its counterpart) -> keys in which they may differ besides these
+def prepare_arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser()
+    prepare_command.add_arguments(parser)
+    return parser
+
+
+# keys in which a recipe and its counterpart may differ
 ALWAYS = {"name", "output", "adapter", "published"}
 
 
@@ -239,7 +257,10 @@ def test_counterparts_differ_in_the_adapter_alone() -> None:
     for stem, methods in stems.items():
         linear = {"lora", "qlora"} & methods
         assert linear and len(methods) > 1, f"{stem} has nothing to be compared with"
-        for own, other in (("loran", "qlora"), ("ranlora", "lora")):
+        pairs = [("loran", "qlora"), ("ranlora", "lora")]
+        if not any("published" in raw(f"{stem}_{method}") for method in ("ranlora", "aurora") if method in methods):
+            pairs += [("ranlora", "qlora"), ("aurora", "qlora")]  # what no paper has is trained as its QLoRA is
+        for own, other in pairs:
             if {own, other} <= methods:
                 stated = {"training.learning_rate"} if stem == "llama3_8b_commonsense" else set()
                 assert differences(f"{stem}_{own}", f"{stem}_{other}") <= stated

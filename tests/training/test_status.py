@@ -202,8 +202,18 @@ LEFT: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "stopped": (stopped, "stopped", "with code 75; --resume continues from step 8"),
     "requeued": (
         lambda run: attempts(stopped(run), START, event("end", 0, code=75, why="requeued")),
+        "requeued",
+        "job 99 ended with code 75, and SLURM starts it again; --resume continues from step 8",
+    ),
+    "crashed and requeued": (
+        lambda run: attempts(unfinished(run, 10), START, event("end", 0, code=1, why="requeued")),
+        "requeued",
+        "with code 1",
+    ),
+    "out of time": (
+        lambda run: attempts(stopped(run), START, event("end", 0, code=75, why="ended_by_slurm")),
         "stopped",
-        "SLURM starts it again",
+        "with code 75; SLURM ended it",
     ),
     "gave up": (
         lambda run: attempts(stopped(run), START, event("end", 0, code=75, why="gave_up")),
@@ -261,6 +271,17 @@ def test_a_damaged_checkpoint_is_told_and_left_where_it_is(run: Path) -> None:
     assert list(found["damaged_checkpoints"]) == ["checkpoint-16"]
     assert "adapter_model.safetensors was changed" in found["damaged_checkpoints"]["checkpoint-16"]
     assert listing(run) == before
+
+
+def test_a_checkpoint_that_is_too_large_to_read_is_compared_by_size(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr("curvelora_training.status.facts.HASHED", 1000)
+    monkeypatch.setattr("curvelora_training.checkpoint._sha256", lambda file: pytest.fail("it was read"))
+    assert status(run) == 0
+    assert "of the sizes in its manifest (too large to read here)" in capsys.readouterr().out
+    (run / "checkpoints/checkpoint-24/moments.safetensors").unlink()
+    assert "moments.safetensors is missing" in status_of(run)["damaged_checkpoints"]["checkpoint-24"]
 
 
 GARBAGE = (

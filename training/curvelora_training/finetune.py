@@ -32,7 +32,8 @@ from curvelora.errors import UserError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Define the arguments of `curvelora train` and of the module."""
-    parser.add_argument("--config", required=True, type=Path, metavar="RECIPE", help="the recipe (YAML)")
+    which = "a YAML file, or the name of a recipe of the project (`curvelora recipes`)"
+    parser.add_argument("--config", required=True, type=Path, metavar="RECIPE", help=which)
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="values that replace the recipe's")
     parser.add_argument(
         "--dry-run", action="store_true", help="check everything, print the resolved recipe and what would train"

@@ -42,7 +42,7 @@ def check_sum(ring: Ring, numel: int, device: torch.device) -> str | None:
 
     Process i gives (i + 1) (1, 2, ..., 7, 1, 2, ...) in float32, so all sums are whole numbers below 2^24 up to 2,188 processes.
     """
-    pattern = torch.arange(numel, device=device, dtype=torch.float32).remainder_(PATTERN).add_(1)
+    pattern = torch.arange(numel, device=device, dtype=torch.int32).remainder_(PATTERN).add_(1).float()
     given = pattern * (ring.index + 1)
     ring.reduce(given, "sum")
     wanted = pattern * (ring.size * (ring.size + 1) // 2)

@@ -172,8 +172,8 @@ def _reduce(meeting: Meeting, asked: Asked, machine: Machine, plan: dict[str, An
         with deadline(meeting.seconds, why):
             if plan["cuda"]:
                 torch.cuda.set_device(device)
-            rings = machine.rings(place, meeting.store, device, plan["nodes"], meeting.seconds + 60)
             meeting.store.set(f"reducing/{place.rank}", "1")
+            rings = machine.rings(place, meeting.store, device, plan["nodes"], meeting.seconds + 60)
             sizes = asked.sizes or SIZES[device.type]
             return {name: measure(ring, sizes if name == "all" else sizes[-1:], device) for name, ring in rings.items()}
     except RuntimeError as error:

@@ -91,10 +91,10 @@ def _sizes(args: argparse.Namespace) -> tuple[int, ...] | None:
         text = part.strip().upper().removesuffix("B").removesuffix("I")
         unit = UNITS.get(text[-1:], 1)
         number = text[:-1] if text[-1:] in UNITS else text
-        if number.isdecimal() and 4 <= int(number) * unit <= 16 * UNITS["G"]:
+        if number.isdecimal() and 4 <= int(number) * unit <= 4 * UNITS["G"]:
             found.append(int(number) * unit)
         else:
-            problems.append(f"--sizes: {part.strip()!r} is no size from 4 bytes to 16G: write 1M,64M,1G or the like")
+            problems.append(f"--sizes: {part.strip()!r} is no size from 4 bytes to 4G: write 1M,64M,1G or the like")
     if problems:
         raise UserError("; ".join(problems))
     return tuple(sorted(found)) or None

@@ -123,7 +123,9 @@ class Meeting:
         present = sorted({host for rank, (host, _) in came.items() if rank not in missing})
         what = "did not come" if topic == "here" else f"came, and then said nothing more ({topic})"
         there = f"; {', '.join(present)} did" if topic == "here" and present else ""
-        return f"{who} {what} within {seconds:g} s{there}: look whether it runs and at what it printed, or raise --timeout"
+        return (
+            f"{who} {what} within {seconds:g} s{there}: look whether it runs and at what it printed, or raise --timeout"
+        )
 
 
 def _list(ranks: list[int]) -> str:

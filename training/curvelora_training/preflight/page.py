@@ -47,10 +47,9 @@ def _node(leader: dict[str, Any], processes: int) -> str:
 
 
 def _reduction(row: dict[str, Any]) -> str:
-    size = row["bytes"] / (1 << 20)
-    where = RINGS[row["ring"]] + (f" {row['host']}" if row["host"] else "")
+    where = f"within {row['host']}" if row["host"] else RINGS[row["ring"]]
     return (
-        f"all-reduce, {where} ({row['processes']}), {size:g} MiB: {row['seconds'] * 1e3:.3g} ms, algorithm "
+        f"all-reduce of {row['processes']}, {where}, {row['bytes'] / (1 << 20):g} MiB: {row['seconds'] * 1e3:.3g} ms, algorithm "
         f"{row['algorithm_bytes_per_second'] / 1e9:.3g} GB/s, bus {row['bus_bytes_per_second'] / 1e9:.3g} GB/s, "
         f"{'sum WRONG' if row['wrong'] else 'sum right'}"
     )

@@ -4,8 +4,9 @@
     curvelora status runs/* --watch 30
     curvelora status runs/mine --json
 
-States: submitted, starting, training, evaluating, finished, stopped (--resume continues), failed, stalled. Nothing is asked of a
-scheduler and nothing is written, so that it works on any machine that sees the folder. Exit code 2: a folder is no run.
+States: submitted, starting, training, evaluating, finished, requeued (SLURM will start it again), stopped (--resume continues),
+failed, stalled. Nothing is asked of a scheduler and nothing is written, so that it works on any machine that sees the folder.
+Exit code 2: a folder is no run.
 """
 
 from __future__ import annotations
@@ -87,7 +88,10 @@ def detailed(status: dict[str, Any]) -> list[str]:
         end = time.strftime("%Y-%m-%d %H:%M", time.localtime(time.time() + status["seconds_left"]))
         say("time left", f"{span(status['seconds_left'])} (until {end}, scoring not counted)")
     if (checkpoint := status["checkpoint"]) is not None:
-        say("checkpoint", f"step {checkpoint['step']}, {span(checkpoint['age_seconds'])} old, whole by its manifest")
+        whole = (
+            "whole by its manifest" if checkpoint["hashed"] else "of the sizes in its manifest (too large to read here)"
+        )
+        say("checkpoint", f"step {checkpoint['step']}, {span(checkpoint['age_seconds'])} old, {whole}")
     elif status["state"] not in ("finished", "submitted"):
         say("checkpoint", "none that is whole")
     for name, flaw in status["damaged_checkpoints"].items():

@@ -19,17 +19,19 @@ from curvelora_training.config import read_yaml
 from curvelora_training.run_folder import CONTENTS
 
 LEASE, ATTEMPTS = "lease.json", "launch/attempts.jsonl"
+HASHED = 8 << 30  # bytes; reading a larger checkpoint takes longer than a look should
 
 
 @dataclass
 class Checkpoint:
-    """Attributes: `age` in seconds; `flaw`, what is wrong with it, or None; `rows`, of one step."""
+    """Attributes: `age` in seconds; `flaw`: what is wrong, or None; `rows`: of one step; `hashed`: read, not only sized."""
 
     name: str
     step: int
     age: float
     flaw: str | None
     rows: int | None
+    hashed: bool = True
 
 
 @dataclass
@@ -164,27 +166,33 @@ def _checkpoints(folder: Path, now: float) -> list[Checkpoint]:
     """The newest ones, down to the first that is whole. Unlike at a resume nothing is set aside."""
     found = []
     for path in found_in(folder):
-        age = _age(path / MANIFEST, now)
-        if not path.is_dir():  # deleted in this moment, as older ones are
-            continue
-        stamp = (path / MANIFEST).stat().st_mtime_ns if age is not None else None
-        why, rows = _examined(path, stamp) if stamp is not None else (f"{MANIFEST} is missing", None)
-        if path.is_dir():
-            found.append(Checkpoint(path.name, step_of(path), age if age is not None else math.inf, why, rows))
-        if why is None:
-            break
+        age, stamp = _age(path / MANIFEST, now), _stamp(path)
+        why, rows, hashed = (f"{MANIFEST} is missing", None, False) if age is None else _examined(path, stamp)
+        if path.is_dir():  # else deleted in this moment, as older ones are
+            found.append(Checkpoint(path.name, step_of(path), age if age is not None else math.inf, why, rows, hashed))
+            if why is None:
+                break
     return found
 
 
-@functools.lru_cache(maxsize=256)
-def _examined(path: Path, stamp: int) -> tuple[str | None, int | None]:
-    """(flaw, rows of a step) of a checkpoint whose manifest is of this time: hashing it once is enough for --watch."""
-    if (why := flaw(path)) is not None:
-        return why, None
+def _stamp(path: Path) -> tuple[tuple[str, int, int], ...]:
+    """Names, sizes and times of all files; empty where one went away meanwhile."""
     try:
-        return None, number(read_manifest(path).get("global_batch"))
-    except ValueError as error:
-        return str(error), None
+        stats = [(str(p), p.stat()) for p in sorted(path.rglob("*"))]
+    except OSError:
+        return ()
+    return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
+
+
+@functools.lru_cache(maxsize=256)
+def _examined(path: Path, stamp: tuple) -> tuple[str | None, int | None, bool]:
+    """(flaw, rows of a step, hashed) of a checkpoint; reading it once is enough for --watch, while its `_stamp` is the same."""
+    try:
+        manifest = read_manifest(path)
+        hashed = sum(file["bytes"] for file in manifest["files"].values()) <= HASHED
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return str(error), None, False
+    return flaw(path, hashed), number(manifest.get("global_batch")), hashed
 
 
 def total_steps(facts: Facts) -> int | None:

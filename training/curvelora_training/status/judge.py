@@ -19,7 +19,11 @@ QUIET, TIMES = (
 )  # a pause is too long from this many seconds on, where it is so many times the longest before it
 STARTING = 1800.0  # seconds that a job may take until a process has loaded its model
 RECENT = 5  # lines
-GOING = ("submitted", "starting", "training", "evaluating")
+AGAIN = {
+    "gave_up": "it was requeued as often as allowed",
+    "ended_by_slurm": "SLURM ended it (time, preemption or scancel)",
+}
+GOING = ("submitted", "requeued", "starting", "training", "evaluating")
 
 
 def status_of(folder: Path, clock: Any = time.time) -> dict[str, Any]:
@@ -50,7 +54,9 @@ def status_of(folder: Path, clock: Any = time.time) -> dict[str, Any]:
         "eval_loss": _last(facts, "eval_loss"),
         "nonfinite_steps": sum("nonfinite" in line for line in facts.lines),
         "log_age_seconds": facts.log_age,
-        "checkpoint": None if whole is None else {"name": whole.name, "step": whole.step, "age_seconds": whole.age},
+        "checkpoint": None
+        if whole is None
+        else {"name": whole.name, "step": whole.step, "age_seconds": whole.age, "hashed": whole.hashed},
         "damaged_checkpoints": {c.name: c.flaw for c in facts.checkpoints if c.flaw is not None},
         "steps_per_second": rates["whole"],
         "steps_per_second_recent": rates["recent"],
@@ -110,7 +116,9 @@ def _left(facts: Facts, step: int | None, total: int | None) -> tuple[str, str |
                 f"job {last.get('job')} began {span(since)} ago, and no process of it has taken the folder",
             )
         return "starting", f"job {last.get('job')} began {span(since)} ago"
-    if last.get("event") == "end" and code not in (0, 75, None) and last.get("why") != "requeued":
+    if last.get("event") == "end" and last.get("why") == "requeued":
+        return "requeued", f"job {last.get('job')} ended with code {code}, and SLURM starts it again; {_next(facts)}"
+    if last.get("event") == "end" and code not in (0, 75, None):
         return (
             "failed",
             f"job {last.get('job')} ended with code {code} ({last.get('why')}): look at its logs; {_next(facts)}",
@@ -118,9 +126,8 @@ def _left(facts: Facts, step: int | None, total: int | None) -> tuple[str, str |
     stopped = next((line["stopped"] for line in facts.lines[-1:] if isinstance(line.get("stopped"), dict)), None)
     if stopped is not None or (facts.has_adapter and step == total):
         what = "before its scores" if stopped is None else f"with code {stopped.get('code')}"
-        if last.get("event") == "end" and last.get("why") in ("requeued", "gave_up"):
-            again = "SLURM starts it again" if last["why"] == "requeued" else "it was requeued as often as allowed"
-            return "stopped", f"{what}; {again}; {_next(facts)}"
+        if last.get("event") == "end" and last.get("why") in AGAIN:
+            what = f"{what}; {AGAIN[last['why']]}"
         return "stopped", f"{what}; {_next(facts)}"
     if not facts.lines and not facts.config and not facts.attempts:
         return "submitted", "nothing of it has run yet"
