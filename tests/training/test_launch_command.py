@@ -103,7 +103,8 @@ def test_the_evaluation_waits_for_the_run(slurm: Slurm, launch: Launch, recipe: 
     )
     assert all(f"\n#SBATCH {option}\n" in script for option in wanted)
     assert f"--adapter {run}/adapter --data {rows} --out {run}/evaluation-sst2_sentences_unseen" in script
-    assert "job 4711, 2 nodes" in out
+    log = next(line for line in script.splitlines() if line.startswith("#SBATCH --output=")).partition("=")[2]
+    assert Path(log).parent == run / "logs" and (run / "logs").is_dir()  # SLURM makes no folder for it
     assert (
         "no_such.csv does not exist"
         in launch("--gpus-per-node", "1", "--evaluate-after", "no_such.csv", "--dry-run")[1]
