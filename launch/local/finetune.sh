@@ -35,8 +35,8 @@ case $ENGINE in
         engine=("training.deepspeed=$CONFIGS/$ENGINE.json")
         ;;
 esac
-gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
-export PROCESSES=${PROCESSES:-$((gpus > 0 ? gpus : 1))}
+PROCESSES=${PROCESSES:-$(python -c 'import torch; print(torch.cuda.device_count() or 1)')}
+export PROCESSES
 export NODES=1 NODE_RANK=0 HEAD=127.0.0.1 NODE_NAMES=localhost ATTEMPT=local-$$ MEETING=600
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300} # seconds that processes have to save
 # Below the ephemeral range, and nobody answers: another job on this machine has another one.

@@ -60,7 +60,7 @@ export NODES=${#hosts[@]} PROCESSES=$slots NODE_NAMES=${hosts[*]} HEAD=${HEAD:-$
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300} # seconds that processes have to save
 # Below the ephemeral range, the same on all machines, and another one for another run.
 PORT=${PORT:-$((10000 + $(cksum <<<"$RUN" | cut -d ' ' -f 1) % 20000))}
-mkdir -p "$LOGS"
+mkdir -p "$LOGS" "$RUN/launch"
 
 # One process of the training, started by the launcher. `exec`: signals and exit code are Python's own.
 process() {
@@ -159,7 +159,8 @@ child='' interrupted=''
         watcher=$!
     fi
     code=0
-    [[ ${PREFLIGHT:-1} == 0 ]] || in_session python -m curvelora_training.preflight --run-folder "$RUN"
+    [[ ${PREFLIGHT:-1} == 0 ]] ||
+        in_session python -m curvelora_training.preflight --run-folder "$RUN" --json "$RUN/launch/preflight.json"
     if [[ $code == 0 && -z $stopping ]]; then
         export PORT=$((PORT + 1)) # the first one may be held for a minute after its use
         # --resume starts afresh where there is nothing to continue from

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -112,16 +113,45 @@ def test_cancelled_it_stays_so(stand_in: Callable[..., Submitted], cluster: Clus
     assert (outcome[0], outcome[2]) == (0, "ended_by_slurm")
 
 
-def test_ports(stand_in: Callable[..., Submitted], cluster: Cluster) -> None:
-    """One that is taken is passed over, one that is taken in the last moment is given up for another; jobs have their own."""
-    first = stand_in("taken")
-    assert first.ends() == "COMPLETED"
-    ports = [
-        int(line.split()[3]) for line in (first.run / "logs/node0-rank0.log").read_text().splitlines() if "port" in line
-    ]
-    assert len(set(ports)) == 2 and all(10000 <= port < 32768 for port in ports)
-    assert "was taken by another program" in first.words()
-    assert first.outcomes() == [(0, 0, "done")]
+LISTENER = """
+import pathlib, socket, sys, time
+with socket.create_server(("", int(sys.argv[1]))):
+    pathlib.Path(sys.argv[2]).touch()
+    time.sleep(60)
+"""
+
+
+def test_a_port_that_answers_is_passed_over(
+    stand_in: Callable[..., Submitted], cluster: Cluster, tmp_path: Path
+) -> None:
+    """The port is the job number's; here another program listens on it."""
+    script, there = tmp_path / "listener.sh", tmp_path / "there"
+    text = f"#!/bin/bash\nexec {sys.executable} -c '{LISTENER}' $((10000 + SLURM_JOB_ID + 1)) {there}\n"
+    script.write_text(text, encoding="utf-8")
+    done = cluster.run("sbatch", "--parsable", "--nodelist=n1", f"--output={tmp_path}/listener.out", str(script))
+    assert done.returncode == 0, done.stderr
+    until(there.exists, "the other program listens")
+    job = stand_in("0")
+    assert int(job.number) == int(done.stdout) + 1
+    assert job.ends() == "COMPLETED", job.words()
+    assert ports(job) == [10000 + int(job.number) + 7919]
+    assert "taken" not in job.words()
+
+
+def test_a_port_that_is_taken_in_the_last_moment(stand_in: Callable[..., Submitted]) -> None:
+    """Another one is tried, in the same attempt."""
+    job = stand_in("taken")
+    assert job.ends() == "COMPLETED", job.words()
+    first = 10000 + int(job.number)
+    assert ports(job) == [first, first + 7919]
+    assert "was taken by another program" in job.words()
+    assert job.outcomes() == [(0, 0, "done")]
+
+
+def ports(job: Submitted) -> list[int]:
+    """Those that the first process was given, in order."""
+    log = (job.run / "logs/node0-rank0.log").read_text("utf-8")
+    return [int(line.split()[3]) for line in log.splitlines() if line.startswith("rank 0 port ")]
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)

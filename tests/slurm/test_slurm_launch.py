@@ -50,7 +50,7 @@ def launch(cluster: Cluster) -> Callable[..., subprocess.CompletedProcess[str]]:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        (["--partition", "mian"], "there is no partition 'mian' (did you mean 'main'?)"),
+        (["--partition", "mian"], "there is no partition 'mian'; did you mean 'main'?"),
         (["--nodes", "9"], "--nodes 9 are more than the 3 that the partition main has"),
         (["--recipe", "missing.yaml"], "missing.yaml"),
     ],
@@ -94,11 +94,7 @@ def test_a_run_and_its_evaluation(launch: Callable[..., Any], cluster: Cluster, 
 def test_a_sweep_as_an_array(cluster: Cluster, recipe: Path, root: Path, tmp_path: Path) -> None:
     """Two tasks share the runs; the one that is done last writes the report."""
     sweep, path = tmp_path / "sweep", f"{BIN}{os.pathsep}{os.environ['PATH']}"
-    settings = SETTINGS | {"PATH": path, "PYTHONPATH": os.environ.get("PYTHONPATH", ""), "GRID": "paper"}
-    script = tmp_path / "sweep.sbatch"
-    text = (root / "launch/slurm/sweep.sbatch").read_text("utf-8")
-    shares = next(line.split()[0] for line in text.splitlines() if line.startswith("SHARES="))
-    script.write_text(text.replace(shares, "SHARES=2"), encoding="utf-8")
+    settings = SETTINGS | {"PATH": path, "PYTHONPATH": os.environ.get("PYTHONPATH", ""), "GRID": "paper", "SHARES": "2"}
     options = [
         f"--output={tmp_path}/slurm-%A_%a.out",
         "--array=0-1",
@@ -107,7 +103,9 @@ def test_a_sweep_as_an_array(cluster: Cluster, recipe: Path, root: Path, tmp_pat
         "--mem=1000",
     ]
     grid = ["--amplitude", "0.01", "--frequency", "1000,10000", "--steps", "2", "--base", "fp32", "--batch-size", "4"]
-    done = cluster.run("sbatch", "--parsable", *options, str(script), str(recipe), *grid, RUN=str(sweep), **settings)
+    done = cluster.run(
+        "sbatch", "--parsable", *options, "launch/slurm/sweep.sbatch", str(recipe), *grid, RUN=str(sweep), **settings
+    )
     assert done.returncode == 0, done.stderr
     tasks = [Submitted(cluster, f"{done.stdout.strip()}_{task}", tmp_path) for task in (0, 1)]
     said = {task.number: task.ends() for task in tasks}

@@ -59,7 +59,7 @@ def check_all(planned: Plan, resume: bool, contents: bool, evaluate: str | None 
     found, job = Findings(), planned.job
     found("run folder", lambda: check_run_folder(Path(job.output), resume))
     if contents:
-        found("model", lambda: check_model(planned.recipe, planned.source))
+        found("model", lambda: check_model(planned.recipe, planned.given))
         found("recipe", lambda: check_recipe(planned, resume))
         if evaluate:
             found("evaluation", lambda: f"{len(load_rows(DataSpec(path=evaluate)))} rows of {evaluate}")
@@ -87,13 +87,13 @@ def check_run_folder(folder: Path, resume: bool) -> str:
     return f"{folder} {'is continued' if run.held() else 'is free'}"
 
 
-def check_model(recipe: Recipe, source: Path) -> str:
+def check_model(recipe: Recipe, given: str) -> str:
     """Configuration, weights and tokenizer lie here or in the hub's cache."""
     spec = recipe.model
     if missing := missing_of(spec):
         raise UserError(
             f"model.path {spec.path}: {missing}, and compute nodes have no network as a rule: bring it with "
-            f"`curvelora fetch {source}`, or name a folder that holds it"
+            f"`curvelora fetch {given}` and add the overrides that it prints, or name a folder that holds it"
         )
     load_processor(spec, make_task(recipe.task))
     return spec.path

@@ -79,7 +79,6 @@ def scripts() -> dict[str, str]:
         ),
         "compare.sbatch.j2",
         stem="llama2_7b_samsum_qlora",
-        arms=("qlora", "loran", "ranlora", "aurora"),
         seeds=3,
         steps=300,
     )

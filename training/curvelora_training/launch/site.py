@@ -48,9 +48,9 @@ class Site:
     cpus_per_gpu: Count | None = None
     """CPU cores for each of them."""
     memory: str | None = None
-    """Host memory of a node, for example 480G, or 0 for all of it."""
+    """Host memory of a node, for example 480G, or "0" for all of it."""
     time: str | None = None
-    """Time limit of a job, for example 24:00:00; a longer run is continued by the next job."""
+    """Time limit of a job, for example "24:00:00" (in quotes); a longer run is continued by the next job."""
     setup: list[str] = field(default_factory=list)
     """Lines of shell at the beginning of a job, such as module load and source .venv/bin/activate."""
     environment: dict[str, str] = field(default_factory=dict)

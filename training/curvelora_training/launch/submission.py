@@ -54,4 +54,5 @@ def evaluation_of(job: Job, number: str, data: str) -> Job:
         dependency=f"afterok:{number}",
         arguments=("--adapter", str(folder / "adapter"), "--data", rows, "--out", str(out)),
         output=str(out),
+        log=str(folder / "logs/evaluate-%j.out"),  # of a folder that is there: SLURM opens it before anything runs
     )
