@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -50,6 +51,14 @@ def test_the_stored_scripts_are_what_the_templates_give(root: Path) -> None:
         path = root / "launch" / name
         assert path.read_text(encoding="utf-8") == text, "write it again: python -m curvelora_training.launch.scripts"
         assert os.access(path, os.X_OK)
+
+
+def test_what_a_script_replaces_is_there_to_be_replaced() -> None:
+    """Jinja says nothing of a block that the template underneath does not have."""
+    templates = Path(scripts.__file__).parent / "templates"
+    blocks = {path.name: set(re.findall(r"{% block (\w+)", path.read_text())) for path in templates.glob("*.j2")}
+    for name in ("finetune.sbatch.j2", "compare.sbatch.j2"):
+        assert blocks[name] and blocks[name] <= blocks["job.sbatch.j2"]
 
 
 def test_scripts_are_clean(tmp_path: Path) -> None:

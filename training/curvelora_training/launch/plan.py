@@ -91,7 +91,7 @@ def plan(args: argparse.Namespace) -> Plan:
         nodes=args.nodes,
         gpus_per_node=1 if gpus is None else gpus,
         processes_per_node=args.processes_per_node,
-        cpus_per_task=cpus and cpus * (gpus or args.processes_per_node),
+        cpus_per_task=cpus and cpus * (gpus or args.processes_per_node or 1),
         memory=args.mem or site.memory,
         time=args.time or site.time or Job.time,
         warning_seconds=args.warning_seconds,
