@@ -16,7 +16,7 @@ import pytest
 
 from curvelora_training.launch.job import LAUNCHERS, Job
 from curvelora_training.launch.render import render
-from slurm_world import HERE, Cluster, Submitted, until
+from slurm_world import BIN, HERE, Cluster, Submitted, until
 
 pytestmark = pytest.mark.slurm
 
@@ -195,5 +195,5 @@ def test_shellcheck(job: Callable[..., Job], launcher: str, tmp_path: Path) -> N
     path = tmp_path / "job.sbatch"
     for more in ({}, full | {"gpus_per_node": 8, "processes_per_node": 0, "engine": "zero2"}):
         path.write_text(render(job(launcher=launcher, module="curvelora_training.finetune", **more)), encoding="utf-8")
-        done = subprocess.run(["shellcheck", str(path)], capture_output=True, text=True, check=False)
+        done = subprocess.run([str(BIN / "shellcheck"), str(path)], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout
