@@ -10,8 +10,7 @@ if [ $# -lt 1 ]; then
 fi
 recipe=$1
 shift
-gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
-processes=${PROCESSES:-$((gpus > 0 ? gpus : 1))}
+processes=${PROCESSES:-$(python -c 'import torch; print(torch.cuda.device_count() or 1)')}
 module=curvelora_training.finetune
 
 case ${LAUNCHER:-torchrun} in
