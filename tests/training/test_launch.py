@@ -7,6 +7,7 @@ is asserted on it.
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -67,6 +68,12 @@ def environment() -> dict[str, str]:
     }
 
 
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
 @pytest.fixture
 def small(recipe: dict[str, Any]) -> dict[str, Any]:
     """32 rows, four steps of 8 rows over both processes, no dropout."""
@@ -90,6 +97,8 @@ def test_launchers(
 ) -> None:
     """The engine is in use, and the losses are those of one process on the same global batches of eight rows."""
     command, overrides, (engine, stage) = LAUNCHERS[launcher]
+    if launcher == "deepspeed":  # it takes a fixed port, which the README's commands may have while this runs
+        command = [command[0], "--master_port", free_port(), *command[1:]]
     path = write(small)
     done = subprocess.run(
         [str(BIN / command[0]), *command[1:], str(path), *overrides],
