@@ -4,6 +4,8 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11; do $$p -c '$(SERVES)' 
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# processes that share the tests, a file at a time
+WORKERS ?= 2
 export HF_HUB_OFFLINE = 1
 
 .PHONY: help demo lab test test-slow test-slurm test-slurm-all lint clean
@@ -33,7 +35,7 @@ lab: $(STAMP)
 	$(BIN)/curvelora bench compare --config training/recipes/demo.yaml --steps 24 --rounds 3 --seeds 42-43 --sharpness-batches 1 --out runs/lab --overwrite
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not gpu and not slurm and not slow"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not gpu and not slurm and not slow"
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m "slow and not gpu and not slurm"

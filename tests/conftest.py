@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any library reads it; inherited by subprocesses
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: threads only get in each other's way
 
 import csv
 from pathlib import Path
@@ -13,6 +14,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "tests" / "data"
+# what takes longest: with several workers these files are begun first, so that none is left to one worker at the end
+LONG = {f"test_{name}.py" for name in ("zero", "faults", "resume_processes", "launch", "docs", "demo", "bench_compare")}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -20,6 +23,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("matrix")
     group.addoption("--matrix-device", default="cpu", help="device on which tests/matrix runs")
     group.addoption("--record-matrix", type=Path, metavar="PATH", help="write the matrix page (Markdown) after the run")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--record-matrix") and getattr(config.option, "numprocesses", None):
+        raise pytest.UsageError("--record-matrix needs all cells in one process: leave out -n")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: item.path.name not in LONG)
 
 
 @pytest.fixture(scope="session")

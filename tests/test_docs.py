@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from curvelora import METHODS
+from curvelora import METHODS, cli
 from curvelora.methods_command import markdown
 from curvelora_eval.lab.record import BLOCK, rendered
 from curvelora_training.bench.engines_table import engines_table
@@ -77,10 +77,8 @@ def test_links_in_documents_lead_somewhere(root: Path) -> None:
                 assert (document.parent / target).exists(), f"{document.name} links to {target}"
 
 
-@pytest.fixture(scope="module")
-def workplace(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The repository as a user sees it, with a runs/ of its own."""
-    place = tmp_path_factory.mktemp("readme")
+def workplace(root: Path, place: Path, model: Path) -> Path:
+    """The repository as a user sees it, with a runs/ of its own, and `model` where the demo's is."""
     for name in (
         "adapters",
         "eval",
@@ -92,32 +90,55 @@ def workplace(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         *root.glob("requirements*.txt"),
     ):
         (place / Path(name).name).symlink_to(root / name)
-    from curvelora_training.demo import export_minilm
-
     (place / ".models").mkdir()
-    export_minilm(place / ".models/minilm")
+    (place / ".models/minilm").symlink_to(model)
     return place
 
 
-def test_every_command_of_the_readme_runs(root: Path, workplace: Path) -> None:
-    """In order, as shown. `make` targets are asked what they would do: this test is itself part of one of them."""
+def in_a_process(command: list[str], place: Path) -> tuple[int, str]:
+    """-> exit code and what was said."""
     environment = os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=place, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    return done.returncode, done.stdout[-1500:] + done.stderr[-1500:]
+
+
+@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["quick", "whole"])
+def test_every_command_of_the_readme_runs(
+    root: Path,
+    tmp_path: Path,
+    whole: bool,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """In order, as shown. `make` targets are asked what they would do: this test is itself part of one of them.
+
+    Importing the libraries takes most of a command's time, and the model the most of the rest. So `curvelora` is called in this
+    process but for the first time, and a tiny model is where the demo's is; as a slow test, all is as with a user.
+    """
+    model = request.getfixturevalue("minilm") if whole else request.getfixturevalue("tiny_models")["bert"]
+    place = workplace(root, tmp_path, model)
+    monkeypatch.chdir(place)
     shown = commands((root / "README.md").read_text(encoding="utf-8"))
     assert {"make demo", "make lab", "make test"} <= set(shown)
+    first = next(line for line in shown if line.startswith("curvelora "))
     for line in shown:
         command = shlex.split(line)
         if command[0] == "make":
             command.insert(1, "--dry-run")
-        done = subprocess.run(
-            command, cwd=workplace, env=environment, capture_output=True, text=True, timeout=300, check=False
-        )
-        assert done.returncode == 0, f"{line}\n{done.stdout[-1500:]}{done.stderr[-1500:]}"
-    assert (workplace / "runs/mine/evaluation.json").is_file()
-    assert (workplace / "runs/mine-report/report.html").is_file()
-    assert (workplace / "runs/mine-merged/merge.json").is_file()
-    assert (workplace / "runs/mine-as-lora/extract.json").is_file()
-    assert (workplace / "runs/bench/layer.json").is_file() and (workplace / "runs/bench/step.json").is_file()
-    page = (workplace / "runs/small-lab/report.html").read_text(encoding="utf-8")
+        if command[0] == "curvelora" and line != first and not whole:
+            code = cli.main(command[1:])
+            captured = capsys.readouterr()
+            said = captured.out[-1500:] + captured.err[-1500:]
+        else:
+            code, said = in_a_process(command, place)
+        assert code == 0, f"{line}\n{said}"
+    assert (place / "runs/mine/evaluation.json").is_file()
+    assert (place / "runs/mine-report/report.html").is_file()
+    assert (place / "runs/mine-merged/merge.json").is_file()
+    assert (place / "runs/mine-as-lora/extract.json").is_file()
+    assert (place / "runs/bench/layer.json").is_file() and (place / "runs/bench/step.json").is_file()
+    page = (place / "runs/small-lab/report.html").read_text(encoding="utf-8")
     assert "small-sweep/sweep.json" in page
 
 

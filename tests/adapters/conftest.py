@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: threads only get in each other's way
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from curvelora import LoranConfig
 from curvelora.layers.dense_delta import DenseDeltaLayer
 from curvelora.methods.loran import LoranLayer
 
-torch.set_num_threads(1)
+torch.set_num_threads(1)  # also where OMP_NUM_THREADS says otherwise
 
 
 @pytest.fixture

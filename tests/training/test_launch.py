@@ -7,6 +7,7 @@ is asserted on it.
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -67,6 +68,12 @@ def environment() -> dict[str, str]:
     }
 
 
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
 @pytest.fixture
 def small(recipe: dict[str, Any]) -> dict[str, Any]:
     """32 rows, four steps of 8 rows over both processes, no dropout."""
@@ -90,6 +97,8 @@ def test_launchers(
 ) -> None:
     """The engine is in use, and the losses are those of one process on the same global batches of eight rows."""
     command, overrides, (engine, stage) = LAUNCHERS[launcher]
+    if launcher == "deepspeed":  # it takes a fixed port, which the README's commands may have while this runs
+        command = [command[0], "--master_port", free_port(), *command[1:]]
     path = write(small)
     done = subprocess.run(
         [str(BIN / command[0]), *command[1:], str(path), *overrides],
@@ -150,15 +159,24 @@ def test_deepspeed_without_a_launcher_is_refused(
     assert "needs a launcher" in capsys.readouterr().err
 
 
-def test_the_local_launch_script(
-    small: dict[str, Any], write: Callable[..., Path], root: Path, environment: dict[str, str]
-) -> None:
-    """Two processes check the recipe, one of them says so; without a recipe, or with a wrong launcher, it explains itself."""
-    script = str(root / "launch/local/finetune.sh")
+# launcher -> what the script executes for two processes, before the recipe
+SCRIPTED = {
+    "torchrun": TORCHRUN,
+    "accelerate": [
+        *["accelerate", "launch", "--config_file", "accelerate_ddp.yaml"],
+        *["--num_processes", "2", "--main_process_port", "0", *MODULE],
+    ],
+    "deepspeed": LAUNCHERS["deepspeed"][0],
+}
+
+
+@pytest.fixture
+def script(root: Path, environment: dict[str, str]) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`script("recipe.yaml", LAUNCHER="torchrun")` runs it with these variables, for two processes."""
 
     def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [script, *arguments],
+            [str(root / "launch/local/finetune.sh"), *arguments],
             env=environment | {"PROCESSES": "2"} | variables,
             capture_output=True,
             text=True,
@@ -166,13 +184,47 @@ def test_the_local_launch_script(
             check=False,
         )
 
-    for launcher in ("torchrun", "accelerate", "deepspeed"):
-        done = run(str(write(small)), "seed=7", "--dry-run", LAUNCHER=launcher)
-        assert done.returncode == 0, done.stderr[-2000:]
-        assert done.stdout.count("seed: 7") == 1
-        assert done.stdout.count("\ntrains ") == 1
-    assert run().returncode == 2
-    assert "LAUNCHER=torchrun|accelerate|deepspeed" in run().stderr
-    wrong = run(str(write(small)), LAUNCHER="mpirun")
+    return run
+
+
+def test_what_the_local_launch_script_executes(
+    script: Callable[..., subprocess.CompletedProcess[str]], environment: dict[str, str], root: Path, tmp_path: Path
+) -> None:
+    """Commands that other tests launch; without a recipe, or with a wrong launcher, it explains itself."""
+    for name in SCRIPTED:
+        (tmp_path / name).write_text('#!/bin/sh\nprintf "%s\\n" "${0##*/}" "$@"\n', encoding="utf-8")
+        (tmp_path / name).chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{environment['PATH']}"
+    for name, command in SCRIPTED.items():
+        done = script("my recipe.yaml", "name=two words", "--dry-run", LAUNCHER=name, PATH=path)
+        assert done.returncode == 0, done.stderr
+        said = done.stdout.splitlines()
+        for i, file in enumerate(said):
+            if file.endswith("accelerate_ddp.yaml"):
+                assert Path(file).resolve() == root / "ds_configs/accelerate_ddp.yaml"
+                said[i] = "accelerate_ddp.yaml"
+        assert said == [*command, "my recipe.yaml", "name=two words", "--dry-run"]
+    counted = script("recipe.yaml", PROCESSES="", PATH=path).stdout.splitlines()
+    assert counted == [*TORCHRUN[:3], str(torch.cuda.device_count() or 1), *MODULE, "recipe.yaml"]
+    explained = script()
+    assert explained.returncode == 2
+    assert "LAUNCHER=torchrun|accelerate|deepspeed" in explained.stderr
+    wrong = script("recipe.yaml", LAUNCHER="mpirun")
     assert wrong.returncode == 2
     assert "mpirun is none of" in wrong.stderr
+
+
+@pytest.mark.parametrize(
+    "launcher", ["torchrun", *(pytest.param(n, marks=pytest.mark.slow) for n in ("accelerate", "deepspeed"))]
+)
+def test_the_local_launch_script(
+    launcher: str,
+    small: dict[str, Any],
+    write: Callable[..., Path],
+    script: Callable[..., subprocess.CompletedProcess[str]],
+) -> None:
+    """Two processes check the recipe, one of them says so."""
+    done = script(str(write(small)), "seed=7", "--dry-run", LAUNCHER=launcher)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("seed: 7") == 1
+    assert done.stdout.count("\ntrains ") == 1
