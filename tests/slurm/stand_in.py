@@ -34,8 +34,7 @@ def main() -> int:
         return leave(0)
     if word == "listen":
         signal.signal(signal.SIGUSR1, lambda *_: sys.exit(leave(75)))
-        if os.environ["RANK"] == "0":
-            (run / "listening").touch()
+        (run / f"listening-{os.environ['RANK']}").touch()
         time.sleep(120)
         return 1
     if word.startswith("save+"):

@@ -10,26 +10,63 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from curvelora_training.launch.job import LAUNCHERS, Job
 from curvelora_training.launch.render import render
-from slurm_world import HERE, Cluster, Submitted, until
+from slurm_world import BIN, HERE, Cluster, Submitted, until
 
 pytestmark = pytest.mark.slurm
 
 
+# name -> plan (see stand_in.py) and what else the job has. SLURM takes 6 s to start a job again, so these wait together.
+STARTED_AGAIN: dict[str, tuple[str, dict[str, Any]]] = {
+    "stopped": ("75 75 0", {}),
+    "bounded": ("75", {"max_requeues": 1}),
+    "crashes": ("1 save+1 1 1 1", {}),
+    "warned through the script": ("listen 0", {}),
+    "warned past the script": ("listen 0", {}),
+}
+
+
+def submit_plan(cluster: Cluster, job: Job, plan: str) -> Submitted:
+    path = os.pathsep.join([str(HERE / "bin"), os.environ["PATH"]])
+    return cluster.submit(job, PLAN=plan, PATH=path)
+
+
+def listens(job: Submitted) -> None:
+    """Wait until both processes handle the signal."""
+    until(lambda: len(list(job.run.glob("listening-*"))) == 2, "training listens", job.words)
+
+
 @pytest.fixture
 def stand_in(cluster: Cluster, job: Callable[..., Job]) -> Callable[..., Submitted]:
-    """`stand_in("75 0")` submits a job whose training follows the plan (see stand_in.py)."""
+    """`stand_in("75 0")` submits a job whose training follows the plan."""
 
     def submit(plan: str, overrides: tuple[str, ...] = (), **changes: object) -> Submitted:
-        path = os.pathsep.join([str(HERE / "bin"), os.environ["PATH"]])
-        made = job(module="stand_in", overrides=overrides, **changes)
-        return cluster.submit(made, PLAN=plan, PATH=path)
+        return submit_plan(cluster, job(module="stand_in", overrides=overrides, **changes), plan)
 
     return submit
+
+
+@pytest.fixture(scope="module")
+def started_again(powered: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Submitted]:
+    """The jobs of `STARTED_AGAIN` when all of them are over."""
+    settings: dict[str, Any] = {"recipe": "unused.yaml", "nodes": 2, "gpus_per_node": 0, "processes_per_node": 1}
+    settings |= {"module": "stand_in", "time": "10", "warning_seconds": 60}
+    jobs = {}
+    for name, (plan, more) in STARTED_AGAIN.items():
+        word = name.replace(" ", "_")
+        made = Job(name=word, output=str(tmp_path_factory.mktemp("again") / word), **settings | more)
+        jobs[name] = submit_plan(powered, made, plan)
+    for name, where in (("warned through the script", ["--batch"]), ("warned past the script", [])):
+        listens(jobs[name])
+        jobs[name].signal("USR1", *where)
+    for job in jobs.values():
+        job.ends()
+    return jobs
 
 
 def test_it_ends_with_the_code_of_training(stand_in: Callable[..., Submitted]) -> None:
@@ -54,9 +91,9 @@ def test_an_error_that_is_explained_is_not_started_again(stand_in: Callable[...,
     assert "not started again" in job.words()
 
 
-def test_stopped_it_goes_back_into_the_queue(stand_in: Callable[..., Submitted]) -> None:
+def test_stopped_it_goes_back_into_the_queue(started_again: dict[str, Submitted]) -> None:
     """Logs and the record are appended to, and name the attempt."""
-    job = stand_in("75 75 0")
+    job = started_again["stopped"]
     assert job.ends() == "COMPLETED"
     assert job.outcomes() == [(0, 75, "requeued"), (1, 75, "requeued"), (2, 0, "done")]
     assert [line["event"] for line in job.attempts()] == ["start", "end"] * 3
@@ -71,16 +108,16 @@ def test_stopped_it_goes_back_into_the_queue(stand_in: Callable[..., Submitted])
     assert [head.split()[3] for head in heads] == [f"{job.number}-{attempt}," for attempt in (0, 1, 2)]
 
 
-def test_requeues_are_bounded(stand_in: Callable[..., Submitted]) -> None:
-    job = stand_in("75", max_requeues=1)
+def test_requeues_are_bounded(started_again: dict[str, Submitted]) -> None:
+    job = started_again["bounded"]
     assert job.ends() == "FAILED"
     assert [(restart, why) for restart, _, why in job.outcomes()] == [(0, "requeued"), (1, "requeued"), (2, "gave_up")]
     assert "started again 1 times and not done" in job.words()
 
 
-def test_crashes_are_retried_while_checkpoints_come(stand_in: Callable[..., Submitted]) -> None:
+def test_crashes_are_retried_while_checkpoints_come(started_again: dict[str, Submitted]) -> None:
     """Three in a row without a new one are the end."""
-    job = stand_in("1 save+1 1 1 1")
+    job = started_again["crashes"]
     assert job.ends() == "FAILED"
     # 137 where srun killed one node's task before it came to its own end
     assert all(code in (1, 137) for _, code, _ in job.outcomes())
@@ -91,21 +128,17 @@ def test_crashes_are_retried_while_checkpoints_come(stand_in: Callable[..., Subm
     assert "crashed 3 times in a row without a new checkpoint" in job.words()
 
 
-def test_the_warning_reaches_training_and_spares_the_launcher(stand_in: Callable[..., Submitted]) -> None:
-    """By the batch script (as SLURM sends it), and to the steps alone."""
-    for where in (["--batch"], []):
-        job = stand_in("listen 0", name="warned")
-        seen = job.run / "listening"
-        until(seen.exists, "training listens", job.words)
-        job.signal("USR1", *where)
-        assert job.ends() == "COMPLETED"
-        assert job.outcomes()[-2:] == [(0, 75, "requeued"), (1, 0, "done")]
-        seen.unlink()
+@pytest.mark.parametrize("way", ["through", "past"])
+def test_the_warning_reaches_training_and_spares_the_launcher(started_again: dict[str, Submitted], way: str) -> None:
+    """Sent to the batch script, as SLURM does it ahead of the time limit, or to the steps alone."""
+    job = started_again[f"warned {way} the script"]
+    assert job.ends() == "COMPLETED", job.words()
+    assert job.outcomes() == [(0, 75, "requeued"), (1, 0, "done")]
 
 
 def test_cancelled_it_stays_so(stand_in: Callable[..., Submitted], cluster: Cluster) -> None:
     job = stand_in("listen 0")
-    until((job.run / "listening").exists, "training listens", job.words)
+    listens(job)
     assert cluster.run("scancel", job.number).returncode == 0
     assert job.ends() == "CANCELLED"
     until(job.outcomes, "the script has written its end down", job.words)
@@ -162,5 +195,5 @@ def test_shellcheck(job: Callable[..., Job], launcher: str, tmp_path: Path) -> N
     path = tmp_path / "job.sbatch"
     for more in ({}, full | {"gpus_per_node": 8, "processes_per_node": 0, "engine": "zero2"}):
         path.write_text(render(job(launcher=launcher, module="curvelora_training.finetune", **more)), encoding="utf-8")
-        done = subprocess.run(["shellcheck", str(path)], capture_output=True, text=True, check=False)
+        done = subprocess.run([str(BIN / "shellcheck"), str(path)], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout
