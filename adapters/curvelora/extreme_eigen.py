@@ -24,7 +24,7 @@ from torch import Tensor
 
 UNIT = 2.0**-53
 SHIFT = 1e-14  # delta / trace(G): above what rounding makes negative, below a last eigenvalue that is not zero
-CONVERGED = 1e-13  # residual of a Ritz pair of the operator, relative to its value
+CONVERGED = 1e-13  # residual of a Ritz pair of the operator, relative to its value; rounding leaves UNIT of the largest value
 FIRST_STEPS = 16  # block steps (at least 2) with G, or with its inverse for the last; then the matrix is shifted
 MAX_STEPS = 64  # block steps after that
 BASIS_BLOCKS = 16  # blocks of the Krylov basis before it restarts
@@ -126,7 +126,8 @@ def _largest(operator: Tensor, start: Tensor, r: int, steps: int) -> tuple[Tenso
         values, vectors = torch.linalg.eigh(T[:used, :used], UPLO="U")
         values, vectors = values.flip(0), vectors.flip(1)
         residuals = (coupling @ vectors[-b:, :r]).norm(dim=0)
-        converged, worst = bool((residuals <= CONVERGED * values[:r].abs()).all()), residuals.max().item()
+        enough = (CONVERGED * values[:r].abs()).clamp(min=UNIT * values[0].abs().item())
+        converged, worst = bool((residuals <= enough).all()), residuals.max().item()
         if converged or step == steps or worst > before:  # a block that gets worse sits in a cluster wider than itself
             break
         before = worst
