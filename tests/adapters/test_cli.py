@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -200,3 +201,29 @@ def test_every_sub_command_of_the_installed_groups_is_there(capsys):
                 cli.main([name, sub, "--help"])
             assert left.value.code == 0, module
             assert capsys.readouterr().out.startswith(f"usage: curvelora {name} {sub}")
+
+
+def test_exit_codes_are_kept_for_job_scripts(tmp_path, monkeypatch, capsys):
+    """A file a process, none from one that crashed; a message or a code that cannot be written is no error of its own."""
+    monkeypatch.setenv("CURVELORA_EXIT_CODES", str(tmp_path))
+
+    def wrong() -> int:
+        raise cli.UserError("the disk is full")
+
+    for rank, action in (("0", lambda: 75), ("3", wrong)):
+        monkeypatch.setenv("RANK", rank)
+        cli.run_guarded(action)
+    monkeypatch.setenv("RANK", "4")
+    with pytest.raises(ZeroDivisionError):
+        cli.run_guarded(lambda: 1 // 0)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"0": "75\n", "3": "2\n"}
+
+    class Full(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("sys.stderr", Full())
+        assert cli.run_guarded(wrong) == cli.USER_ERROR
+    monkeypatch.setenv("CURVELORA_EXIT_CODES", str(tmp_path / "gone"))
+    assert cli.run_guarded(lambda: 0) == 0
