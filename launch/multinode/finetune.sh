@@ -133,7 +133,7 @@ if [[ -n ${NODE_RANK:-} ]]; then
     [[ $NODE_RANK =~ ^[0-9]+$ && $NODE_RANK -lt $NODES ]] ||
         fail "NODE_RANK=$NODE_RANK: the machines of $HOSTFILE are 0 to $((NODES - 1))"
     export NODE_RANK PORT ATTEMPT=${ATTEMPT:-$PORT}
-child='' interrupted=''
+    child='' interrupted=''
     in_session() { # in_session COMMAND...: under the launcher, in a session of its own; its exit code is in $code
         # So a signal reaches the launcher and all that it started, and nothing else.
         setsid bash -c 'node "$@"' node "$@" &
@@ -178,10 +178,10 @@ for ((tries = 0; tries < 100; tries++)); do
 done
 ATTEMPT=$PORT-$(date +%s) STARTED_BY_SSH=1
 export PORT
-# What a machine's part is told; a shell that ssh starts has little of this one's environment.
+# What a machine's part is told; a shell that ssh starts has little of this one's environment. No secrets: `ps` shows them all.
 kept=()
 while read -r variable; do
-    [[ ! $variable =~ ^(HF_|NCCL_|GLOO_|TORCH_|CUDA_|OMP_|CURVELORA_) ]] || kept+=("$variable=${!variable}")
+    [[ ! $variable =~ ^(HF_|NCCL_|GLOO_|TORCH_|CUDA_|OMP_|CURVELORA_) || $variable =~ TOKEN|SECRET|PASSWORD|KEY ]] || kept+=("$variable=${!variable}")
 done < <(compgen -e)
 for variable in PATH PYTHONPATH RUN HOSTFILE HEAD PORT ATTEMPT LAUNCHER ENGINE CONFIGS PREFLIGHT DS_ACCELERATOR STARTED_BY_SSH; do
     [[ -z ${!variable:-} ]] || kept+=("$variable=${!variable}")

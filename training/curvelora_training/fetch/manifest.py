@@ -62,6 +62,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path} is damaged: it lists no files; fetch again, or copy it again")
     for name in record["files"]:
         inside(folder, name)
+    overrides = record.get("overrides")
+    if not isinstance(overrides, dict) or not all(isinstance(value, str | None) for value in overrides.values()):
+        raise UserError(f"{path} is damaged: it has no overrides; fetch again, or copy it again")
+    for value in filter(None, overrides.values()):
+        inside(folder, value)
     return record
 
 

@@ -16,10 +16,10 @@ from curvelora_eval.models import load_processor
 from curvelora_eval.spec import DataSpec, ModelSpec
 from curvelora_eval.tasks import make_task
 from curvelora_training.config import Recipe
-from curvelora_training.launch.cluster import partition_problems, partitions, slurm, state_of
+from curvelora_training.launch.cluster import default_partitions, partition_problems, partitions, slurm, state_of
 from curvelora_training.launch.engines import FSDP2
 from curvelora_training.launch.job import Job
-from curvelora_training.launch.plan import Plan, raise_all
+from curvelora_training.launch.plan import Plan, raise_all, rows_a_step
 from curvelora_training.launch.snapshot import submissions
 from curvelora_training.lease import Lease
 from curvelora_training.prepare import load_and_prepare, trainable_table
@@ -125,9 +125,9 @@ def check_recipe(planned: Plan, resume: bool) -> str:
     with as_in_job(job):
         prepared = load_and_prepare(planned.source, planned.overrides, resume)
     spec, rows = prepared.recipe.training, len(prepared.rows["train"])
-    step = spec.batch_size * spec.accumulation * job.world_size
+    step = rows_a_step(spec, job)
     what = trainable_table(prepared).splitlines()[-1]
-    return f"{planned.source} {what}; {rows} rows, {step} of them a step ({job.world_size} processes)"
+    return f"{planned.source} {what}; {rows} rows, {step}"
 
 
 @contextlib.contextmanager
@@ -154,5 +154,5 @@ def check_cluster(job: Job) -> str:
     if problems := partition_problems(job, known):
         raise UserError("; ".join(problems))
     version = slurm("sbatch", "--version").stdout.strip()
-    where = job.partition or next(name for name, partition in known.items() if partition.default)
+    where = job.partition or "".join(default_partitions(known)[:1]) or "that the site chooses"
     return f"{version}, partition {where}, {job.nodes} nodes of {job.gpus_per_node} GPUs for {job.time}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from curvelora.errors import UserError, nearest
-from curvelora_training.launch.job import Job, seconds
+from curvelora_training.launch.job import QUEUE, Job, seconds
 
 NO_SLURM = (
     "there is no SLURM here (no command sbatch): --print shows the script; launch/local/finetune.sh runs on this machine, and "
@@ -33,19 +34,32 @@ class Partition:
     up: bool = True
 
 
-def slurm(*command: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
-    """Run one of SLURM's commands. Raises `UserError` where there is none, or it does not answer."""
+def slurm(
+    *command: str, timeout: float = 60, environment: dict[str, str] | None = None, then: str = "try again later"
+) -> subprocess.CompletedProcess[str]:
+    """Run one of SLURM's commands.
+
+    Args:
+        timeout: seconds.
+        environment: all of its variables; None is this process's.
+        then: what to do where it does not answer.
+
+    Raises:
+        UserError: there is none, or it does not answer.
+    """
     if shutil.which(command[0]) is None:
         raise UserError(NO_SLURM)
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=timeout, check=False, env=environment
+        )
     except subprocess.TimeoutExpired as error:
-        raise UserError(f"SLURM does not answer ({command[0]}, {timeout:g} s): try again later") from error
+        raise UserError(f"SLURM does not answer ({command[0]}, {timeout:g} s): {then}") from error
 
 
 def partitions() -> dict[str, Partition]:
     """Every partition by its name. Raises `UserError` where SLURM cannot be asked."""
-    done = slurm("sinfo", "--noheader", "--format=%P|%a|%l|%D|%G|%c")
+    done = slurm("sinfo", "--all", "--noheader", "--format=%P|%a|%l|%D|%G|%c")
     if done.returncode != 0:
         raise UserError(f"SLURM cannot be asked for its partitions: {_one_line(done.stderr)}")
     found: dict[str, Partition] = {}
@@ -65,15 +79,21 @@ def partitions() -> dict[str, Partition]:
 
 
 def partition_problems(job: Job, known: dict[str, Partition]) -> list[str]:
-    """What of the job no partition that it names can give, in sentences."""
-    names = job.partition.split(",") if job.partition else [name for name, p in known.items() if p.default]
+    """What of the job no partition that it names can give, in sentences.
+
+    Where it names none and there is no default, a plugin of the site may choose one; else sbatch says so.
+    """
+    names = job.partition.split(",") if job.partition else default_partitions(known)
     listed = ", ".join(known) or "none"
-    if not names:
-        return [f"this cluster has no default partition: name one with --partition (known: {listed})"]
     if unknown := [name for name in names if name not in known]:
         return [f"there is no partition {name!r}{nearest(name, known)} (known: {listed})" for name in unknown]
     each = [_lacks(job, name, known[name]) for name in names]
-    return [] if any(not lacks for lacks in each) else [problem for lacks in each for problem in lacks]
+    return [] if not names or any(not lacks for lacks in each) else [problem for lacks in each for problem in lacks]
+
+
+def default_partitions(known: dict[str, Partition]) -> list[str]:
+    """The default one, where there is one."""
+    return [name for name, partition in known.items() if partition.default]
 
 
 def _lacks(job: Job, name: str, partition: Partition) -> list[str]:
@@ -89,7 +109,7 @@ def _lacks(job: Job, name: str, partition: Partition) -> list[str]:
             f"the partition {name} has no GPUs: name another one with --partition, or write --gpus-per-node 0"
         )
     if partition.cpus and (job.cpus_per_task or 0) > partition.cpus:
-        problems.append(f"{job.cpus_per_task} CPUs a node are more than the {partition.cpus} of a node in {name}")
+        problems.append(f"{job.cpus_per_task} CPUs a node are more than the {partition.cpus} of a node in {name}: ask for fewer with --cpus-per-gpu")
     if partition.limit is not None and (seconds(job.time) or 0) > partition.limit:
         problems.append(
             f"--time {job.time} is above the limit of the partition {name}, {partition.limit_text}: ask for less, a longer "
@@ -100,17 +120,29 @@ def _lacks(job: Job, name: str, partition: Partition) -> list[str]:
 
 def submit(script: Path, job: Job) -> str:
     """Hand the script to sbatch; returns the job id. Raises `UserError` with what SLURM has against it."""
-    done = slurm("sbatch", "--parsable", str(script))
+    queued = "look with squeue whether it is there before you try again"
+    done = slurm("sbatch", "--parsable", str(script), environment=_for_sbatch(job), then=queued)
     if done.returncode != 0:
         raise UserError(refusal(done.stderr, job))
     return done.stdout.strip().split(";")[0]  # "id;cluster" on federations
+
+
+def _for_sbatch(job: Job) -> dict[str, str]:
+    """Variables without those of an allocation or of sbatch's options, which would go before the script's lines.
+
+    What a user's profile says of partition, account and quality of service stays where the job says nothing of them.
+    """
+    kept = {"SLURM_CONF"} | {f"SBATCH_{name.upper()}" for name in QUEUE if getattr(job, name) is None}
+    own = ("SLURM_", "SBATCH_", "SRUN_")
+    return {name: value for name, value in os.environ.items() if name in kept or not name.startswith(own)}
 
 
 def refusal(text: str, job: Job) -> str:
     """sbatch's message as one sentence that says what to write instead."""
     said = _one_line(text)
     named = f"the partition {job.partition}" if job.partition else "the default partition"
-    wanted = f"{job.nodes} nodes of {job.gpus_per_node} GPUs"
+    kind = f"{job.gpu_type} GPUs" if job.gpu_type else "GPUs"
+    wanted = f"{job.nodes} nodes of {job.gpus_per_node} {kind}"
     meanings = {
         "invalid partition": f"there is no {named.removeprefix('the ')} here: `sinfo` lists those that there are",
         "node count specification invalid": f"{named} does not have {job.nodes} nodes for one job: ask for fewer",
@@ -121,7 +153,7 @@ def refusal(text: str, job: Job) -> str:
         "invalid qos": f"the quality of service {job.qos} is not yours, or not known: name another --qos",
         "invalid feature": f"no node has the feature {job.constraint}: name another --constraint",
         "dependency": f"the job that --dependency {job.dependency} names is not known",
-        "generic resource": f"{named} does not have {job.gpus_per_node} GPUs a node: ask for fewer with --gpus-per-node",
+        "generic resource": f"{named} does not have {job.gpus_per_node} {kind} a node: ask for fewer, or another --gpu-type",
     }
     why = next((meaning for sign, meaning in meanings.items() if sign in said.lower()), "it refused the job")
     return f"SLURM did not take the job: {why} (sbatch: {said})"
@@ -138,8 +170,8 @@ def state_of(job: str) -> str | None:
 
 
 def _gpus(gres: str) -> int:
-    """`gpu:h100:8(S:0-1),nvme:1` -> 8."""
-    return sum(int(count) for count in re.findall(r"gpu(?::[^:,()]+)*?:(\d+)", gres))
+    """`gpu:h100:8(S:0-1),nvme:1` -> 8; the type may begin with digits, as 3090 and 1g.10gb do."""
+    return sum(int(count) for count in re.findall(r"(?:^|,)gpu(?::[^:,()]+)?:(\d+)(?=[(,]|$)", gres))
 
 
 def _one_line(text: str) -> str:

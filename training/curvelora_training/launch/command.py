@@ -5,13 +5,15 @@
 
 The job saves before its time limit, is queued again and goes on by itself, until the run is complete. --print shows the script
 and submits nothing; --dry-run says what was checked. What every job of a cluster needs (partition, account, module load) stands
-in the site file, see --show-site.
+in the site file, see --show-site. A step has the recipe's rows, batch_size x accumulation, on any number of processes; either of
+the two among the overrides is taken as it stands.
 """
 
 from __future__ import annotations
 
 import argparse
 import shutil
+import sys
 
 from curvelora.errors import UserError
 from curvelora_training.launch.job import LAUNCHERS
@@ -24,8 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("size")
     group.add_argument("--nodes", type=int, default=1, metavar="N", help="(default 1)")
     group.add_argument("--gpus-per-node", type=int, metavar="N", help="one process each; 0 runs on CPUs")
+    group.add_argument("--gpu-type", metavar="NAME", help="as the cluster names it, for example h100")
     group.add_argument("--processes-per-node", type=int, default=0, metavar="N", help="with --gpus-per-node 0")
-    group.add_argument("--cpus-per-gpu", type=int, metavar="N", help="CPU cores of each process")
+    group.add_argument("--cpus-per-gpu", type=int, metavar="N", help="CPU cores of each process (default 8 with GPUs)")
     group.add_argument("--mem", metavar="SIZE", help="host memory of a node, for example 480G; 0 is all of it")
     group = parser.add_argument_group("how it runs")
     group.add_argument("--launcher", choices=LAUNCHERS, default="torchrun", help="(default torchrun)")
@@ -34,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--output", metavar="DIR", help="the run folder, in place of the recipe's output")
     group.add_argument("--resume", action="store_true", help="continue the run that the folder holds")
     group.add_argument(
-        "--evaluate-after", metavar="DATA", help="score these rows in a job of its own when the run is done"
+        "--evaluate-after", metavar="DATA", help="score these rows, not data.test, in a job of its own when the run is done"
     )
     group = parser.add_argument_group("queue")
     group.add_argument("--name", help="of the job (default: the recipe's file name)")
@@ -69,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
     planned = plan(args)
     if args.show:
         print(render(planned.by_hand()), end="")
+        print("\n".join(planned.notes), file=sys.stderr)
         return 0
     from curvelora_training.launch.checks import check_all
     from curvelora_training.launch.cluster import NO_SLURM
@@ -78,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(NO_SLURM)
     found = check_all(planned, resume=args.resume, contents=not args.unchecked, evaluate=args.evaluate_after)
     if args.dry_run:
-        print("\n".join([*found.lines, "nothing was submitted"]))
+        print("\n".join([*found.lines, *planned.notes, "nothing was submitted"]))
         return 2 if found.problems else 0
     found.report()
     return submit_all(planned, args.evaluate_after)

@@ -21,6 +21,7 @@ ARRAY = re.compile(r"\d+(-\d+)?(%\d+)?")
 DEPENDENCY = re.compile(r"(after|afterany|afterok|afternotok|aftercorr)(:\d+(_\d+)?)+|singleton")
 MEMORY = re.compile(r"\d+[KMGT]?")
 DAYS = re.compile(r"(\d+)-(\d+)(?::(\d+)(?::(\d+))?)?")
+QUEUE = ("partition", "account", "qos", "constraint")
 CLOCK = re.compile(r"\d+(:\d+){0,2}")
 # what the script says itself, or what would break what it says
 OWN_OPTIONS = {
@@ -49,6 +50,8 @@ class Job:
     nodes: int = 1
     gpus_per_node: int = 1
     """0 runs on CPUs, in `processes_per_node` processes."""
+    gpu_type: str | None = None
+    """As the cluster's configuration names it, for example h100; None takes any."""
     processes_per_node: int = 0
     """0 means one a GPU."""
     cpus_per_task: int | None = None
@@ -128,6 +131,8 @@ class Job:
                 f"--processes-per-node {self.processes} is not --gpus-per-node {self.gpus_per_node}: leave it out, as each "
                 "GPU has one process"
             )
+        if self.gpu_type is not None and not NAME.fullmatch(self.gpu_type):
+            problems.append(f"--gpu-type {self.gpu_type!r} must be letters, digits, '.', '_' and '-'")
         if self.cpus_per_task is not None and self.cpus_per_task < max(self.processes, 1):
             problems.append(
                 f"{self.cpus_per_task} CPUs a node are fewer than its {self.processes} processes: ask for more"
@@ -150,7 +155,7 @@ class Job:
             )
         if self.max_requeues < 0:
             problems.append(f"--max-requeues cannot be negative, and is {self.max_requeues}")
-        for option in ("partition", "account", "qos", "constraint"):
+        for option in QUEUE:
             value = getattr(self, option)
             if value is not None and not WORD.fullmatch(value):
                 problems.append(f"--{option} {value!r} has characters that no such name has")

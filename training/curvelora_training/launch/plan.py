@@ -14,15 +14,18 @@ from pathlib import Path
 from typing import TypeVar
 
 from curvelora.errors import UserError
-from curvelora_training.config import Recipe, load_recipe, read_yaml
+from curvelora_training.config import Recipe, TrainingSpec, load_recipe, read_yaml
 from curvelora_training.launch.engines import chosen_engine, configurations, deepspeed_file
-from curvelora_training.launch.job import NAME, Job
+from curvelora_training.launch.job import NAME, QUEUE, Job
 from curvelora_training.launch.site import load_site
 from curvelora_training.launch.snapshot import FOLDER, RECIPE
 from curvelora_training.recipes import find
+from curvelora_training.resuming import SHARED
+from curvelora_training.row_order import share_step
 
 T = TypeVar("T")
-QUEUE = ("partition", "account", "qos", "constraint")
+CPUS_PER_GPU = 8  # where nothing is said; SLURM would give one to all processes of a node
+WHOLE_NODE = 8  # GPUs
 
 
 @dataclasses.dataclass
@@ -37,7 +40,9 @@ class Plan:
     given: str
     """Its name as it was given."""
     overrides: list[str]
-    """As they were given, with the run folder and the engine's file as absolute paths."""
+    """As they were given, with the run folder and the engine's file as absolute paths, and a step's rows shared out."""
+    notes: list[str]
+    """What was settled without being asked for, a line each."""
 
     def by_hand(self) -> Job:
         """The job for a script of its own: nothing of it lies in the run folder yet."""
@@ -76,12 +81,15 @@ def plan(args: argparse.Namespace) -> Plan:
             settled["training.deepspeed"] = override("training.deepspeed", str(file))
         elif own:  # and another engine is asked for
             settled["training.deepspeed"] = "training.deepspeed=null"
+        given = {o.partition("=")[0] for o in overrides}
+        if args.evaluate_after and not any(key.startswith("data.test") for key in given):
+            settled["data.test"] = "data.test=null"  # or one process would score while all others wait
         overrides = [o for o in overrides if o.partition("=")[0] not in settled] + list(settled.values())
-        recipe = collect(lambda: load_recipe(source, overrides))
     gpus = args.gpus_per_node if args.gpus_per_node is not None else site.gpus_per_node
     if gpus is None:
         problems.append("--gpus-per-node is missing: write it, or gpus_per_node in the site file (0 runs on CPUs)")
-    cpus = args.cpus_per_gpu or site.cpus_per_gpu
+    cpus = args.cpus_per_gpu or site.cpus_per_gpu or (CPUS_PER_GPU if gpus else None)
+    memory = args.mem or site.memory or ("0" if (gpus or 0) >= WHOLE_NODE else None)
     job = Job(
         recipe=str(Path(output) / FOLDER / RECIPE),
         output=output,
@@ -90,9 +98,10 @@ def plan(args: argparse.Namespace) -> Plan:
         engine=engine,
         nodes=args.nodes,
         gpus_per_node=1 if gpus is None else gpus,
+        gpu_type=args.gpu_type or site.gpu_type,
         processes_per_node=args.processes_per_node,
         cpus_per_task=cpus and cpus * (gpus or args.processes_per_node or 1),
-        memory=args.mem or site.memory,
+        memory=memory,
         time=args.time or site.time or Job.time,
         warning_seconds=args.warning_seconds,
         max_requeues=args.max_requeues,
@@ -105,8 +114,38 @@ def plan(args: argparse.Namespace) -> Plan:
         configs=str(collect(configurations)) if engine or args.launcher == "accelerate" else "ds_configs",
         folder=os.getcwd(),
     )
+    if recipe is not None:
+        overrides += collect(lambda: with_its_rows(recipe.training, overrides, job.world_size)) or []
+        recipe = collect(lambda: load_recipe(source, overrides))
     raise_all([*problems, *job.problems()])
-    return Plan(job, recipe, source, args.recipe, overrides)
+    notes = [rows_a_step(recipe.training, job)]
+    if gpus and not (args.mem or site.memory):
+        asked = "all of a node's" if memory else "what the partition gives by default"
+        notes.append(f"host memory: {asked}, as neither --mem nor the site file says how much")
+    return Plan(job, recipe, source, args.recipe, overrides, notes)
+
+
+def with_its_rows(spec: TrainingSpec, overrides: list[str], processes: int) -> list[str]:
+    """Overrides with which so many processes take the rows a step that the recipe takes on one; none are needed for one.
+
+    Where the overrides already say something of it, they stand.
+
+    Raises:
+        UserError: the processes cannot share these rows.
+    """
+    if processes < 2 or {o.partition("=")[0] for o in overrides} & {"training", *SHARED}:
+        return []
+    try:
+        size, accumulation = share_step(spec.batch_size * spec.accumulation, spec.batch_size, processes)
+    except UserError as error:
+        raise UserError(f"{error}, or write training.batch_size=N for a step of other rows") from error
+    return [f"training.batch_size={size}", f"training.accumulation={accumulation}"]
+
+
+def rows_a_step(spec: TrainingSpec, job: Job) -> str:
+    """How many rows a step has, and whence."""
+    rows = spec.batch_size * spec.accumulation * job.world_size
+    return f"{rows} rows a step = batch {spec.batch_size} x accumulation {spec.accumulation} x {job.world_size} processes"
 
 
 def raise_all(problems: list[str]) -> None:

@@ -20,7 +20,7 @@ FOUR = ("loran", "qlora", "ranlora", "aurora")
 
 @dataclass(frozen=True)
 class Size:
-    """A model with its rows on as many GPUs as serve it; batch and accumulation keep the recipe's rows a step."""
+    """A model on as many GPUs as serve it. Its script shares the recipe's rows a step out among the processes that it gets."""
 
     stem: str
     """Recipe without its arm."""
@@ -28,42 +28,45 @@ class Size:
     arms: tuple[str, ...]
     nodes: int
     gpus: int
+    rows: int
+    """A step's, of the recipe."""
     batch: int = 1
-    accumulation: int = 1
-    engine: str | None = None
+    """The recipe's, the most that a process takes at once."""
     time: str = "12:00:00"
-    warning: int = 300
     memory: str | None = None
+    scored: bool = True
+    """At the end of training, on one of its GPUs while the others wait."""
     notes: tuple[str, ...] = ()
 
 
 SIZES = (
     Size(
-        "llama32_1b_samsum", "Llama-3.2-1B on SAMSum, base in NF4: one node of 4 GPUs.", FOUR, 1, 4, 4, time="4:00:00"
+        *("llama32_1b_samsum", "Llama-3.2-1B on SAMSum, base in NF4: one node of 4 GPUs.", FOUR, 1, 4, 16, 4),
+        time="4:00:00",
     ),
-    Size("llama2_7b_samsum", "Llama-2-7B on SAMSum, base in NF4: one node of 8 GPUs.", FOUR, 1, 8, 2),
+    Size("llama2_7b_samsum", "Llama-2-7B on SAMSum, base in NF4: one node of 8 GPUs.", FOUR, 1, 8, 16, 4),
     Size(
         *("llama3_8b_commonsense", "Llama-3-8B on commonsense reasoning: one node of 8 GPUs."),
-        *(("aurora", "ranlora", "lora"), 1, 8, 2),
+        *(("aurora", "ranlora", "lora", "loran", "qlora"), 1, 8, 16, 4),
         time="24:00:00",
     ),
-    Size("llama2_13b_samsum", "Llama-2-13B on SAMSum, base in NF4: 2 nodes of 8 GPUs.", FOUR, 2, 8),
+    Size("llama2_13b_samsum", "Llama-2-13B on SAMSum, base in NF4: 2 nodes of 8 GPUs.", FOUR, 2, 8, 16, 4),
     *(
         Size(
-            *(stem, f"{title}, base in NF4: 8 nodes of 8 GPUs of 80 GB.", arms, 8, 8),
-            engine="zero2",
+            *(stem, f"{title}, base in NF4: 8 nodes of 8 GPUs of 80 GB.", arms, 8, 8, 64),
             time="24:00:00",
-            warning=900,
             memory="0",
+            scored=False,
             notes=(
-                "ZeRO-2: the base takes 37 GB of each GPU, and nodes exchange the adapter's gradients only. On GPUs of 40 GB add",
+                "The base takes 37 GB of each GPU, and nodes exchange the adapter's gradients only. On GPUs of 40 GB add",
                 "training.deepspeed=ds_configs/zero3.json: each GPU holds a share of the base, which goes through the network.",
-                "Each process reads the checkpoint (140 GB) and quantises it; training.timeout_minutes allows for it.",
+                "Each of the 64 processes reads the checkpoint (140 GB) and quantises it; training.timeout_minutes allows for it. Copy",
+                "it to each node's own disk first (model.path=/local/...), or let nodes have 140 GB of memory free to cache it.",
             ),
         )
         for stem, title, arms in (
             ("llama2_70b_samsum", "Llama-2-70B on SAMSum", FOUR),
-            ("llama3_70b_commonsense", "Llama-3-70B on commonsense reasoning", ("aurora", "ranlora", "qlora")),
+            ("llama3_70b_commonsense", "Llama-3-70B on commonsense reasoning", ("aurora", "ranlora", "loran", "qlora")),
         )
     ),
 )
@@ -110,12 +113,8 @@ def sized(size: Size) -> str:
         cpus_per_task=8 * size.gpus,
         memory=size.memory,
         time=size.time,
-        warning_seconds=size.warning,
-        engine=size.engine,
-        overrides=(f"training.batch_size={size.batch}", f"training.accumulation={size.accumulation}"),
     )
-    texts = {"title": size.title, "stem": size.stem, "arms": size.arms, "notes": size.notes}
-    return render(job, "finetune.sbatch.j2", file=f"{size.stem}.sbatch", **texts)
+    return render(job, "finetune.sbatch.j2", size=size)
 
 
 def main(argv: list[str]) -> int:

@@ -45,8 +45,10 @@ class Site:
     """Features that nodes must have, for example h100."""
     gpus_per_node: Count | None = None
     """GPUs that a job takes of each node."""
+    gpu_type: str | None = None
+    """Their type as the cluster names it, for example h100; any where absent."""
     cpus_per_gpu: Count | None = None
-    """CPU cores for each of them."""
+    """CPU cores for each of them; 8 where absent."""
     memory: str | None = None
     """Host memory of a node, for example 480G, or "0" for all of it."""
     time: str | None = None

@@ -18,7 +18,8 @@ from typing import Any
 from curvelora_eval.environment import PACKAGES, installed_version
 from curvelora_eval.files import make_folder, write_json, write_text
 
-LARGEST = 1 << 20  # bytes; an untracked file beyond, or of another kind than these, is named in code.json only
+LARGEST = 1 << 20  # bytes; an untracked file beyond, of another kind or in another place than these, is named in code.json only
+PLACES = ("adapters/", "eval/", "training/", "launch/", "ds_configs/")  # of the code; elsewhere a file may hold secrets
 CODE = {".py", ".yaml", ".yml", ".json", ".j2", ".sh", ".sbatch", ".toml"}
 FOLDER, SCRIPT, RECIPE, SUBMITTED = "launch", "job.sbatch", "recipe.yaml", "submitted.jsonl"
 
@@ -71,7 +72,7 @@ def code_state(here: Path) -> tuple[dict[str, Any], str]:
     left_out = []
     for name in filter(None, (_git(top, "ls-files", "--others", "--exclude-standard", "-z") or "").split("\0")):
         path = top / name
-        if path.suffix in CODE and path.is_file() and path.stat().st_size <= LARGEST:
+        if name.startswith(PLACES) and path.suffix in CODE and path.is_file() and path.stat().st_size <= LARGEST:
             diff += _git(top, "diff", "--binary", "--no-index", "--", "/dev/null", name) or ""
         else:
             left_out.append(name)

@@ -27,6 +27,7 @@ def submit_all(planned: Plan, evaluate: str | None) -> int:
     note_submission(folder, job=number, kind="train", recipe=str(planned.source), overrides=planned.overrides, **facts)
     what = f"{job.gpus_per_node} GPUs" if job.gpus_per_node else f"{job.processes} CPU processes"
     print(f"submitted: job {number}, {job.nodes} nodes of {what}, {job.launcher}, {job.engine or 'ddp'}")
+    print("\n".join(planned.notes))
     print(f"run folder: {folder}\nscript:     {script}")
     if evaluate:
         after = evaluation_of(job, number, evaluate)
@@ -50,9 +51,21 @@ def evaluation_of(job: Job, number: str, data: str) -> Job:
         gpus_per_node=min(job.gpus_per_node, 1),
         processes_per_node=0 if job.gpus_per_node else 1,
         cpus_per_task=job.cpus_per_task // job.processes if job.cpus_per_task else None,
-        memory=None if job.memory == "0" else job.memory,
+        memory=share_of(job.memory, job.processes),
         dependency=f"afterok:{number}",
         arguments=("--adapter", str(folder / "adapter"), "--data", rows, "--out", str(out)),
         output=str(out),
         log=str(folder / "logs/evaluate-%j.out"),  # of a folder that is there: SLURM opens it before anything runs
     )
+
+
+def share_of(memory: str | None, parts: int) -> str | None:
+    """One part of a node's memory, in whole megabytes. All of a node's ("0") has no size: it is left to the site.
+
+    Args:
+        memory: as sbatch takes it; without a unit in megabytes.
+    """
+    if memory is None or not int(memory.rstrip("KMGT")):
+        return None
+    megabytes = int(memory.rstrip("KMGT")) * {"K": 1 / 1024, "G": 1024, "T": 1024**2}.get(memory[-1], 1)
+    return f"{max(1, int(megabytes / parts))}M"
