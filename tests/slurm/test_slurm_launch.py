@@ -51,7 +51,7 @@ def launch(cluster: Cluster) -> Callable[..., subprocess.CompletedProcess[str]]:
     ("changes", "said"),
     [
         (["--partition", "mian"], "there is no partition 'mian'; did you mean 'main'?"),
-        (["--nodes", "9"], "--nodes 9 are more than the 3 that the partition main has"),
+        (["--nodes", "9", "training.batch_size=4"], "--nodes 9 are more than the 3 that the partition main has"),
         (["--recipe", "missing.yaml"], "missing.yaml"),
     ],
     ids=["partition", "nodes", "recipe"],

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 PARTITIONS = """\
-main*|up|1-00:00:00|3|gpu:2|8
+main*|up|1-00:00:00|3|gpu:2|16
 long|up|infinite|2|gpu:h100:4(S:0-1)|64
 long|up|infinite|1|(null)|32
 cpu|up|60:00|5|(null)|16

@@ -76,7 +76,10 @@ def test_every_command_of_the_page_runs(
         if arguments[0] == "fetch":
             assert f"model.path={tmp_path}/fetched/70b/model" in out
         elif "--dry-run" in arguments:
-            assert "64 of them a step (32 processes)" in out and "--parsable" not in slurm.heard("sbatch")
+            assert (
+                "64 rows a step = batch 1 x accumulation 2 x 32 processes" in out
+                and "--parsable" not in slurm.heard("sbatch")
+            )
         elif arguments[0] == "status":
             assert "submitted" in out
     assert wheels == ["requirements.txt"]
@@ -89,7 +92,8 @@ def train_as_submitted(capsys: pytest.CaptureFixture[str]) -> None:
     """One step of the recipe that lies in the run folder, on this machine."""
     recipe = load_recipe(f"{RUN}/launch/recipe.yaml")
     assert recipe.training.accumulation * recipe.training.batch_size * 4 * 8 == 64
-    here = ["training.deepspeed=null", "training.max_steps=1", "task.max_new_tokens=4", "training.timeout_minutes=1"]
+    assert recipe.training.deepspeed is None and recipe.data.test is None  # scored by the second job
+    here = ["training.max_steps=1", "task.max_new_tokens=4", "training.timeout_minutes=1"]
     assert finetune.main(["--config", f"{RUN}/launch/recipe.yaml", *here]) == 0, capsys.readouterr()
 
 

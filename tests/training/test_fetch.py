@@ -207,6 +207,8 @@ FLAWS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "another file": (lambda f: (f / "manifest.json").write_text("[]"), "is no manifest of `curvelora fetch`"),
     "leads out": (lambda f: edit(f, files={"../../secret": {}}), "'../../secret' would lie outside of"),
     "absolute": (lambda f: edit(f, files={"/etc/passwd": {}}), "'/etc/passwd' would lie outside of"),
+    "other overrides": (lambda f: edit(f, overrides={"model.path": "../../x"}), "'../../x' would lie outside of"),
+    "no overrides": (lambda f: edit(f, overrides=[1]), "it has no overrides"),
     "no files": (lambda f: edit(f, files=3), "it lists no files"),
     "other wheels": (
         lambda f: edit(f, wheels_for="Python 2.7, Plan9 vax"),

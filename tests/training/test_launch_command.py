@@ -13,8 +13,10 @@ import pytest
 from curvelora.cli import run_guarded, run_module
 from curvelora_training.config import load_recipe
 from curvelora_training.launch import command
+from curvelora_training.launch.cluster import partitions
 from curvelora_training.launch.job import Job, seconds
 from curvelora_training.launch.render import render
+from curvelora_training.launch.submission import share_of
 from launch_stubs import Slurm
 
 Launch = Callable[..., tuple[int, str, str]]
@@ -61,6 +63,9 @@ def test_a_run_is_submitted(slurm: Slurm, launch: Launch, recipe: dict[str, Any]
     assert (kept.seed, kept.output, kept.adapter["amplitude"]) == (7, str(run), 5e-5)
     script = (run / "launch/job.sbatch").read_text()
     wanted = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=2", "--time=2:00:00", "--mem=90G", "--requeue")
+    wanted += ("--cpus-per-task=16",)  # of SLURM's own all processes of a node would have one
+    assert "8 rows a step = batch 2 x accumulation 1 x 4 processes" in out
+    assert (kept.training.batch_size, kept.training.accumulation) == (2, 1)  # 8 and 1 in the recipe
     assert all(f"\n#SBATCH {option}\n" in script for option in wanted)
     assert f"\n#SBATCH --output={run}/logs/slurm-%j.out\n" in script and (run / "logs").is_dir()
     assert not any("$" in line for line in script.splitlines() if line.startswith("#SBATCH"))
@@ -90,13 +95,16 @@ def test_a_run_is_submitted(slurm: Slurm, launch: Launch, recipe: dict[str, Any]
 
 def test_the_evaluation_waits_for_the_run(slurm: Slurm, launch: Launch, recipe: dict[str, Any]) -> None:
     run, rows = Path(recipe["output"]), recipe["data"]["test"]["path"]
-    code, out, _ = launch("--nodes", "2", "--gpus-per-node", "2", "--cpus-per-gpu", "4", "--evaluate-after", rows)
+    size = ["--nodes", "2", "--gpus-per-node", "2", "--cpus-per-gpu", "4", "--mem", "9G", "--gpu-type", "1g.10gb"]
+    code, out, _ = launch(*size, "--evaluate-after", rows)
+    assert load_recipe(run / "launch/recipe.yaml").data.test is None  # one job scores, and not both
     assert code == 0 and "evaluation: job 4711" in out
     assert slurm.heard("sbatch")[-1] == str(run / "launch/evaluate.sbatch")
     script = (run / "launch/evaluate.sbatch").read_text()
     wanted = (
         "--nodes=1",
-        "--gpus-per-node=1",
+        "--gpus-per-node=1g.10gb:1",
+        "--mem=4608M",
         "--cpus-per-task=4",
         "--dependency=afterok:4711",
         "--kill-on-invalid-dep=yes",
@@ -132,18 +140,22 @@ def test_print_shows_a_script_that_works_by_hand(
 
 
 def test_a_dry_run_says_what_it_found(slurm: Slurm, launch: Launch, recipe: dict[str, Any]) -> None:
-    code, out, _ = launch("--nodes", "3", "--gpus-per-node", "2", "--dry-run")
+    code, out, _ = launch("--nodes", "3", "--gpus-per-node", "2", "--dry-run", "training.batch_size=8")
     assert code == 0 and [line.split(":")[0].split()[1] for line in out.splitlines()[:4]] == [
         "run",
         "model",
         "recipe",
         "cluster",
     ]
-    assert "96 rows, 48 of them a step (6 processes)" in out and "trains " in out and "partition main" in out
+    assert (
+        "96 rows, 48 rows a step = batch 8 x accumulation 1 x 6 processes" in out
+        and "trains " in out
+        and "partition main" in out
+    )
     assert not Path(recipe["output"]).exists() and "--parsable" not in slurm.heard("sbatch")
-    code, out, _ = launch("--nodes", "9", "--gpus-per-node", "2", "--dry-run", "model.path=nobody/no-such-model")
+    code, out, _ = launch("--nodes", "4", "--gpus-per-node", "2", "--dry-run", "model.path=nobody/no-such-model")
     assert code == 2 and "neither a folder here nor in the hub's cache" in out and "curvelora fetch" in out
-    assert "--nodes 9 are more than the 3" in out and "ok      run folder" in out
+    assert "--nodes 4 are more than the 3" in out and "ok      run folder" in out
     code, out, _ = launch("--gpus-per-node", "1", "--dry-run", "--unchecked", "model.path=/only/on/nodes")
     assert code == 0 and "model" not in out
     slurm.says("sinfo", "", "slurm_load_partitions: Unable to contact slurm controller", 1)
@@ -159,7 +171,9 @@ def test_a_dry_run_says_what_it_found(slurm: Slurm, launch: Launch, recipe: dict
         (["--time", "2-00:00:00"], ["--time 2-00:00:00 is above the limit of the partition main, 1-00:00:00"]),
         (["--gpus-per-node", "4"], ["--gpus-per-node 4 are more than the 2 of a node in main"]),
         (["--partition", "cpu", "--time", "30"], ["the partition cpu has no GPUs"]),
-        (["--cpus-per-gpu", "5"], ["10 CPUs a node are more than the 8"]),
+        (["--cpus-per-gpu", "9"], ["18 CPUs a node are more than the 16", "--cpus-per-gpu"]),
+        (["--nodes", "3"], ["8 rows, which 6 processes cannot share", "start 4 or 8", "training.batch_size=N"]),
+        (["--gpu-type", "h 100"], ["--gpu-type 'h 100'"]),
         (
             ["--nodes", "0", "--time", "5 hours", "--warning-seconds", "0"],
             ["--nodes must", "'5 hours'", "--warning-seconds must"],
@@ -189,11 +203,54 @@ def test_what_is_refused_before_anything_is_written(
 
 def test_a_partition_of_several_kinds_of_nodes(slurm: Slurm, launch: Launch) -> None:
     """`long` has two nodes of 4 GPUs and one without any, and no limit."""
-    assert launch("--partition", "long", "--nodes", "3", "--gpus-per-node", "4", "--time", "30-00", "--dry-run")[0] == 0
+    size = ["--nodes", "2", "--gpus-per-node", "4", "--time", "30-00", "--dry-run"]
+    assert launch("--partition", "long", *size)[0] == 0
     assert launch("--partition", "cpu,long", "--gpus-per-node", "4", "--dry-run")[0] == 0
     slurm.says("sinfo", "only|down|infinite|1|(null)|8\n")
-    assert "no default partition" in launch("--gpus-per-node", "1")[2]
+    code, out, _ = launch("--gpus-per-node", "1", "--dry-run")
+    assert code == 0 and "partition that the site chooses" in out  # a plugin of it may; else sbatch refuses
     assert "takes no jobs now" in launch("--gpus-per-node", "0", "--processes-per-node", "2", "--partition", "only")[2]
+
+
+@pytest.mark.parametrize(
+    ("gres", "gpus"),
+    [
+        *(("gpu:8", 8), ("gpu:3090:4", 4), ("gpu:1g.10gb:7", 7), ("nvme:1,gpu:h100:8(S:0-1)", 8)),
+        *(("gpu:a:2,gpu:b:3", 5), ("notgpu:4", 0), ("(null)", 0)),
+    ],
+)
+def test_gpus_of_a_node(gres: str, gpus: int, slurm: Slurm) -> None:
+    slurm.says("sinfo", f"only*|up|infinite|1|{gres}|8\n")
+    assert partitions()["only"].gpus == gpus and "--all" in slurm.heard("sinfo")
+
+
+def test_sbatch_is_told_nothing_of_another_allocation(
+    slurm: Slurm, launch: Launch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outer = {"SLURM_MEM_PER_CPU": "1", "SBATCH_TIMELIMIT": "1", "SBATCH_PARTITION": "cpu"}
+    kept = {"SLURM_CONF": "/etc/slurm", "SBATCH_ACCOUNT": "mine", "HF_HOME": "/models"}
+    for name, value in (outer | kept).items():
+        monkeypatch.setenv(name, value)
+    sbatch = slurm.folder / "sbatch"
+    sbatch.write_text(sbatch.read_text().replace("\ncat", f"\nenv >{slurm.folder}/env\ncat", 1))
+    assert launch("--gpus-per-node", "1", "--partition", "main")[0] == 0
+    told = dict(line.partition("=")[::2] for line in (slurm.folder / "env").read_text().splitlines())
+    assert kept.items() <= told.items() and not outer.keys() & told.keys()
+
+
+@pytest.mark.parametrize(
+    ("memory", "parts", "one"),
+    [
+        ("480G", 8, "61440M"),
+        ("1T", 8, "131072M"),
+        ("9000", 4, "2250M"),
+        ("0", 8, None),
+        (None, 8, None),
+        ("1K", 8, "1M"),
+    ],
+)
+def test_an_evaluation_takes_its_share_of_memory(memory: str | None, parts: int, one: str | None) -> None:
+    assert share_of(memory, parts) == one
 
 
 @pytest.mark.parametrize(
@@ -229,20 +286,22 @@ def test_the_site_file(slurm: Slurm, launch: Launch, tmp_path: Path, monkeypatch
     assert "--gpus-per-node is missing" in launch("--print")[2]
     path.parent.mkdir(parents=True)
     path.write_text(
-        "partition: long\naccount: mine\ngpus_per_node: 4\ncpus_per_gpu: 6\ntime: '10:00:00'\nrun_root: /scratch/me\n"
+        "partition: long\naccount: mine\ngpus_per_node: 8\ngpu_type: h100\ncpus_per_gpu: 6\n"
+        "time: '10:00:00'\nrun_root: /scratch/me\n"
         "setup: [module load cuda]\nenvironment: {HF_HOME: /a b/$x}\nsbatch_options: [--exclusive]\n"
     )
-    code, out, _ = launch("--print", "--account", "other", "output=runs/here")
+    code, out, err = launch("--print", "--account", "other", "output=runs/here")
+    assert "all of a node's, as neither --mem nor the site file says" in err and "#SBATCH --mem=0\n" in out
     assert code == 0 and all(
         f"\n{line}\n" in out
         for line in (
             *(
                 "#SBATCH --partition=long",
                 "#SBATCH --account=other",
-                "#SBATCH --gpus-per-node=4",
+                "#SBATCH --gpus-per-node=h100:8",
                 "#SBATCH --exclusive",
             ),
-            *("#SBATCH --cpus-per-task=24", "#SBATCH --time=10:00:00", "module load cuda", "export HF_HOME='/a b/$x'"),
+            *("#SBATCH --cpus-per-task=48", "#SBATCH --time=10:00:00", "module load cuda", "export HF_HOME='/a b/$x'"),
         )
     )
     assert "export RUN=/scratch/me/runs/here " in out

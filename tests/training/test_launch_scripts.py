@@ -87,11 +87,32 @@ def test_scripts_are_clean(tmp_path: Path) -> None:
 @pytest.mark.parametrize("size", scripts.SIZES, ids=lambda size: size.stem)
 def test_sizes_keep_the_rows_of_a_step(size: scripts.Size, root: Path) -> None:
     """Whatever the number of GPUs: a step has the rows that the recipe says on one."""
+    lines = STORED[f"slurm/{size.stem}.sbatch"].splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("rows="))
+    end = next(i for i, line in enumerate(lines) if line.startswith("set -- "))
+    code = "\n".join([*lines[start : end + 1], 'echo "$@"'])
+
+    def shared(nodes: int) -> tuple[int, str]:
+        command = ["bash", "-euc", f"NODES={nodes} PROCESSES={size.gpus}\n{code}", "job", "seed=1"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        return done.returncode, done.stdout + done.stderr
+
+    for nodes in (1, 2, size.nodes):
+        code_of, said = shared(nodes)
+        batch, accumulation, *rest = said.split()
+        assert code_of == 0 and rest == ([] if size.scored else ["data.test=null"]) + ["seed=1"]
+        batch, accumulation = (
+            batch.removeprefix("training.batch_size="),
+            accumulation.removeprefix("training.accumulation="),
+        )
+        assert int(batch) * int(accumulation) * nodes * size.gpus == size.rows and int(batch) <= size.batch
+    code_of, said = shared(3)
+    assert code_of == 2 and f"cannot share the {size.rows} rows" in said
     for arm in size.arms:
         recipe = load_recipe(root / f"training/recipes/{size.stem}_{arm}.yaml")
         assert recipe.adapter["method"] == arm
-        rows = recipe.training.batch_size * recipe.training.accumulation
-        assert size.batch * size.accumulation * size.nodes * size.gpus == rows
+        assert recipe.training.batch_size * recipe.training.accumulation == size.rows
+        assert recipe.training.batch_size == size.batch
         assert recipe.training.timeout_minutes >= (60 if "70b" in size.stem else 10)
     others = {path.stem.rpartition("_")[2] for path in (root / "training/recipes").glob(f"{size.stem}_*.yaml")}
     assert others == set(size.arms)
@@ -188,6 +209,17 @@ def test_two_machines_without_slurm(
     )
 
 
+def test_machines_are_told_no_secrets() -> None:
+    """Of the variables that a machine's part is told, on a command line that `ps` shows."""
+    lines = STORED["multinode/finetune.sh"].splitlines()
+    start, end = lines.index("kept=()"), lines.index("done < <(compgen -e)")
+    code = "\n".join([*lines[start : end + 1], "printf '%s\\n' \"${kept[@]}\""])
+    told = {"HF_HOME": "/models", "NCCL_DEBUG": "WARN"}
+    secret = {"HF_TOKEN": "x", "CURVELORA_API_KEY": "x", "HF_SECRET": "x", "OTHER": "x"}
+    done = subprocess.run(["bash", "-euc", code], env=told | secret, capture_output=True, text=True, check=True)
+    assert sorted(done.stdout.split()) == sorted(f"{name}={value}" for name, value in told.items())
+
+
 def test_engines(monkeypatch: pytest.MonkeyPatch) -> None:
     assert chosen_engine(None, "torchrun") is None and chosen_engine("ddp", "accelerate") is None
     assert chosen_engine(None, "deepspeed") == "zero2" and chosen_engine("zero3_offload", "torchrun") == "zero3_offload"
@@ -206,9 +238,9 @@ def test_overrides_are_read_back_as_they_were(value: str, tmp_path: Path, root: 
 def repository(tmp_path: Path) -> Path:
     """A git repository with one commit and a package in it."""
     folder = tmp_path / "clone"
-    (folder / "package").mkdir(parents=True)
-    (folder / "package/code.py").write_text("one = 1\n")
-    (folder / "package/gone.py").write_text("two = 2\n")
+    (folder / "training").mkdir(parents=True)
+    (folder / "training/code.py").write_text("one = 1\n")
+    (folder / "training/gone.py").write_text("two = 2\n")
     git(folder, "init", "--quiet", "--initial-branch=work")
     git(folder, "config", "user.name", "a")
     git(folder, "config", "user.email", "a@example.org")
@@ -224,25 +256,29 @@ def git(folder: Path, *arguments: str, text: str | None = None) -> str:
 
 
 def test_the_snapshot_of_the_code_brings_it_back(repository: Path, tmp_path: Path) -> None:
-    here = repository / "package/code.py"
+    here = repository / "training/code.py"
     record, diff = code_state(here)
     head = git(repository, "rev-parse", "HEAD").strip()
     assert (record["commit"], record["branch"], record["dirty"], diff) == (head, "work", False, "")
     here.write_text("one = 1.5  # é\n")
-    (repository / "package/gone.py").unlink()
-    (repository / "package/new file.yaml").write_text("three: 3\n")
+    (repository / "training/gone.py").unlink()
+    (repository / "training/new file.yaml").write_text("three: 3\n")
     (repository / "staged.py").write_text("four = 4\n")
     git(repository, "add", "staged.py")
-    (repository / ".env").write_text("PASSWORD=secret\n")
-    (repository / "weights.json").write_text("x" * (1 << 21))
+    (repository / "credentials.json").write_text("PASSWORD=secret\n")
+    (repository / "training/weights.json").write_text("x" * (1 << 21))
     record, diff = code_state(here)
-    assert record["dirty"] and sorted(record["left_out"]) == [".env", "weights.json"] and "secret" not in diff
+    assert (
+        record["dirty"]
+        and sorted(record["left_out"]) == ["credentials.json", "training/weights.json"]
+        and "secret" not in diff
+    )
     assert json.loads(json.dumps(record)) == record
     other = tmp_path / "other"
     git(tmp_path, "clone", "--quiet", str(repository), str(other))
     git(other, "apply", "--index", text=diff)
     left = {str(path.relative_to(other)) for path in other.rglob("*") if path.is_file() and ".git" not in path.parts}
-    assert left == {"package/code.py", "package/new file.yaml", "staged.py"}
+    assert left == {"training/code.py", "training/new file.yaml", "staged.py"}
     assert all((other / name).read_bytes() == (repository / name).read_bytes() for name in left)
 
 

@@ -277,7 +277,10 @@ def test_one_method_has_one_adapter_for_a_model_family() -> None:
             found.setdefault(name.rpartition("_")[2], {}).setdefault(key, set()).add(str(value))
     varied = {(m, key) for m, options in found.items() for key, values in options.items() if len(values) > 1}
     stated = {(m, "target_modules") for m in found} | {(m, k) for m in ("lora", "ranlora") for k in ("r", "alpha")}
-    assert varied <= stated | {("qlora", key) for key in ("r", "alpha", "dropout")}  # a small one beside RanLoRA at 70B
+    small = {
+        (m, key) for m in ("loran", "qlora") for key in ("r", "alpha", "dropout")
+    }  # as small as RanLoRA, beside it
+    assert varied <= stated | small
 
 
 def test_recipes_are_found_by_name_and_by_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,9 +50,7 @@ def slurm(
     if shutil.which(command[0]) is None:
         raise UserError(NO_SLURM)
     try:
-        return subprocess.run(
-            command, capture_output=True, text=True, timeout=timeout, check=False, env=environment
-        )
+        return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False, env=environment)
     except subprocess.TimeoutExpired as error:
         raise UserError(f"SLURM does not answer ({command[0]}, {timeout:g} s): {then}") from error
 
@@ -109,7 +107,10 @@ def _lacks(job: Job, name: str, partition: Partition) -> list[str]:
             f"the partition {name} has no GPUs: name another one with --partition, or write --gpus-per-node 0"
         )
     if partition.cpus and (job.cpus_per_task or 0) > partition.cpus:
-        problems.append(f"{job.cpus_per_task} CPUs a node are more than the {partition.cpus} of a node in {name}: ask for fewer with --cpus-per-gpu")
+        problems.append(
+            f"{job.cpus_per_task} CPUs a node are more than the {partition.cpus} of a node in {name}: ask for fewer with "
+            "--cpus-per-gpu"
+        )
     if partition.limit is not None and (seconds(job.time) or 0) > partition.limit:
         problems.append(
             f"--time {job.time} is above the limit of the partition {name}, {partition.limit_text}: ask for less, a longer "

@@ -37,7 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--output", metavar="DIR", help="the run folder, in place of the recipe's output")
     group.add_argument("--resume", action="store_true", help="continue the run that the folder holds")
     group.add_argument(
-        "--evaluate-after", metavar="DATA", help="score these rows, not data.test, in a job of its own when the run is done"
+        "--evaluate-after",
+        metavar="DATA",
+        help="score these rows, not data.test, in a job of its own when the run is done",
     )
     group = parser.add_argument_group("queue")
     group.add_argument("--name", help="of the job (default: the recipe's file name)")

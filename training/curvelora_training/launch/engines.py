@@ -1,4 +1,8 @@
-"""The engine of a job: a DeepSpeed file of ds_configs by its name, FSDP2 through Accelerate, or DistributedDataParallel."""
+"""The engine of a job: a DeepSpeed file of ds_configs by its name, FSDP2 through Accelerate, or DistributedDataParallel.
+
+DistributedDataParallel serves every adapter whose base fits on a GPU, 70B in NF4 too: its processes exchange the adapter's
+gradients only, and the moments that ZeRO-2 would share are 1 GB there (131 million parameters, LoRAN at r = 64).
+"""
 
 from __future__ import annotations
 

@@ -145,7 +145,9 @@ def with_its_rows(spec: TrainingSpec, overrides: list[str], processes: int) -> l
 def rows_a_step(spec: TrainingSpec, job: Job) -> str:
     """How many rows a step has, and whence."""
     rows = spec.batch_size * spec.accumulation * job.world_size
-    return f"{rows} rows a step = batch {spec.batch_size} x accumulation {spec.accumulation} x {job.world_size} processes"
+    return (
+        f"{rows} rows a step = batch {spec.batch_size} x accumulation {spec.accumulation} x {job.world_size} processes"
+    )
 
 
 def raise_all(problems: list[str]) -> None:

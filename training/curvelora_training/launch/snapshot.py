@@ -18,7 +18,9 @@ from typing import Any
 from curvelora_eval.environment import PACKAGES, installed_version
 from curvelora_eval.files import make_folder, write_json, write_text
 
-LARGEST = 1 << 20  # bytes; an untracked file beyond, of another kind or in another place than these, is named in code.json only
+LARGEST = (
+    1 << 20
+)  # bytes; an untracked file beyond, of another kind or in another place than these, is named in code.json only
 PLACES = ("adapters/", "eval/", "training/", "launch/", "ds_configs/")  # of the code; elsewhere a file may hold secrets
 CODE = {".py", ".yaml", ".yml", ".json", ".j2", ".sh", ".sbatch", ".toml"}
 FOLDER, SCRIPT, RECIPE, SUBMITTED = "launch", "job.sbatch", "recipe.yaml", "submitted.jsonl"
