@@ -60,8 +60,8 @@ SIZES = (
             notes=(
                 "The base takes 37 GB of each GPU, and nodes exchange the adapter's gradients only. On GPUs of 40 GB add",
                 "training.deepspeed=ds_configs/zero3.json: each GPU holds a share of the base, which goes through the network.",
-                "Each of the 64 processes reads the checkpoint (140 GB) and quantises it, for which training.timeout_minutes allows.",
-                "Copy it to each node's own disk first (model.path=/local/...), or let nodes have 140 GB of memory free to cache it.",
+                "Each of the 64 processes reads the checkpoint (140 GB) and quantises it (see training.timeout_minutes):",
+                "copy it to each node's own disk (model.path=/local/...), or have 140 GB of memory free for its cache.",
             ),
         )
         for stem, title, arms in (
