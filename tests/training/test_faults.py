@@ -216,3 +216,21 @@ def test_a_process_that_dies_or_hangs_ends_the_job(
     lease = Lease(run)
     lease.take()
     lease.release()
+
+
+@pytest.mark.slow
+def test_a_slow_load_is_waited_for_and_a_hanging_one_is_not(
+    tmp_path: Path, tiny_models: dict[str, Path], root: Path
+) -> None:
+    path = str(recipe(tmp_path, tiny_models["bert"], root))
+    slow, hung = tmp_path / "slow", tmp_path / "hung"
+    cells = [
+        {"name": "slow", "fault": ["load", 1, 20], "arguments": ["--config", path, f"output={slow}"]},
+        {"name": "hung", "fault": ["load", 1, 15], "arguments": ["--config", path, f"output={hung}"], "loading": 5},
+    ]
+    for cell in cells:
+        cell["arguments"].append("training.timeout_minutes=0.2")
+    done = launch(cells, tmp_path, root, limit=300)
+    assert (tmp_path / "slow.code0").read_text() == "0" and (slow / "adapter").is_dir()
+    assert (tmp_path / "hung.code0").read_text() == "2" and not hung.exists()
+    assert "not every process has loaded the base after 0:00:05" in done.stdout + done.stderr

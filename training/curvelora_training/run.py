@@ -31,6 +31,7 @@ from curvelora_training.checkpoint import read_manifest, step_of
 from curvelora_training.config import Recipe
 from curvelora_training.curve_schedule import CurveSchedule, has_schedule
 from curvelora_training.distributed import (
+    all_loaded,
     check_engine,
     engine_in_use,
     found_by_the_first,
@@ -133,6 +134,7 @@ def _train(prepared: Prepared, resume: bool, overwrite: bool, lease: Lease) -> R
     set_seed(recipe.seed)
     processor = load_processor(recipe.model, task)
     model = _load(prepared, arguments, engine)
+    all_loaded()
     rows = {name: task.encode(found, processor) for name, found in prepared.rows.items() if name != "test"}
     stop_before_training(arguments.device)
     lease.take()
