@@ -4,9 +4,9 @@ torchrun ... tests/training/fault_cells.py CELLS      a JSON list of {"name", "a
 
 A cell may have "environment", "loading" (seconds that a load is waited for), and "from": [run folder, step], which makes its
 folder that of a run that was stopped after this step: the checkpoint of that step is all that is taken over. Faults come when
-`step` steps are made: a signal's name, "hang", "nan" (a loss), "evaluation" (SIGTERM in one), "taken" (the run folder, by another
-attempt); "load" is a load that takes `step` seconds more. Without a fault it is null. Each process writes its exit code to
-NAME.codeRANK, beside the output.
+`step` steps are made: a signal's name, "hang", "nan" (a loss), "evaluation" and "scoring" (SIGTERM in one), "taken" (the run
+folder, by another attempt); "load" is a load that takes `step` seconds more. Without a fault it is null. Each process writes its
+exit code to NAME.codeRANK, beside the output.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from curvelora_training.lease import describe_attempt
 
 RANK = int(os.environ["RANK"])
 TRAINER, COMPUTE_LOSS, LEAVE = run_module.AdapterTrainer, Trainer.compute_loss, distributed.leave
-LOAD = run_module._load
+LOAD, SCORE = run_module._load, run_module.score_unseen
 
 
 class Fault(TrainerCallback):
@@ -67,12 +67,17 @@ def prepare(kind: str, rank: int, step: int, folder: Path) -> None:
         time.sleep(step if kind == "load" else 0)
         return LOAD(*args)
 
+    def score(*args: Any) -> Any:
+        if kind == "scoring":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return SCORE(*args)
+
     def compute_loss(self: Any, *args: Any, **kwargs: Any) -> Any:
         found = COMPUTE_LOSS(self, *args, **kwargs)
         broken = kind == "nan" and self.model.training and self.state.global_step == step
         return found * math.nan if broken else found
 
-    Trainer.compute_loss, run_module._load = compute_loss, load
+    Trainer.compute_loss, run_module._load, run_module.score_unseen = compute_loss, load, score
 
 
 def take_over(source: Path, step: int, output: Path) -> None:
@@ -87,7 +92,8 @@ def take_over(source: Path, step: int, output: Path) -> None:
 def main() -> None:
     distributed.leave = lambda: None  # the next cell needs the process group
     for cell in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
-        run_module.AdapterTrainer, Trainer.compute_loss, run_module._load = TRAINER, COMPUTE_LOSS, LOAD
+        run_module.AdapterTrainer, Trainer.compute_loss = TRAINER, COMPUTE_LOSS
+        run_module._load, run_module.score_unseen = LOAD, SCORE
         output = next(o.partition("=")[2] for o in cell["arguments"] if o.startswith("output="))
         before = dict(os.environ)
         os.environ.update(cell.get("environment", {}))

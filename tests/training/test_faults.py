@@ -32,6 +32,8 @@ CELLS: dict[str, tuple[list[str], list[Any] | None]] = {
     "ddp signal": (["--resume"], None),
     "ddp evaluation stopped": ([], ["evaluation", 1, 0]),
     "ddp evaluation": (["--resume"], None),
+    "ddp scoring stopped": ([], ["scoring", 0, 0]),
+    "ddp scoring": (["--resume"], None),
     "ddp stop": ([], ["nan", 1, 2]),
     "ddp skip": ([SKIP], ["nan", 1, 2]),
     "ddp rollback": ([BACK, "training.save_every=1"], ["nan", 0, 2]),
@@ -138,6 +140,14 @@ def test_a_signal_to_one_process_stops_both_with_one_checkpoint(
         lines = [[(line["step"], line[kind]) for line in metrics(f) if kind in line] for f in (run, straight)]
         assert lines[0] == lines[1] and lines[0]
     assert all(torch.equal(tensor, weights(run)[key]) for key, tensor in weights(straight).items())
+
+
+def test_a_signal_while_the_first_process_scores_stops_both(made: Callable[[str], Path]) -> None:
+    run = made("ddp scoring")
+    assert codes(run.with_name("ddp scoring stopped")) == [REQUEUE, REQUEUE] and codes(run) == [0, 0]
+    assert "stopped while the test rows were scored" in made("said").read_text(encoding="utf-8")
+    assert all(torch.equal(tensor, weights(run)[key]) for key, tensor in weights(made("ddp")).items())
+    assert result(run)["steps"] == result(made("ddp"))["steps"] == 4
 
 
 @pytest.mark.parametrize(
