@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "tests" / "data"
 # what takes longest: with several workers these files are begun first, so that none is left to one worker at the end
-LONG = {f"test_{name}.py" for name in ("zero", "faults", "resume_processes", "launch", "docs", "demo", "bench_compare")}
+LONG = {"zero", "faults", "resume_processes", "training", "launch", "docs", "demo", "bench_compare"}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -32,7 +32,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:
-        items.sort(key=lambda item: item.path.name not in LONG)
+        items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONG)
 
 
 @pytest.fixture(scope="session")

@@ -54,7 +54,11 @@ def test_the_table_of_the_engines_is_that_of_its_file(root: Path, file: str) -> 
     page = (root / "docs/engines.md").read_text(encoding="utf-8")
     shown = page.split(f"<!-- engines: {file} -->\n")[1].split("\n<!-- end of engines -->")[0]
     assert shown == engines_table(records)
-    # and what the text makes of it
+
+
+def test_what_the_text_makes_of_the_engines_table_is_so(root: Path) -> None:
+    records = json.loads((root / "docs/results/engines_h100.json").read_text(encoding="utf-8"))["records"]
+    page = (root / "docs/engines.md").read_text(encoding="utf-8")
     found = {(r["model"], r["base"], r["arm"], r["stage"], r["processes"]): r for r in records}
     ratios = [
         r["step_seconds"]["median"] / found[(*key[:3], 2, key[4])]["step_seconds"]["median"]
@@ -68,6 +72,10 @@ def test_the_table_of_the_engines_is_that_of_its_file(root: Path, file: str) -> 
         if key[4] == 2 and (*key[:3], 2, 1) in found
     ]
     assert "keeps 0.97 to 1.00 of its throughput" in page and (round(min(ways), 2), round(max(ways), 2)) == (0.97, 1.0)
+    newer = json.loads((root / "docs/results/engines_h200.json").read_text(encoding="utf-8"))["records"]
+    large = sorted(round(r["tokens_per_second_per_process"]) for r in newer if r["model"] == "llama2-70b")
+    assert f"(H200: {large[0]} to {large[-1]})" in page
+    assert {len(r["step_seconds"]["all"]) for r in newer} == {20} and "on H200s all have 20" in page
 
 
 def test_links_in_documents_lead_somewhere(root: Path) -> None:

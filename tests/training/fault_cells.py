@@ -2,10 +2,11 @@
 
 torchrun ... tests/training/fault_cells.py CELLS      a JSON list of {"name", "arguments": [...], "fault": [kind, rank, step]}
 
-A cell may have "environment", and "from": [run folder, step], which makes its folder that of a run that was stopped after this
-step: the checkpoint of that step is all that is taken over. Faults come when `step` steps are made: a signal's name, "hang",
-"nan" (a loss), "evaluation" (SIGTERM in one), "taken" (the run folder, by another attempt). Without a fault it is null. Each
-process writes its exit code to NAME.codeRANK, beside the output.
+A cell may have "environment", "loading" (seconds that a load is waited for), and "from": [run folder, step], which makes its
+folder that of a run that was stopped after this step: the checkpoint of that step is all that is taken over. Faults come when
+`step` steps are made: a signal's name, "hang", "nan" (a loss), "evaluation" and "scoring" (SIGTERM in one), "taken" (the run
+folder, by another attempt); "load" is a load that takes `step` seconds more. Without a fault it is null. Each process writes its
+exit code to NAME.codeRANK, beside the output.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import shutil
 import signal
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from curvelora_training.lease import describe_attempt
 
 RANK = int(os.environ["RANK"])
 TRAINER, COMPUTE_LOSS, LEAVE = run_module.AdapterTrainer, Trainer.compute_loss, distributed.leave
+LOAD, SCORE = run_module._load, run_module.score_unseen
 
 
 class Fault(TrainerCallback):
@@ -60,12 +63,21 @@ def prepare(kind: str, rank: int, step: int, folder: Path) -> None:
         *args, callbacks=[*callbacks, Fault(kind, step, folder)], **kwargs
     )
 
+    def load(*args: Any) -> Any:
+        time.sleep(step if kind == "load" else 0)
+        return LOAD(*args)
+
+    def score(*args: Any) -> Any:
+        if kind == "scoring":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return SCORE(*args)
+
     def compute_loss(self: Any, *args: Any, **kwargs: Any) -> Any:
         found = COMPUTE_LOSS(self, *args, **kwargs)
         broken = kind == "nan" and self.model.training and self.state.global_step == step
         return found * math.nan if broken else found
 
-    Trainer.compute_loss = compute_loss
+    Trainer.compute_loss, run_module._load, run_module.score_unseen = compute_loss, load, score
 
 
 def take_over(source: Path, step: int, output: Path) -> None:
@@ -81,9 +93,11 @@ def main() -> None:
     distributed.leave = lambda: None  # the next cell needs the process group
     for cell in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
         run_module.AdapterTrainer, Trainer.compute_loss = TRAINER, COMPUTE_LOSS
+        run_module._load, run_module.score_unseen = LOAD, SCORE
         output = next(o.partition("=")[2] for o in cell["arguments"] if o.startswith("output="))
         before = dict(os.environ)
         os.environ.update(cell.get("environment", {}))
+        distributed.LOADING = timedelta(seconds=cell.get("loading", 3600))
         if cell.get("fault"):
             prepare(*cell["fault"], Path(output))
         if "from" in cell:

@@ -32,6 +32,8 @@ CELLS: dict[str, tuple[list[str], list[Any] | None]] = {
     "ddp signal": (["--resume"], None),
     "ddp evaluation stopped": ([], ["evaluation", 1, 0]),
     "ddp evaluation": (["--resume"], None),
+    "ddp scoring stopped": ([], ["scoring", 0, 0]),
+    "ddp scoring": (["--resume"], None),
     "ddp stop": ([], ["nan", 1, 2]),
     "ddp skip": ([SKIP], ["nan", 1, 2]),
     "ddp rollback": ([BACK, "training.save_every=1"], ["nan", 0, 2]),
@@ -140,6 +142,14 @@ def test_a_signal_to_one_process_stops_both_with_one_checkpoint(
     assert all(torch.equal(tensor, weights(run)[key]) for key, tensor in weights(straight).items())
 
 
+def test_a_signal_while_the_first_process_scores_stops_both(made: Callable[[str], Path]) -> None:
+    run = made("ddp scoring")
+    assert codes(run.with_name("ddp scoring stopped")) == [REQUEUE, REQUEUE] and codes(run) == [0, 0]
+    assert "stopped while the test rows were scored" in made("said").read_text(encoding="utf-8")
+    assert all(torch.equal(tensor, weights(run)[key]) for key, tensor in weights(made("ddp")).items())
+    assert result(run)["steps"] == result(made("ddp"))["steps"] == 4
+
+
 @pytest.mark.parametrize(
     ("engine", "action"),
     [*product(("ddp", "zero1", "zero2", "zero3"), ("skip", "rollback")), ("zero0", "rollback")],
@@ -216,3 +226,21 @@ def test_a_process_that_dies_or_hangs_ends_the_job(
     lease = Lease(run)
     lease.take()
     lease.release()
+
+
+@pytest.mark.slow
+def test_a_slow_load_is_waited_for_and_a_hanging_one_is_not(
+    tmp_path: Path, tiny_models: dict[str, Path], root: Path
+) -> None:
+    path = str(recipe(tmp_path, tiny_models["bert"], root))
+    slow, hung = tmp_path / "slow", tmp_path / "hung"
+    cells = [
+        {"name": "slow", "fault": ["load", 1, 20], "arguments": ["--config", path, f"output={slow}"]},
+        {"name": "hung", "fault": ["load", 1, 15], "arguments": ["--config", path, f"output={hung}"], "loading": 5},
+    ]
+    for cell in cells:
+        cell["arguments"].append("training.timeout_minutes=0.2")
+    done = launch(cells, tmp_path, root, limit=300)
+    assert (tmp_path / "slow.code0").read_text() == "0" and (slow / "adapter").is_dir()
+    assert (tmp_path / "hung.code0").read_text() == "2" and not hung.exists()
+    assert "not every process has loaded the base after 0:00:05" in done.stdout + done.stderr

@@ -113,7 +113,6 @@ def test_sizes_keep_the_rows_of_a_step(size: scripts.Size, root: Path) -> None:
         assert recipe.adapter["method"] == arm
         assert recipe.training.batch_size * recipe.training.accumulation == size.rows
         assert recipe.training.batch_size == size.batch
-        assert recipe.training.timeout_minutes >= (60 if "70b" in size.stem else 10)
     others = {path.stem.rpartition("_")[2] for path in (root / "training/recipes").glob(f"{size.stem}_*.yaml")}
     assert others == set(size.arms)
 

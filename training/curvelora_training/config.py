@@ -92,7 +92,7 @@ class TrainingSpec:
     keep_best: bool = False
     """Write a checkpoint at every new lowest validation loss, and keep the last of them whatever its age."""
     timeout_minutes: Positive = 10.0
-    """A process that waits this long for another one gives up, and the job ends; longer than the slowest load of a base."""
+    """A process that waits this long for another one gives up, and the job ends; two hours while bases are loaded."""
     on_nonfinite: Literal["stop", "skip", "rollback"] = "stop"
     """A step whose loss or gradient is NaN or infinite: end the run, leave the step out, or go back to the newest checkpoint."""
     max_rollbacks: Count = 3

@@ -26,6 +26,7 @@ T = TypeVar("T")
 # How long processes wait for one that writes: a full model on a slow disk takes longer than a collective's usual ten minutes, and
 # one that has died is the launcher's business, which ends the others.
 PATIENCE = timedelta(days=1)
+LOADING = timedelta(hours=2)  # that the fastest process waits for the slowest to load the base
 
 # What DeepSpeed means where no file says more; "auto" takes the trainer's values.
 AUTO = {
@@ -294,6 +295,22 @@ def found_by_the_first(find: Callable[[], T]) -> T:
             problem = UserError(f"{type(error).__name__}: {' '.join(str(error).split())}")
     agree(problem)
     return everyones(found)[0]
+
+
+def all_loaded() -> None:
+    """Wait until every process has its base: a slow disk is no process that hangs, so `training.timeout_minutes` is for later.
+
+    Raises:
+        UserError: some have none after `LOADING`; the first process names them.
+    """
+    if world_size() > 1:
+        try:
+            torch.distributed.monitored_barrier(_patient_group(), timeout=LOADING, wait_all_ranks=True)
+        except RuntimeError as error:
+            why = " ".join(str(error).split())[:300]
+            raise UserError(
+                f"not every process has loaded the base after {LOADING}: look at those of ({why})"
+            ) from error
 
 
 _patient: dict[Any, Any] = {}  # the process group -> its patient one, once it is there

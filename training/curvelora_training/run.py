@@ -31,6 +31,7 @@ from curvelora_training.checkpoint import read_manifest, step_of
 from curvelora_training.config import Recipe
 from curvelora_training.curve_schedule import CurveSchedule, has_schedule
 from curvelora_training.distributed import (
+    all_loaded,
     check_engine,
     engine_in_use,
     found_by_the_first,
@@ -48,7 +49,7 @@ from curvelora_training.prepare import Prepared, attach
 from curvelora_training.run_folder import RunFolder
 from curvelora_training.saving import save_adapter
 from curvelora_training.signals import ASKED
-from curvelora_training.stopping import StopWhenAsked, evaluation_left, stop_before_training
+from curvelora_training.stopping import StopWhenAsked, evaluation_left, stop_before_training, with_the_first
 from curvelora_training.trainer import AdapterTrainer, AtTheStart, Fence, RunLog, StepTimer, peak_memory
 from curvelora_training.zero3 import (
     announce_parameters,
@@ -133,6 +134,7 @@ def _train(prepared: Prepared, resume: bool, overwrite: bool, lease: Lease) -> R
     set_seed(recipe.seed)
     processor = load_processor(recipe.model, task)
     model = _load(prepared, arguments, engine)
+    all_loaded()
     rows = {name: task.encode(found, processor) for name, found in prepared.rows.items() if name != "test"}
     stop_before_training(arguments.device)
     lease.take()
@@ -151,7 +153,9 @@ def _engine(prepared: Prepared) -> Engine:
     asked = trainer_arguments(recipe.training, recipe.model.dtype)
     if by_blocks(recipe, asked.get("deepspeed"), world_size(), prepared.shapes.get_base_model()):
         if rank() == 0 and (idle := idle_keys(asked["deepspeed"])):
-            print(f"ZeRO-3 gathers this base by blocks, so there is nothing for {', '.join(idle)} to act on", flush=True)
+            print(
+                f"ZeRO-3 gathers this base by blocks, so there is nothing for {', '.join(idle)} to act on", flush=True
+            )
         return Engine(asked, asked | {"deepspeed": for_what_trains(asked["deepspeed"])}, "blocks")
     if stage_of(asked.get("deepspeed")) == 3:
         return Engine(asked, asked, "modules")
@@ -252,8 +256,7 @@ def _run(prepared: Prepared, trainer: AdapterTrainer, parts: Parts, checkpoint: 
 
 def _finish(prepared: Prepared, trainer: AdapterTrainer, parts: Parts, shift: OutputChange | None) -> None:
     """Save the adapter, score the unseen rows, and write what came of the run."""
-    recipe, folder = prepared.recipe, parts.folder
-    can_merge = parts.engine.base == "whole"  # a weight in shares cannot be changed
+    folder, can_merge = parts.folder, parts.engine.base == "whole"  # a weight in shares cannot be changed
     result = summary(prepared, trainer, parts.timer, parts.log) | {
         "engine": engine_in_use(trainer),
         "start_shift": shift.as_dict() if shift else folder.logged("start_shift"),
@@ -264,14 +267,21 @@ def _finish(prepared: Prepared, trainer: AdapterTrainer, parts: Parts, shift: Ou
     }
     parts.lease.confirm()
     save_adapter(trainer, prepared, folder)
-    ASKED.let_through(rank() == 0 and can_merge)  # the others have no more to do
-    if rank() == 0 and can_merge and merges_approximately(recipe, parts.model):
+    if can_merge:
+        with_the_first(lambda: _score(prepared, parts, result, can_merge))
+    else:  # every process has a share of the weights, so all of them score the same rows
+        _score(prepared, parts, result, can_merge)
+
+
+def _score(prepared: Prepared, parts: Parts, result: dict[str, Any], can_merge: bool) -> None:
+    """Score the unseen rows, and write the results on the first process."""
+    recipe, folder = prepared.recipe, parts.folder
+    if can_merge and merges_approximately(recipe, parts.model):
         # after the summary, whose peak memory is that of training
         test = prepared.rows.get("test")
         probe = prepared.task.encode(test, parts.processor) if test else parts.rows["train"]
         result["merge_gap"] = measure_gap(parts.model, probe, parts.collate, recipe.training.batch_size).as_dict()
-    if rank() == 0 or not can_merge:  # every process has a share of the weights, so all of them score the same rows
-        evaluation = score_unseen(prepared, parts.model, parts.processor, folder, can_merge)
+    evaluation = score_unseen(prepared, parts.model, parts.processor, folder, can_merge)
     if rank() == 0:
         folder.write_text("adapter/README.md", model_card(recipe, result, evaluation))
         folder.write_json("result.json", result)

@@ -5,12 +5,14 @@ Agreeing is one all-reduce of a single number a step. The trainer waits for the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from curvelora_training.distributed import rank, world_size
+from curvelora.errors import UserError
+from curvelora_training.distributed import agree, everyones, rank, world_size
 from curvelora_training.run_folder import RunFolder
 from curvelora_training.signals import ASKED, Stopped
 
@@ -33,6 +35,30 @@ def stop_before_training(device: torch.device) -> None:
     ASKED.let_through(False)
     if code := asked(device):
         raise Stopped(code, "stopped before the first step, so there was nothing to save: start again")
+
+
+def with_the_first(work: Callable[[], None]) -> None:
+    """Do on the first process what is left for it alone, while the others wait; all of them leave as it does.
+
+    Nobody waits for the others any more, so a signal ends the work at once.
+
+    Raises:
+        Stopped: on every process; a signal asked the first one.
+        UserError: on every process; what the work raised.
+    """
+    code, problem = 0, None
+    if rank() == 0:
+        try:
+            ASKED.let_through(True)
+            work()
+        except Stopped as stopped:
+            code = stopped.code
+        except UserError as error:
+            problem = error
+    ASKED.let_through(False)
+    agree(problem)
+    if code := everyones(code)[0]:
+        raise Stopped(code, "stopped while the test rows were scored: continue with the same command and --resume")
 
 
 def evaluation_left(folder: RunFolder, step: int) -> bool:

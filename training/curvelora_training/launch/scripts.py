@@ -60,7 +60,7 @@ SIZES = (
             notes=(
                 "The base takes 37 GB of each GPU, and nodes exchange the adapter's gradients only. On GPUs of 40 GB add",
                 "training.deepspeed=ds_configs/zero3.json: each GPU holds a share of the base, which goes through the network.",
-                "Each of the 64 processes reads the checkpoint (140 GB) and quantises it (see training.timeout_minutes):",
+                "Each of the 64 processes reads the checkpoint (140 GB) and quantises it:",
                 "copy it to each node's own disk (model.path=/local/...), or have 140 GB of memory free for its cache.",
             ),
         )
