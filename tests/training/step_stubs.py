@@ -36,7 +36,9 @@ tasks = [
 signal.signal(signal.SIGUSR1, lambda number, _: [task.send_signal(number) for task in tasks])
 (run / "tasks.new").write_text(" ".join(str(task.pid) for task in tasks))
 os.rename(run / "tasks.new", run / "tasks")
-sys.exit(max(task.wait() % 256 for task in tasks))
+code = max(task.wait() % 256 for task in tasks)
+signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # Python would die of it on its way out
+sys.exit(code)
 """,
     "torchrun": PYTHON  # dies of SIGUSR1 and SIGTERM, and ends with 1 whatever its processes say
     + """
@@ -54,6 +56,7 @@ sys.exit(any(codes))
     "python": """#!/bin/bash
 [[ $2 == curvelora_training.preflight ]] || exec "$PYTHON" "$@"
 echo "preflight of $RANK: $*"
+echo "${REFUSES:-0}" >"$CURVELORA_EXIT_CODES/$RANK"
 exit "${REFUSES:-0}"
 """,
     "scontrol": """#!/bin/bash
