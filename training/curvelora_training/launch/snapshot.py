@@ -2,8 +2,8 @@
 
 launch/job.sbatch      as it was submitted
 launch/recipe.yaml     the recipe with every default and every override
-launch/code.json       sha256 of the packages' files, which preflight compares at every start; commit, branch and whether there were
-                       changes; package versions where there is no repository
+launch/code.json       sha256 of the packages' files, which preflight compares at every start; commit, branch and whether
+                       there were changes; package versions where there is no repository
 launch/code.diff       those changes, for `git apply` on that commit
 launch/submitted.jsonl a line for each submission
 """
