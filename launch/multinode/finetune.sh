@@ -62,10 +62,11 @@ export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300} # s
 PORT=${PORT:-$((10000 + $(cksum <<<"$RUN" | cut -d ' ' -f 1) % 20000))}
 mkdir -p "$LOGS" "$RUN/launch"
 
-# One process of the training, started by the launcher. `exec`: signals and exit code are Python's own.
+# One process of the training, started by the launcher. `exec`: signals, exit code and number are Python's own.
 process() {
     exec >>"$LOGS/node$NODE_RANK-rank$RANK.log" 2>&1
     heading
+    echo "$BASHPID" >"$SCRATCH/pids/$RANK"
     exec python -m "$MODULE" "$@"
 }
 
@@ -73,33 +74,55 @@ heading() { echo "=== $(hostname), attempt $ATTEMPT, $(date -u +%FT%TZ)" || :; }
 
 # One node's share of a step: the launcher, which runs the command once for each process. Returns the processes' own exit code.
 node() {
-    # The warning signal reaches every process of the step. It would end the launchers, which ignore it like this; Python
-    # processes that train set a handler of their own. SIGTERM is passed on by the launchers, and this shell waits for them.
-    trap '' USR1
-    trap : TERM INT
-    local code=0 threads=$(($(nproc) / PROCESSES))
+    local code launcher interrupted threads=$(($(nproc) / PROCESSES))
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
     # On the node: a build that was killed leaves a lock behind, on which the next one would wait for ever.
     SCRATCH=$(mktemp -d)
-    export TORCH_EXTENSIONS_DIR=$SCRATCH/extensions TRITON_CACHE_DIR=$SCRATCH/triton CURVELORA_EXIT_CODES=$SCRATCH/codes
-    mkdir "$CURVELORA_EXIT_CODES"
-    launch "$@" || code=$?
+    export SCRATCH TORCH_EXTENSIONS_DIR=$SCRATCH/extensions TRITON_CACHE_DIR=$SCRATCH/triton CURVELORA_EXIT_CODES=$SCRATCH/codes
+    mkdir "$CURVELORA_EXIT_CODES" "$SCRATCH/pids"
+    # Where SLURM tracks processes by cgroups it signals this shell alone, elsewhere the launcher and its processes too. So the
+    # shell hands signals on, to training itself: the warning would end a launcher, which ignores it, and not all of them hand
+    # SIGTERM on. Twice does no harm.
+    trap 'pass_on_to_processes USR1' USR1
+    trap 'pass_on_to_processes TERM' TERM
+    trap 'pass_on_to_processes INT' INT
+    (
+        trap '' USR1
+        trap : TERM INT
+        launch "$@"
+    ) &
+    launcher=$!
+    while :; do # a signal that is trapped interrupts `wait`
+        interrupted='' code=0
+        wait "$launcher" || code=$?
+        [[ -n $interrupted ]] || break
+    done
     [[ $code == 0 ]] || as_they_said
     rm -rf "$SCRATCH"
     return "$code"
 }
 
+pass_on_to_processes() {
+    local pids
+    interrupted=1
+    mapfile -t pids < <(cat "$SCRATCH"/pids/* 2>/dev/null)
+    ((${#pids[@]} == 0)) || kill "-$1" "${pids[@]}" 2>/dev/null || :
+}
+
 # Launchers answer 1 whatever their processes said. Sets $code: 2 is an error that its message explains, 75 and 130 are stopped by
-# a signal, where all processes say so; anything else is a crash. (Not by `$(...)`: SIGTERM would end that.)
+# a signal, where every process has said something: 0 are those that had no more to do while the first one scored. A crash says
+# nothing. (Not by `$(...)`: SIGTERM would end that.)
 as_they_said() {
-    local said
-    said=$(sort "$CURVELORA_EXIT_CODES"/* 2>/dev/null | uniq -c) || said=''
-    code=1
-    if [[ $said =~ \ 2$ || $said =~ \ 2$'\n' ]]; then
-        code=2
-    elif [[ $said =~ ^\ *"$PROCESSES"\ (75|130)$ ]]; then
-        code=${BASH_REMATCH[1]}
-    fi
+    local said different
+    said=$(cat "$CURVELORA_EXIT_CODES"/* 2>/dev/null | wc -l) || said=0
+    different=$(sort -nu "$CURVELORA_EXIT_CODES"/* 2>/dev/null | xargs) || different=''
+    case "$said of $PROCESSES: $different" in
+        *" 2" | *" 2 "*) code=2 ;;
+        "$PROCESSES of $PROCESSES: 0") code=0 ;;
+        "$PROCESSES of $PROCESSES: 75" | "$PROCESSES of $PROCESSES: 0 75") code=75 ;;
+        "$PROCESSES of $PROCESSES: 130" | "$PROCESSES of $PROCESSES: 0 130") code=130 ;;
+        *) code=1 ;;
+    esac
 }
 
 with_torchrun() {
@@ -125,7 +148,7 @@ with_deepspeed() {
 
 launch() { "with_$LAUNCHER" "$@"; }
 export -f with_torchrun with_accelerate with_deepspeed
-export -f process heading node as_they_said launch
+export -f process heading node pass_on_to_processes as_they_said launch
 
 # --- one machine's part ------------------------------------------------------------------------------------------------------
 

@@ -1,7 +1,8 @@
 """In the place of training, to try the job script in a second: does what the plan says for this attempt.
 
 `PLAN` has a word an attempt, the last one for all later ones: an exit code; `save+CODE` leaves a new checkpoint first; `listen`
-waits for SIGUSR1 and leaves with 75; `taken` is a port that another program has taken, in the first try only.
+waits for a signal and leaves as training does (75, SIGINT: 130); `score` does so in the first process alone, the others are done;
+`taken` is a port that another program has taken, in the first try only.
 """
 
 from __future__ import annotations
@@ -32,8 +33,11 @@ def main() -> int:
             print("RuntimeError: The server socket has failed to listen: EADDRINUSE", flush=True)
             return 1
         return leave(0)
-    if word == "listen":
-        signal.signal(signal.SIGUSR1, lambda *_: sys.exit(leave(75)))
+    if word == "score" and os.environ["RANK"] != "0":
+        return leave(0)
+    if word in ("listen", "score"):
+        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda found, _: sys.exit(leave(130 if found == signal.SIGINT else 75)))
         (run / f"listening-{os.environ['RANK']}").touch()
         time.sleep(120)
         return 1

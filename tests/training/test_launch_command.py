@@ -17,6 +17,7 @@ from curvelora_training.launch.cluster import partitions
 from curvelora_training.launch.job import Job, seconds
 from curvelora_training.launch.render import render
 from curvelora_training.launch.submission import share_of
+from curvelora_training.preflight.code import hash_of_code
 from launch_stubs import Slurm
 
 Launch = Callable[..., tuple[int, str, str]]
@@ -74,7 +75,8 @@ def test_a_run_is_submitted(slurm: Slurm, launch: Launch, recipe: dict[str, Any]
     (line,) = (run / "launch/submitted.jsonl").read_text().splitlines()
     noted = json.loads(line)
     assert (noted["job"], noted["processes"], noted["kind"]) == ("4711", 4, "train") and "seed=7" in noted["overrides"]
-    assert json.loads((run / "launch/code.json").read_text())["versions"]["torch"]
+    code = json.loads((run / "launch/code.json").read_text())
+    assert code["versions"]["torch"] and code["sha256"] == hash_of_code()
 
     # while that job is in the queue there is no second one for its folder
     slurm.says("squeue", "PENDING\n")

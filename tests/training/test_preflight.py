@@ -20,7 +20,8 @@ from curvelora.errors import UserError
 from curvelora_training.preflight import command
 from curvelora_training.preflight.allreduce import Ring, check_sum, measure
 from curvelora_training.preflight.check import Asked, Found, Machine, check
-from curvelora_training.preflight.facts import describe_node, hash_of_code
+from curvelora_training.preflight.code import changed_code, hash_of_code
+from curvelora_training.preflight.facts import describe_node
 from curvelora_training.preflight.judge import Bounds
 from curvelora_training.preflight.meeting import Absent, Meeting
 from curvelora_training.preflight.page import lines, record_of
@@ -219,6 +220,18 @@ def test_the_command_on_one_machine(
     assert f"code {hash_of_code()[:12]}" in shown and "there is one process" in shown
     assert kept["nodes"][0]["code"] == describe_node(Place())["code"] == hash_of_code()
     assert kept["nodes"][0]["run_folder"]["free_bytes"] > 0
+
+    submitted = tmp_path / "run/launch/code.json"
+    submitted.parent.mkdir(parents=True)
+    for code, commit, changed in ((hash_of_code(), "c0ffee", False), ("0" * 64, "c0ffee", True), ("0" * 64, None, True)):
+        submitted.write_text(json.dumps({"commit": commit, "sha256": code}))
+        assert preflight("--run-folder", str(tmp_path / "run"), "--min-disk", "0") == 0
+        shown = capsys.readouterr().out
+        assert ("the code has changed since the job was submitted" in shown) == changed
+        assert not changed or f"000000000000 then (commit {commit or 'unknown'}" in shown
+    for unknown in ("{}", "[]", "no json"):
+        submitted.write_text(unknown)
+        assert changed_code(tmp_path / "run", hash_of_code()) is None
 
     (tmp_path / "file").write_text("")
     refused = ("--run-folder", str(tmp_path / "file/run"), "--expect-gpus", "99", "--json", str(record))

@@ -48,7 +48,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--time", metavar="LIMIT", help="of one job, HH:MM:SS or D-HH:MM:SS; the run may take longer")
     warning = "how long before the limit it saves and is queued again (default %(default)s)"
     group.add_argument("--warning-seconds", type=int, default=300, metavar="N", help=warning)
-    group.add_argument("--max-requeues", type=int, default=20, metavar="N", help="then it gives up (default 20)")
+    bound = "starts that the script asks for, then it gives up; not SLURM's own, after a preemption (default 20)"
+    group.add_argument("--max-requeues", type=int, default=20, metavar="N", help=bound)
     group.add_argument("--dependency", metavar="afterok:ID", help="start after another job")
     group = parser.add_argument_group("instead of submitting")
     group.add_argument("--print", action="store_true", dest="show", help="show the script")

@@ -2,7 +2,8 @@
 
 launch/job.sbatch      as it was submitted
 launch/recipe.yaml     the recipe with every default and every override
-launch/code.json       commit, branch and whether there were changes; package versions where there is no repository
+launch/code.json       sha256 of the packages' files, which preflight compares at every start; commit, branch and whether
+                       there were changes; package versions where there is no repository
 launch/code.diff       those changes, for `git apply` on that commit
 launch/submitted.jsonl a line for each submission
 """
@@ -17,6 +18,7 @@ from typing import Any
 
 from curvelora_eval.environment import PACKAGES, installed_version
 from curvelora_eval.files import make_folder, write_json, write_text
+from curvelora_training.preflight.code import hash_of_code
 
 LARGEST = (
     1 << 20
@@ -39,7 +41,7 @@ def write_snapshot(run_folder: Path, script: str, recipe: str, here: Path = Path
     """
     folder = make_folder(run_folder / FOLDER)
     record, diff = code_state(here)
-    write_json(folder / "code.json", record)
+    write_json(folder / "code.json", record | {"sha256": hash_of_code()})
     write_text(folder / "code.diff", diff)
     write_text(folder / RECIPE, recipe)
     return write_text(folder / SCRIPT, script)

@@ -13,6 +13,7 @@ import torch
 from curvelora.errors import UserError
 from curvelora_training.preflight.allreduce import SIZES, measure
 from curvelora_training.preflight.clocks import clock_skew
+from curvelora_training.preflight.code import changed_code
 from curvelora_training.preflight.facts import describe_node, own_gpu, visible_gpus
 from curvelora_training.preflight.folder import PATIENCE, SAMPLE, look_at_folder
 from curvelora_training.preflight.judge import Bounds, Verdict, judge, judge_reduction
@@ -83,6 +84,8 @@ def check(meeting: Meeting, asked: Asked, machine: Machine) -> tuple[bool, Found
         _share_gpus(records)
         found = Found(records, judge(records, asked.bounds))
         found.verdict.refusals[:0] = (errors := _errors(records))
+        if asked.folder is not None and found.leaders and (why := changed_code(asked.folder, found.leaders[0]["node"]["code"])):
+            found.verdict.warnings.append(why)
         plan = {
             "reduce": found.verdict.reducible and not errors,
             "nodes": _by_node(records),

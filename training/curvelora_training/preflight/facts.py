@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
 import platform
 import shutil
 from pathlib import Path
@@ -12,9 +10,9 @@ from typing import Any
 import torch
 
 from curvelora_eval.environment import describe_environment
+from curvelora_training.preflight.code import hash_of_code
 from curvelora_training.preflight.place import Place
 
-PACKAGES = ("curvelora", "curvelora_eval", "curvelora_training")
 GIB = 1 << 30
 
 
@@ -33,19 +31,6 @@ def describe_node(place: Place) -> dict[str, Any]:
         "hardware": environment["hardware"],
         "platform": environment["platform"],
     }
-
-
-def hash_of_code() -> str:
-    """SHA-256 over names and contents of all source and data files of the three packages, wherever they are installed."""
-    digest = hashlib.sha256()
-    for package in PACKAGES:
-        folder = Path(importlib.util.find_spec(package).origin).parent
-        for file in sorted(folder.rglob("*")):
-            if file.is_file() and "__pycache__" not in file.parts:
-                content = file.read_bytes()
-                digest.update(f"{package}/{file.relative_to(folder).as_posix()}\0{len(content)}\0".encode())
-                digest.update(content)
-    return digest.hexdigest()
 
 
 def visible_gpus(own: int | None) -> dict[str, Any]:
