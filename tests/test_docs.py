@@ -110,6 +110,7 @@ def in_a_process(command: list[str], place: Path) -> tuple[int, str]:
     return done.returncode, done.stdout[-1500:] + done.stderr[-1500:]
 
 
+@pytest.mark.timeout(1800)  # of all commands; each has its own
 @pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["quick", "whole"])
 def test_every_command_of_the_readme_runs(
     root: Path,
