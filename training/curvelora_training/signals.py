@@ -20,7 +20,7 @@ from typing import Any
 REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, start me again
 INTERRUPTED = 130
 CODES = {signal.SIGTERM: REQUEUE, signal.SIGUSR1: REQUEUE, signal.SIGINT: INTERRUPTED}
-# Seconds in which a second SIGINT or SIGTERM is the first one's echo: a terminal and SLURM send one to every process, and
+# Seconds in which a second SIGINT or SIGTERM is the first one's echo: a terminal and some SLURMs send one to every process, and
 # launchers pass their own on to their children, who have it already.
 ECHO = 3.0
 
