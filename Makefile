@@ -13,7 +13,7 @@ export HF_HUB_OFFLINE = 1
 help:
 	@echo "make demo       LoRAN, RanLoRA and AuroRA against QLoRA on real sentences (runs/demo/report.html)"
 	@echo "make lab        what Sinter costs, whether it is stable and whether it is there (runs/lab/report.html)"
-	@echo "make test       the test suite (about 17 minutes on 2 cores)"
+	@echo "make test       the test suite (about 15 minutes on 2 cores)"
 	@echo "make test-slow  the tests that take minutes each"
 	@echo "make test-slurm the job script on a SLURM of three nodes, which it installs and starts; root, Debian (4 minutes)"
 	@echo "make test-slurm-all   the same, with everything that can happen to a job"
