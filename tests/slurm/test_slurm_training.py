@@ -160,7 +160,8 @@ def test_preemption(submit: Callable[..., Submitted], straight: Path, cluster: C
     """Another partition takes all nodes: a checkpoint within the grace time, and the rest when they are back."""
     job = submit(held=2)
     job.reaches(6)
-    done = cluster.run("sbatch", "--parsable", "--partition=urgent", "--nodes=3", "--exclusive", "--wrap=sleep 5")
+    other = ("--partition=urgent", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap=sleep 5")
+    done = cluster.run("sbatch", "--parsable", *other)
     assert done.returncode == 0, done.stderr
     assert check_resumed(job, straight) >= 6
 
