@@ -48,14 +48,15 @@ def with_the_first(work: Callable[[], None]) -> None:
     """
     code, problem = 0, None
     if rank() == 0:
-        try:
+        try:  # around all of it: a signal may come between two lines, and the others have to learn of it
             ASKED.let_through(True)
-            work()
+            try:
+                work()
+            except UserError as error:
+                problem = error
+            ASKED.let_through(False)
         except Stopped as stopped:
             code = stopped.code
-        except UserError as error:
-            problem = error
-    ASKED.let_through(False)
     agree(problem)
     if code := everyones(code)[0]:
         raise Stopped(code, "stopped while the test rows were scored: continue with the same command and --resume")
