@@ -7,12 +7,13 @@ import functools
 import gzip
 import itertools
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
-from datasets import Image
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from PIL import Image as Pillow
 from transformers import LlamaConfig, RobertaConfig, ViTConfig
 
@@ -50,9 +51,6 @@ STAND_INS = {
 # the rows of each file, in the format in which the data set is published
 ROWS: dict[str, Any] = {
     "gsm8k/test.jsonl": [{"question": "1 + 1?", "answer": "2\n#### 2"}],
-    "metamath.json": [
-        {"query": "1 + 1?", "response": "The answer is: 2", "type": "GSM", "original_question": "1 + 1?"}
-    ],
     "sst2/train.tsv.gz": "sentence\tlabel\nfine\t1\npoor\t0\n",
     "sst2/dev.tsv": "sentence\tlabel\nfine\t1\npoor\t0\n",
 }
@@ -72,6 +70,28 @@ for _part in ("train", "dev"):
     _pairs = "\tlabel\n0\tA cat.\tAn animal.\tentailment\n1\tA cat.\tA dog.\tnot_entailment\n"
     ROWS[f"rte/{_part}.tsv"] = "index\tsentence1\tsentence2" + _pairs
     ROWS[f"qnli/{_part}.tsv.gz"] = "index\tquestion\tsentence" + _pairs
+# hub name -> (splits, image column, label column)
+IMAGE_SETS = {
+    "uoft-cs/cifar100": (("train", "test"), "img", "fine_label"),
+    "timm/oxford-iiit-pet": (("train", "test"), "image", "label"),
+    "timm/eurosat-rgb": (("train", "validation", "test"), "image", "label"),
+    "timm/resisc45": (("train", "validation", "test"), "image", "label"),
+    "Multimodal-Fatima/StanfordCars_train": (("train",), "image", "label"),
+    "Multimodal-Fatima/StanfordCars_test": (("test",), "image", "label"),
+    "Multimodal-Fatima/FGVC_Aircraft_train": (("train",), "image", "label"),
+    "Multimodal-Fatima/FGVC_Aircraft_test": (("test",), "image", "label"),
+}
+
+
+def write_hub(folder: Path) -> None:
+    """The hub's data sets as folders of their names, which are found before the hub is asked."""
+    query = {"query": "1 + 1?", "response": "The answer is: 2", "type": "GSM", "original_question": "1 + 1?"}
+    DatasetDict(train=Dataset.from_list([query])).save_to_disk(str(folder / "meta-math/MetaMathQA"))
+    picture = Pillow.new("RGB", (32, 32))
+    for name, (splits, image, label) in IMAGE_SETS.items():
+        features = Features({image: Image(), label: ClassLabel(names=["one", "other"])})
+        rows = Dataset.from_dict({image: [picture] * 2, label: [0, 1]}, features=features)
+        DatasetDict(dict.fromkeys(splits, rows)).save_to_disk(str(folder / name))
 
 
 def write_rows(folder: Path) -> None:
@@ -93,6 +113,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder as users have it: rows below data/, and stand-ins with the modules of the real models."""
     folder = tmp_path_factory.mktemp("recipes")
     write_rows(folder / "data")
+    write_hub(folder)
     for name, config in STAND_INS.items():
         config.save_pretrained(folder / name)
     return folder
@@ -103,16 +124,15 @@ def raw(name: str) -> dict[str, Any]:
     return read_yaml((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
 
 
+loaded = functools.cache(load_recipe)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_dry_run_on_a_stand_in(name: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
-    recipe = load_recipe(name)
-    overrides = [f"model.path={MODELS[recipe.model.path][0]}"]
-    if recipe.data.train.path == "meta-math/MetaMathQA":
-        overrides.append("data.train={path: data/metamath.json}")
-    prepared = load_and_prepare(Path(name), overrides)
+    prepared = load_and_prepare(Path(name), [f"model.path={MODELS[raw(name)['model']['path']][0]}"])
 
-    wanted = set(recipe.adapter["target_modules"])
+    wanted = set(raw(name)["adapter"]["target_modules"])
     base = prepared.shapes.base_model
     adapted = {module.rpartition(".")[2] for module in base.targeted_module_names}
     if wanted == {"q_proj", "v_proj", "query", "value"}:  # either pair, as transformers' version has it
@@ -144,7 +164,7 @@ def layers_of(shape: str | tuple[int, int]) -> tuple[int, dict[str, tuple[int, i
 
 def count(name: str) -> int:
     """What the adapter trains on the real model, by the method's formula."""
-    recipe = load_recipe(name)
+    recipe = loaded(name)
     layers, shapes = layers_of(MODELS[recipe.model.path][1])
     targets = recipe.adapter["target_modules"]
     if len(targets) == 4:
@@ -170,6 +190,10 @@ COUNTED = {
     "vit_large_cifar10_ranlora": 196_704,
     "vit_large_cifar10_aurora": 197_568,
     "vit_large_cifar10_lora": 1_572_864,
+    "roberta_base_cola_qlora": 73_728,
+    "roberta_large_qnli_aurora": 197_568,
+    "vit_base_cifar100_qlora": 73_728,
+    "vit_large_fgvc_qlora": 196_608,
     "llama2_7b_samsum_loran": 33_554_432,
     "llama2_7b_20newsgroups_qlora": 33_554_432,
     "llama2_13b_samsum_loran": 52_428_800,
@@ -209,7 +233,7 @@ def test_every_launch_line_has_the_rows_of_a_step(name: str) -> None:
         itertools.takewhile(lambda line: line.startswith("#"), (FOLDER / f"{name}.yaml").open(encoding="utf-8"))
     )
     head = head.replace("\\\n#  ", "")
-    recipe, stated = load_recipe(name), int(re.search(r"processes = (\d+) in every line", head)[1])
+    recipe, stated = loaded(name), int(re.search(r"processes = (\d+) in every line", head)[1])
     lines = [line.split() for line in re.findall(r"^#   (\S.*)$", head, re.MULTILINE)]
     if name.startswith("llama") and recipe.method.name == "ranlora":
         asked = vars(prepare_arguments().parse_args(lines.pop(0)[2:]))
@@ -225,10 +249,16 @@ def test_every_launch_line_has_the_rows_of_a_step(name: str) -> None:
     assert recipe.training.batch_size * recipe.training.accumulation == stated
     for line, option in zip(lines, ("--config", "--config", "--recipe"), strict=True):
         assert line[line.index(option) + 1] == name
-        changed = load_recipe(name, [word for word in line if re.match(r"training\.\w+=", word)]).training
+        changed = {
+            "training.batch_size": recipe.training.batch_size,
+            "training.accumulation": recipe.training.accumulation,
+        }
+        words = dict(word.split("=") for word in line if "=" in word)
+        assert words.keys() <= changed.keys(), line
+        rows = math.prod(map(int, (changed | words).values()))
         value = lambda key: int(line[line.index(key) + 1]) if key in line else 1  # noqa: B023, E731
         processes = value("--nproc-per-node") * value("--nodes") * value("--gpus-per-node")
-        assert changed.batch_size * changed.accumulation * processes == stated, line
+        assert rows * processes == stated, line
 
 
 def prepare_arguments() -> argparse.ArgumentParser:
@@ -264,6 +294,10 @@ def test_counterparts_differ_in_the_adapter_alone() -> None:
             if {own, other} <= methods:
                 stated = {"training.learning_rate"} if stem == "llama3_8b_commonsense" else set()
                 assert differences(f"{stem}_{own}", f"{stem}_{other}") <= stated
+        if {"lora", "qlora"} <= methods and "published" not in raw(f"{stem}_qlora"):
+            assert differences(f"{stem}_qlora", f"{stem}_lora") == {"model"}
+            stored = {"dtype": "bfloat16", "quantization": "nf4", "double_quantization": True}
+            assert raw(f"{stem}_qlora")["model"] == raw(f"{stem}_lora")["model"] | stored
         if {"aurora", "ranlora"} <= methods:  # each paper has its own rate, epochs and seed
             stated = {"seed", "training.learning_rate", "training.epochs"}
             assert differences(f"{stem}_aurora", f"{stem}_ranlora") <= stated

@@ -7,6 +7,7 @@ takes `method` and that method's own options, checked against the method's confi
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -236,9 +237,15 @@ def parse_recipe(raw: dict[str, Any], source: str) -> Recipe:
 def _validate(raw: dict[str, Any]) -> tuple[Recipe | None, list[Any]]:
     """(the recipe, no errors) or (None, pydantic's errors)."""
     try:
-        return TypeAdapter(Recipe).validate_python(raw), []
+        return _form().validate_python(raw), []
     except ValidationError as error:
         return None, error.errors()
+
+
+@functools.cache
+def _form() -> TypeAdapter[Recipe]:
+    """The checks of a recipe; to build them takes longer than to run them."""
+    return TypeAdapter(Recipe)
 
 
 def _drop(raw: dict[str, Any], location: list[str]) -> None:
