@@ -13,13 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from bitsandbytes.nn import Linear4bit
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image
 from PIL import Image as Pillow
-from transformers import LlamaConfig, RobertaConfig, ViTConfig
+from torch import nn
+from transformers import AutoModel, LlamaConfig, RobertaConfig, ViTConfig
 
 from curvelora import prepare_command
 from curvelora.errors import UserError
 from curvelora.registry import METHODS
+from curvelora_eval.models import HEADS, load_base
 from curvelora_training import recipes, recipes_command
 from curvelora_training.bench.shapes import SHAPES
 from curvelora_training.config import RecipeError, load_recipe, parse_recipe, read_yaml
@@ -143,6 +147,23 @@ def test_a_dry_run_on_a_stand_in(name: str, place: Path, monkeypatch: pytest.Mon
         for role, pattern in prepared.task.roles(rows).items():
             if not isinstance(rows.features.get(pattern), Image):
                 assert str(prepared.task.values(rows, role)[0]).strip(), (role, pattern)
+
+
+@pytest.mark.parametrize("name", ["roberta_base_rte_qlora", "vit_large_fgvc_qlora"])
+def test_a_base_in_nf4_has_a_plain_head(name: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All linear layers are quantised but the head's; embeddings, of patches too, are as they were."""
+    monkeypatch.chdir(place)
+    kind = MODELS[raw(name)["model"]["path"]][0]
+    AutoModel.from_config(STAND_INS[kind]).save_pretrained("weights")
+    prepared = load_and_prepare(Path(name), ["model.path=weights"])
+    model = load_base(prepared.recipe.model, prepared.task, torch.device("cpu"), trained=HEADS)
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d, nn.Embedding))}
+    plain = {n for n, m in layers.items() if not isinstance(m, Linear4bit)}
+    assert (
+        plain == {n for n in layers if n.startswith("classifier") or "embeddings" in n}
+        and len(layers) - len(plain) == 6
+    )
+    assert {layers[n].weight.dtype for n in plain} == {torch.bfloat16}
 
 
 def layers_of(shape: str | tuple[int, int]) -> tuple[int, dict[str, tuple[int, int]]]:

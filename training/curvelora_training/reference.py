@@ -31,14 +31,16 @@ RECIPES = """## Recipes that come with the project
 Names are MODEL_TASK_METHOD. Each says at its head what it reproduces, from which source, what its rows look like and how it is
 launched. A line that says "not stated" (in the paper) or "not recorded" (here: the paper has a value that could not be had, or a
 range) is a choice of this project, with its reason. What a paper prints for the run stands in `published`, and `curvelora report`
-shows it beside what was measured. Those of source `ours` are in no paper. Models have their names on the hub; rows lie under
-`data/`, in the formats in which the data sets are published.
+shows it beside what was measured. Those of source `ours` are in no paper. Models have their names on the hub; so have some data
+sets, and the rows of the others lie under `data/`, in the formats in which they are published.
 """
 MISSING = """### What is not there
 
-* QLoRA counterparts of the RoBERTa tasks but MRPC, and of ViT; of LoRAN likewise.
-* RoBERTa-large has CoLA and MRPC only, of the six GLUE tasks of RoBERTa-base.
-* ViT has CIFAR-10 only.
+* LoRAN on other GLUE tasks than MRPC, and on images: no source says that it was run there. QLoRA is there for each of them.
+* DTD, the eighth of AuroRA's image sets: FourierFT, whose setting AuroRA takes, draws its test images at random.
+* The image sets of RanLoRA's paper are not recorded: its recipes stand beside AuroRA's, on CIFAR-10 and six other sets.
+* Random crops and mirrored images, which FourierFT trains on.
+* Subject-driven generation with SDXL (AuroRA): there are no diffusion models here.
 * Plain LoRA on Llama-3-70B: its counterpart there is QLoRA, as for everything at 70B.
 * The learning rate of each task in RanLoRA's tables 12 to 15 is not recorded: recipes have one rate, and say at that line whence.
 """
