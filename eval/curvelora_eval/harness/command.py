@@ -22,10 +22,14 @@ INSTALL = f"pip install lm-eval=={PINNED}"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Define the arguments of `curvelora lm-eval`."""
-    parser.add_argument("--model", help="folder or hub name of the base model (default: what the adapter was trained on)")
+    parser.add_argument(
+        "--model", help="folder or hub name of the base model (default: what the adapter was trained on)"
+    )
     parser.add_argument("--adapter", type=Path, help="folder of a saved adapter; without it the bare model is scored")
     parser.add_argument("--task", help="our tasks, comma-separated: boolq,arc_easy (`curvelora tasks` lists them)")
-    parser.add_argument("--data-dir", type=Path, help="folder with the rows of our tasks; without it they come from the hub")
+    parser.add_argument(
+        "--data-dir", type=Path, help="folder with the rows of our tasks; without it they come from the hub"
+    )
     parser.add_argument("--harness-task", help="lm-eval's own tasks, or those of --include, comma-separated")
     parser.add_argument(
         "--include",
@@ -35,12 +39,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="folder of task files in lm-eval's format; repeatable. They can run Python code of that folder",
     )
-    parser.add_argument("--out", required=True, type=Path, help="folder for task files, results and the scores of every row")
+    parser.add_argument(
+        "--out", required=True, type=Path, help="folder for task files, results and the scores of every row"
+    )
     parser.add_argument("--split", help="split of our tasks (default: each task's own)")
     parser.add_argument("--limit", type=int, help="score only the first so many rows of each task")
-    parser.add_argument("--num-fewshot", type=int, help="examples before each row (default 0; lm-eval's tasks say themselves)")
+    parser.add_argument(
+        "--num-fewshot", type=int, help="examples before each row (default 0; lm-eval's tasks say themselves)"
+    )
     parser.add_argument("--batch-size", type=int, default=32, help="requests a batch (default 32)")
-    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="storage and compute dtype of the base")
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float16", "float32"), help="storage and compute dtype of the base"
+    )
     parser.add_argument("--quantization", choices=("none", "nf4", "int8"), help="storage of the base's linear layers")
 
 
@@ -71,10 +81,14 @@ def run(args: argparse.Namespace) -> int:
     wrapped = AdaptedModel(model, tokenizer, args.batch_size, facts)
     started = time.perf_counter()
     results = harness.evaluate(wrapped, names, manager, args.num_fewshot, args.limit)
-    facts["seconds"] = time.perf_counter() - started
+    facts |= {"seconds": time.perf_counter() - started, "requests_cut": wrapped.cut}
     facts["tasks"] = {task_name(one): task_facts(one, rows[one.name]["test"]) for one in chosen}
     kept = harness.keep(args.out, results, facts | describe_environment())
     print(harness.table(results, {task: about["rows_in_words"] for task, about in facts["tasks"].items()}))
+    if wrapped.cut:
+        print(
+            f"{wrapped.cut} requests were longer than the model's {wrapped.max_length} tokens: lm-eval cut their beginning off"
+        )
     print(f"written: {kept}")
     return 0
 

@@ -34,7 +34,9 @@ def base_of(args: argparse.Namespace) -> ModelSpec:
         where = f"{args.adapter} has no task.json" if args.adapter else "there is no --adapter to take it from"
         raise UserError(f"the base model is not known ({where}): give --model")
     if stored and stored[1].kind != "causal_lm":
-        raise UserError(f"{args.adapter} was trained for {stored[1].kind}, and lm-eval runs causal language models only")
+        raise UserError(
+            f"{args.adapter} was trained for {stored[1].kind}, and lm-eval runs causal language models only"
+        )
     said = {"path": args.model, "dtype": args.dtype, "quantization": args.quantization}
     spec = stored[0] if stored else ModelSpec(path=args.model)
     # never from the folder: an adapter from elsewhere must not switch this on

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from datasets import disable_progress_bars
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 
 from curvelora.errors import UserError, nearest
 from curvelora_eval.environment import installed_version
 from curvelora_eval.files import write_json, write_text
-from curvelora_eval.harness.model import AdaptedModel
+from curvelora_eval.harness.model import AdaptedModel, quiet
 
 RESULTS = "results.json"
 # parts of lm-eval's results that are ours already or no result
@@ -63,8 +62,9 @@ def evaluate(
     Raises:
         UserError: lm-eval could not read a task or its rows.
     """
+    disable_progress_bars()  # of reading the task files; the bar of the requests stays
     try:
-        with _quiet():
+        with quiet():
             return simple_evaluate(
                 model=model,
                 tasks=list(tasks),
@@ -78,7 +78,7 @@ def evaluate(
                 torch_random_seed=seed,
                 fewshot_random_seed=seed,
             )
-    except (OSError, ValueError, KeyError, ImportError, TypeError) as error:
+    except (OSError, ValueError, KeyError, ImportError, TypeError, AssertionError) as error:
         raise UserError(f"lm-eval stopped: {type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
 
 
@@ -131,15 +131,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
         return None
     return value if value is None or isinstance(value, str | int | float) else str(value)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without lm-eval's warnings about a model object instead of a name, which is what we mean."""
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

@@ -1,4 +1,4 @@
-"""A named task as local files of lm-evaluation-harness: one YAML and the rows as JSON lines, made from the loglikelihood protocol.
+"""A named task as local files of lm-evaluation-harness: a YAML and the rows, made from the loglikelihood protocol.
 
 The rows hold finished texts, so no template is filled in a second time and the requests are those of `curvelora eval`:
 
@@ -61,7 +61,9 @@ def write_task(folder: Path, benchmark: Benchmark, splits: dict[str, LoadedRows]
         lines = "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in documents)
         files[split] = str(write_text(folder / f"{name}.{split}.jsonl", lines).resolve())
     if len(forms) > 1:
-        raise UserError(f"the rows of {benchmark.name} have choices of two forms, which one task of lm-eval cannot hold")
+        raise UserError(
+            f"the rows of {benchmark.name} have choices of two forms, which one task of lm-eval cannot hold"
+        )
     config = {"task": name, "dataset_path": "json", "dataset_kwargs": {"data_files": files}, "test_split": "test"}
     if "fewshot" in splits:
         config["fewshot_split"] = "fewshot"
@@ -95,7 +97,9 @@ def document(protocol: Any, row: Row) -> dict[str, Any]:
 
 def _without_delimiter(ending: str, row: Row) -> str:
     if not ending.startswith(DELIMITER):
-        raise UserError(f"row {row.id}: the choice {ending!r} does not begin with a space, which lm-eval puts before it")
+        raise UserError(
+            f"row {row.id}: the choice {ending!r} does not begin with a space, which lm-eval puts before it"
+        )
     return ending[len(DELIMITER) :]
 
 
