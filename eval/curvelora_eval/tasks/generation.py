@@ -5,7 +5,6 @@ Decoding is deterministic: greedy, `do_sample=False`, whatever the checkpoint's 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -171,11 +170,3 @@ def generate(
         for i, text in zip(chosen, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
             outputs[i] = text
     return outputs
-
-
-def perplexity(losses: list[float], tokens: list[int]) -> float:
-    """exp of the mean negative log-likelihood a token (infinite where that overflows)."""
-    try:
-        return math.exp(sum(losses) / max(1, sum(tokens)))
-    except OverflowError:
-        return math.inf
