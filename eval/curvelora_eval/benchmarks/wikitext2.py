@@ -1,0 +1,36 @@
+"""WikiText-2: verified Wikipedia articles (Merity et al. 2016, arXiv 1609.07843)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from curvelora_eval.benchmarks import texts
+from curvelora_eval.benchmarks.base import Benchmark, Row, Split
+from curvelora_eval.benchmarks.loading import read_text
+
+
+def read(path: Path, split: str) -> list[Row]:
+    """The whole file as one text."""
+    return [Row(split, {"text": read_text(path)}, None)]
+
+
+BENCHMARK = Benchmark(
+    name="wikitext2",
+    kind="language_modelling",
+    title="WikiText-2, Wikipedia articles in words",
+    source="arXiv 1609.07843 (CC BY-SA 3.0)",
+    splits={
+        "train": Split(("wikitext-2/train.txt", "wikitext-2/wiki.train.tokens"), 36718),
+        "validation": Split(("wikitext-2/valid.txt", "wikitext-2/wiki.valid.tokens"), 3760),
+        "test": Split(("wikitext-2/test.txt", "wikitext-2/wiki.test.tokens"), 4358),
+    },
+    default_split="test",
+    read=read,
+    protocols=texts.PROTOCOLS,
+    unit="lines",
+    count=texts.lines,
+    take=texts.first_lines,
+    notes=(
+        "Rare words are written <unk> (wikitext-2-v1), so scores differ from those on wikitext-2-raw-v1, which most papers use.",
+    ),
+)
