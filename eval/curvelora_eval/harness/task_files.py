@@ -72,8 +72,8 @@ def write_task(folder: Path, benchmark: Benchmark, splits: dict[str, LoadedRows]
         config |= {"doc_to_text": "gold", "doc_to_choice": "contexts", "doc_to_target": "ending"}
     else:
         config |= {"doc_to_text": "context", "doc_to_choice": "choices", "doc_to_target": "gold"}
-    # normalised by the length of a choice, which means nothing where the choices are contexts
-    metrics = ["acc"] if forms == {True} else ["acc", "acc_norm"]
+    normalised = any(score.prediction == "prediction_norm" for score in protocol.scores)
+    metrics = ["acc", "acc_norm"] if normalised else ["acc"]
     config["metric_list"] = [{"metric": m, "aggregation": "mean", "higher_is_better": True} for m in metrics]
     config["metadata"] = {"version": f"{benchmark.version}.{protocol.version}"}
     return write_text(folder / f"{name}.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
