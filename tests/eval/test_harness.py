@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +11,9 @@ import torch
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from curvelora.errors import UserError
 from curvelora_eval.benchmarks import Benchmark, LoadedRows, Row, Split
 from curvelora_eval.benchmarks.protocols import ChoiceProtocol
 from curvelora_eval.benchmarks.protocols.choices import NORMALISED, PLAIN
-from curvelora_eval.harness import command
 from curvelora_eval.predict.batches import plan
 from curvelora_eval.predict.choices import Choices
 

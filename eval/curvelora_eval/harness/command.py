@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from curvelora.errors import UserError
+from curvelora_eval import language_model
 
 PINNED = "0.4.13"
 INSTALL = f"pip install lm-eval=={PINNED}"
@@ -22,10 +23,7 @@ INSTALL = f"pip install lm-eval=={PINNED}"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Define the arguments of `curvelora lm-eval`."""
-    parser.add_argument(
-        "--model", help="folder or hub name of the base model (default: what the adapter was trained on)"
-    )
-    parser.add_argument("--adapter", type=Path, help="folder of a saved adapter; without it the bare model is scored")
+    language_model.add_arguments(parser)
     parser.add_argument("--task", help="our tasks, comma-separated: boolq,arc_easy (`curvelora tasks` lists them)")
     parser.add_argument(
         "--data-dir", type=Path, help="folder with the rows of our tasks; without it they come from the hub"
@@ -48,10 +46,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--num-fewshot", type=int, help="examples before each row (default 0; lm-eval's tasks say themselves)"
     )
     parser.add_argument("--batch-size", type=int, default=32, help="requests a batch (default 32)")
-    parser.add_argument(
-        "--dtype", choices=("bfloat16", "float16", "float32"), help="storage and compute dtype of the base"
-    )
-    parser.add_argument("--quantization", choices=("none", "nf4", "int8"), help="storage of the base's linear layers")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -61,14 +55,13 @@ def run(args: argparse.Namespace) -> int:
     from curvelora_eval.environment import describe_environment
     from curvelora_eval.files import check_folder, make_folder
     from curvelora_eval.harness import run as harness
-    from curvelora_eval.harness.loading import adapter_facts, base_of, load
     from curvelora_eval.harness.model import AdaptedModel
     from curvelora_eval.harness.task_files import loglikelihood, task_facts, task_name, write_task
 
     chosen = [benchmarks.get(name) for name in ours]
     for benchmark in chosen:
         loglikelihood(benchmark)
-    spec = base_of(args)
+    spec = language_model.base_of(args)
     check_folder(args.out)
     rows = {benchmark.name: load_splits(benchmark, args) for benchmark in chosen}
     make_folder(args.out)
@@ -76,8 +69,8 @@ def run(args: argparse.Namespace) -> int:
         write_task(args.out / "tasks", benchmark, rows[benchmark.name], args.num_fewshot or 0)
     names = [*map(task_name, chosen), *theirs]
     manager = harness.find_tasks(names, [*args.include, *([args.out / "tasks"] if chosen else [])])
-    model, tokenizer = load(spec, args.adapter)
-    facts: dict[str, Any] = {"model": vars(spec), "adapter": adapter_facts(args.adapter)}
+    model, tokenizer = language_model.load(spec, args.adapter)
+    facts: dict[str, Any] = {"model": vars(spec), "adapter": language_model.adapter_facts(args.adapter)}
     wrapped = AdaptedModel(model, tokenizer, args.batch_size, facts)
     started = time.perf_counter()
     results = harness.evaluate(wrapped, names, manager, args.num_fewshot, args.limit)

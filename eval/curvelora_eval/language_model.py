@@ -1,4 +1,4 @@
-"""The base model and the adapter that lm-evaluation-harness is to run."""
+"""The language model of a command line: --model, --adapter, --dtype and --quantization."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from curvelora.errors import UserError
-from curvelora.loading import WEIGHTS_FILE, check_fits, load_adapter, read_adapter_config, stored_shapes
-from curvelora_eval.data import fingerprint
-from curvelora_eval.models import load_base, load_processor, shape_model
 from curvelora_eval.spec import ModelSpec, TaskSpec, read_task
-from curvelora_eval.tasks import make_task
 
-# a language model, whatever the adapter's own task cut its inputs to: nothing is cut here
-LANGUAGE_MODEL = make_task(TaskSpec(kind="causal_lm"))
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Define the four arguments."""
+    parser.add_argument("--model", help="folder or hub name of the base (default: what the adapter was trained on)")
+    parser.add_argument("--adapter", type=Path, help="folder of a saved adapter; without it the bare model is run")
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float16", "float32"), help="storage and compute dtype of the base"
+    )
+    parser.add_argument("--quantization", choices=("none", "nf4", "int8"), help="storage of the base's linear layers")
 
 
 def base_of(args: argparse.Namespace) -> ModelSpec:
@@ -26,6 +27,8 @@ def base_of(args: argparse.Namespace) -> ModelSpec:
     Raises:
         UserError: neither says what the base is, or the adapter is none.
     """
+    from curvelora.loading import read_adapter_config, stored_shapes
+
     if args.adapter:
         read_adapter_config(args.adapter)
         stored_shapes(args.adapter)
@@ -35,7 +38,7 @@ def base_of(args: argparse.Namespace) -> ModelSpec:
         raise UserError(f"the base model is not known ({where}): give --model")
     if stored and stored[1].kind != "causal_lm":
         raise UserError(
-            f"{args.adapter} was trained for {stored[1].kind}, and lm-eval runs causal language models only"
+            f"{args.adapter} was trained for {stored[1].kind}, and this command runs causal language models only"
         )
     said = {"path": args.model, "dtype": args.dtype, "quantization": args.quantization}
     spec = stored[0] if stored else ModelSpec(path=args.model)
@@ -43,21 +46,29 @@ def base_of(args: argparse.Namespace) -> ModelSpec:
     return dataclasses.replace(spec, trust_remote_code=False, **{key: value for key, value in said.items() if value})
 
 
-def load(spec: ModelSpec, adapter: Path | None) -> tuple[nn.Module, Any]:
+def load(spec: ModelSpec, adapter: Path | None) -> tuple[Any, Any]:
     """(model in eval mode, tokenizer).
 
     Raises:
         UserError: the checkpoint or the adapter cannot be read, or the adapter belongs to another base.
     """
+    from curvelora.loading import check_fits, load_adapter, read_adapter_config
+    from curvelora_eval.models import load_base, load_processor, shape_model
+    from curvelora_eval.tasks import make_task
+
+    task = make_task(TaskSpec(kind="causal_lm"))  # not the adapter's own, which may cut its inputs: nothing is cut here
     if adapter:
-        check_fits(shape_model(spec, LANGUAGE_MODEL), adapter)
-    tokenizer = load_processor(spec, LANGUAGE_MODEL)
+        check_fits(shape_model(spec, task), adapter)
+    tokenizer = load_processor(spec, task)
     trained = getattr(read_adapter_config(adapter), "modules_to_save", None) if adapter else None
-    model = load_base(spec, LANGUAGE_MODEL, trained=trained or [])
+    model = load_base(spec, task, trained=trained or [])
     model = load_adapter(model, adapter) if adapter else model
     return model.eval(), tokenizer
 
 
 def adapter_facts(adapter: Path | None) -> dict[str, Any] | None:
     """Where the adapter is and the hash of its weights."""
+    from curvelora.loading import WEIGHTS_FILE
+    from curvelora_eval.data import fingerprint
+
     return adapter and {"path": str(adapter), "sha256": fingerprint(adapter / WEIGHTS_FILE)}
