@@ -60,14 +60,14 @@ def answer_rows(
             use_cache=use_cache,
             pad_token_id=tokenizer.pad_token_id,
             stop_strings=list(protocol.stop) or None,
+            return_dict_in_generate=True,
+            output_scores=True,
         )
         with torch.no_grad(), compute_context(model):
             generated = model.generate(
                 input_ids=inputs["input_ids"],
                 attention_mask=inputs["attention_mask"],
                 generation_config=settings,
-                return_dict_in_generate=True,
-                output_scores=True,
                 **({"tokenizer": tokenizer} if protocol.stop else {}),
             )
         sequence = generated.sequences[0]
