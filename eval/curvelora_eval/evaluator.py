@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -72,3 +73,18 @@ def scores_of(task: Task) -> list[Score]:
     labels = task.spec.labels
     options = {"f1": {"labels": list(range(len(labels)))}} if labels else {}
     return [Score(name, options=options.get(name, {})) for name in task.metrics]
+
+
+def prediction_lines(predictions: list[Any], references: list[Any]) -> str:
+    """JSON lines, a row each: row, prediction, reference."""
+    rows = zip(predictions, references, strict=True)
+    return "".join(json.dumps({"row": i, "prediction": p, "reference": r}) + "\n" for i, (p, r) in enumerate(rows))
+
+
+def describe_interval(value: Mapping[str, Any]) -> str:
+    """`0.8260 [0.7920, 0.8590]`, or why there is no value."""
+    if value["value"] is None:
+        return f"undefined ({value.get('reason', 'no reason given')})"
+    if value["low"] is None:
+        return f"{value['value']:.4f}"
+    return f"{value['value']:.4f} [{value['low']:.4f}, {value['high']:.4f}]"

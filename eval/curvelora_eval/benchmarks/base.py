@@ -56,6 +56,8 @@ class Benchmark:
     """(file, split) -> rows. Raises UserError for a damaged file."""
     protocols: Mapping[str, Protocol]
     """By name; the first is the default."""
+    training: Protocol | None = None
+    """How rows become training rows where no protocol scores them (training sets); otherwise the default protocol does."""
     hub: tuple[str, str | None] | None = None
     """Data set and config on the hub."""
     from_hub: Callable[[Mapping[str, Any], str], Row] | None = None

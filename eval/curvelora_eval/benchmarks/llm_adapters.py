@@ -18,6 +18,7 @@ from curvelora_eval.benchmarks.base import Row
 from curvelora_eval.benchmarks.loading import read_text
 
 COLUMNS = ("instruction", "input", "output", "answer")
+NUMBERED = ("answer1", "answer2", "answer3", "answer4", "answer5")
 SOURCE = "LLM-Adapters (arXiv 2304.01933, github.com/AGI-Edgerunners/LLM-Adapters; repository Apache-2.0, data ODC-By)"
 
 

@@ -27,6 +27,8 @@ class Predictor(ABC):
     """Rows (by position) that do not fit into the model."""
     counted: ClassVar[str] = "input"
     """Which tokens a rate counts: `input` or `new`."""
+    unit: ClassVar[str] = "row"
+    """What a unit is called."""
 
     @abstractmethod
     def predict(self, model: nn.Module, units: Sequence[int]) -> list[Output]:
@@ -34,7 +36,7 @@ class Predictor(ABC):
 
     @abstractmethod
     def records(self, outputs: dict[int, Output]) -> list[dict[str, Any]]:
-        """A prediction record of every row all of whose units are in `outputs` (unit -> output), rows over the limit among them."""
+        """A prediction record of every row that is over the limit, or whose units are all in `outputs` (unit -> output)."""
 
     @property
     def decoding(self) -> dict[str, Any] | None:
@@ -45,9 +47,13 @@ class Predictor(ABC):
         """How many tokens a batch dealt with."""
         return sum(self.lengths[unit] for unit in units)
 
+    def together(self, unit: int) -> list[int]:
+        """The units whose outputs make one answer with that of `unit`."""
+        return [unit]
+
     @abstractmethod
-    def differs(self, first: Output, second: Output) -> tuple[bool, float | None]:
-        """Whether two outputs of one unit are different answers, and by how much their numbers differ (None for text)."""
+    def differs(self, first: Sequence[Output], second: Sequence[Output]) -> tuple[bool, float | None]:
+        """Whether two outputs for the same `together` are different answers, and by how much numbers differ (None for text)."""
 
 
 def context_limit(config: Any, tokenizer: Any = None) -> int | None:
@@ -57,6 +63,13 @@ def context_limit(config: Any, tokenizer: Any = None) -> int | None:
     limits.append(getattr(tokenizer, "model_max_length", None))
     known = [int(limit) for limit in limits if isinstance(limit, int | float) and 0 < limit < UNLIMITED]
     return min(known, default=None)
+
+
+def largest_difference(first: Sequence[float | None], second: Sequence[float | None]) -> float | None:
+    """The largest absolute difference between two lists of numbers; None where one of them is missing."""
+    if None in first or None in second:
+        return None
+    return max(abs(a - b) for a, b in zip(first, second, strict=True))
 
 
 def finite(value: float) -> float | None:

@@ -1,7 +1,7 @@
 """Protocol loglikelihood: the sum of log p(token | what stands before it) over the tokens of each choice.
 
-Choices are tokenised as lm-evaluation-harness does it, so that numbers agree: context and continuation are encoded as one text, and
-the tokens after those of the context alone are the continuation; blanks at the end of a context belong to the continuation.
+Choices are tokenised as lm-evaluation-harness does it, so that numbers agree: context and continuation are encoded as one text,
+and the tokens after those of the context alone are the continuation; blanks at the end of a context belong to the continuation.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from curvelora_eval.benchmarks.protocols import ChoiceProtocol, Row
-from curvelora_eval.predict.base import Output, Predictor, finite
+from curvelora_eval.predict.base import Output, Predictor, finite, largest_difference
 from curvelora_eval.tasks.base import device_of
 
 CHUNK = 1 << 26  # logits held in fp32 at a time (256 MiB)
@@ -28,6 +28,8 @@ class Choices(Predictor):
         protocol: gives (context, continuation) of every choice.
         rows, tokenizer, limit, quirks: as for `Generate`; a row is over the limit where one of its choices is.
     """
+
+    unit = "choice"
 
     def __init__(
         self,
@@ -86,9 +88,13 @@ class Choices(Predictor):
                 records.append(record)
         return records
 
-    def differs(self, first: Output, second: Output) -> tuple[bool, float | None]:
-        a, b = first["log_probability"], second["log_probability"]
-        return a != b, None if a is None or b is None else abs(a - b)
+    def together(self, unit: int) -> list[int]:
+        return [u for u, row in enumerate(self.row_of) if row == self.row_of[unit]]
+
+    def differs(self, first: Sequence[Output], second: Sequence[Output]) -> tuple[bool, float | None]:
+        sides = [[output["log_probability"] for output in side] for side in (first, second)]
+        apart = largest_difference(*sides)
+        return apart is None or best(sides[0]) != best(sides[1]), apart
 
 
 def best(scores: Sequence[float]) -> int:
@@ -114,9 +120,7 @@ def logits_from(model: nn.Module, inputs: torch.Tensor, mask: torch.Tensor, firs
     options: dict[str, Any] = {"use_cache": False}
     if "logits_to_keep" in inspect.signature(base.forward).parameters:
         # a number of 0 means all of them, and there is always one to keep
-        return model(
-            input_ids=inputs, attention_mask=mask, logits_to_keep=inputs.shape[1] - first, **options
-        ).logits
+        return model(input_ids=inputs, attention_mask=mask, logits_to_keep=inputs.shape[1] - first, **options).logits
     return model(input_ids=inputs, attention_mask=mask, **options).logits[:, first:]
 
 

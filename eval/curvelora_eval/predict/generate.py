@@ -52,22 +52,27 @@ class Generate(Predictor):
         self._ends: tuple[int, ...] = ()
 
     @property
+    def as_checkpoint(self) -> bool:
+        """Whether the checkpoint's generation config fills what LLM-Adapters' script leaves open."""
+        return "checkpoint-sampling" in self.quirks
+
+    @property
     def pad(self) -> int:
         return 0 if "pad-id-0" in self.quirks else self.tokenizer.pad_token_id
 
     @property
     def skip_special_tokens(self) -> bool:
-        return self.protocol.skip_special_tokens
+        return self.protocol.skip_special_tokens and "special-tokens" not in self.quirks
 
     @property
     def decoding(self) -> dict[str, Any]:
         return {
-            "do_sample": False,
+            "do_sample": "as the checkpoint says" if self.as_checkpoint else False,
             "num_beams": self.protocol.num_beams,
             "max_new_tokens": self.protocol.max_new_tokens,
             "stop": list(self.protocol.stop),
             "skip_special_tokens": self.skip_special_tokens,
-            "end_tokens": list(self._ends),
+            "pad_token": self.pad,
         }
 
     def predict(self, model: nn.Module, units: Sequence[int]) -> list[Output]:
@@ -77,7 +82,7 @@ class Generate(Predictor):
         device = device_of(model)
         self._ends = end_tokens(model, self.tokenizer)
         settings = self._settings()
-        with put_aside(model, settings):
+        with contextlib.nullcontext() if self.as_checkpoint else put_aside(model, settings):
             tokens = model.generate(
                 input_ids=torch.tensor(padded, device=device),
                 attention_mask=torch.tensor(mask, device=device),
@@ -87,13 +92,15 @@ class Generate(Predictor):
         return [self._read(new) for new in tokens[:, width:].tolist()]
 
     def _settings(self) -> GenerationConfig:
+        sampling = {"temperature": 0.1, "top_p": 0.75, "top_k": 40} if self.as_checkpoint else {"do_sample": False}
         return GenerationConfig(
-            do_sample=False,
+            **sampling,
             num_beams=self.protocol.num_beams,
             max_new_tokens=self.protocol.max_new_tokens,
             pad_token_id=self.pad,
             eos_token_id=list(self._ends) or None,
             stop_strings=list(self.protocol.stop) or None,
+            use_cache="no-cache" not in self.quirks,
         )
 
     def _read(self, new: list[int]) -> Output:
@@ -126,8 +133,8 @@ class Generate(Predictor):
                 records.append(record | {"prediction": self.protocol.extract(said["text"], row)} | said)
         return records
 
-    def differs(self, first: Output, second: Output) -> tuple[bool, float | None]:
-        return first["text"] != second["text"], None
+    def differs(self, first: Sequence[Output], second: Sequence[Output]) -> tuple[bool, float | None]:
+        return first[0]["text"] != second[0]["text"], None
 
 
 def end_tokens(model: nn.Module, tokenizer: Any) -> tuple[int, ...]:
@@ -143,7 +150,7 @@ def end_tokens(model: nn.Module, tokenizer: Any) -> tuple[int, ...]:
 def put_aside(model: nn.Module, settings: GenerationConfig) -> Iterator[None]:
     """Inside, `model` has `settings` for a generation config.
 
-    transformers fills what a call leaves open from the checkpoint's own (a repetition penalty, say), and PEFT hands that one down.
+    transformers fills what a call leaves open from the checkpoint's own (a repetition penalty, say), and PEFT hands that down.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     before = base.generation_config

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,9 +10,11 @@ from datasets import Dataset
 from torch import nn
 
 from curvelora_eval.benchmarks.protocols import HeadProtocol, Row
-from curvelora_eval.predict.base import Output, Predictor, finite
+from curvelora_eval.predict.base import Output, Predictor, finite, largest_difference
 from curvelora_eval.tasks.base import device_of
 from curvelora_eval.tasks.classification import TextTask
+
+SAME = 1e-3
 
 
 class Head(Predictor):
@@ -64,7 +66,11 @@ class Head(Predictor):
             return None
         return int(torch.tensor(logits).argmax()) if self.protocol.labels else logits[0]
 
-    def differs(self, first: Output, second: Output) -> tuple[bool, float | None]:
-        a, b = first["logits"], second["logits"]
-        known = None not in a and None not in b
-        return a != b, max(abs(x - y) for x, y in zip(a, b, strict=True)) if known else None
+    def differs(self, first: Sequence[Output], second: Sequence[Output]) -> tuple[bool, float | None]:
+        a, b = first[0]["logits"], second[0]["logits"]
+        apart = largest_difference(a, b)
+        if (
+            apart is None or not self.protocol.labels
+        ):  # a number is the same answer where it is the same to three digits
+            return apart is None or apart > SAME * max(1.0, abs(a[0])), apart
+        return self._read(a) != self._read(b), apart

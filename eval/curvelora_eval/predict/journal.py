@@ -48,24 +48,30 @@ def check_same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) 
         )
 
 
+def check_headers(folder: Path, decided_by: Mapping[str, Any]) -> None:
+    """Raise `UserError` where a journal in `folder` was begun with something else in `decided_by`, or is damaged."""
+    for path in sorted(folder.glob(PATTERN)):
+        if lines := _whole_lines(path, path.read_bytes())[0]:
+            check_same(folder, lines[0].get("decided_by", {}), decided_by)
+
+
 def repair(folder: Path, decided_by: Mapping[str, Any]) -> list[str]:
     """Cut half-written last lines off all journals in `folder`; returns a sentence for each. No process may be writing.
 
     Raises:
         UserError: a journal was begun with something else in `decided_by`, or is damaged elsewhere than at its end.
     """
+    check_headers(folder, decided_by)
     said = []
     for path in sorted(folder.glob(PATTERN)):
         content = path.read_bytes()
-        lines, kept = _whole_lines(path, content)
-        if lines:
-            check_same(folder, lines[0].get("decided_by", {}), decided_by)
+        kept = _whole_lines(path, content)[1]
         if kept < len(content):
             with path.open("r+b") as stream:
                 stream.truncate(kept)
                 os.fsync(stream.fileno())
             said.append(
-                f"{path} ended in a half-written batch ({len(content) - kept} bytes): they were cut off, and the batch is done again"
+                f"{path} ended in a half-written batch: its {len(content) - kept} bytes were cut off, and it is done again"
             )
     return said
 

@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from curvelora_eval.benchmarks.protocols import PerplexityProtocol, Row
-from curvelora_eval.predict.base import Output, Predictor, finite
+from curvelora_eval.predict.base import Output, Predictor, finite, largest_difference
 from curvelora_eval.predict.choices import logits_from, summed_log_probabilities
 from curvelora_eval.tasks.base import device_of
 
+SAME = 1e-3  # losses of a window that are relatively no further apart count as the same answer
 WINDOW = 1024  # tokens, for models that say no limit
 
 
@@ -23,6 +24,8 @@ class Perplexity(Predictor):
         protocol: gives the text, the window and the stride.
         rows, tokenizer, limit, quirks: as for `Generate`; nothing is over the limit, since windows are not longer.
     """
+
+    unit = "window"
 
     def __init__(
         self,
@@ -80,9 +83,10 @@ class Perplexity(Predictor):
             records.append({"row": i, "id": row.id, "nll": finite(nll), "tokens": tokens})
         return records
 
-    def differs(self, first: Output, second: Output) -> tuple[bool, float | None]:
-        a, b = first["nll"], second["nll"]
-        return a != b, None if a is None or b is None else abs(a - b)
+    def differs(self, first: Sequence[Output], second: Sequence[Output]) -> tuple[bool, float | None]:
+        a, b = first[0]["nll"], second[0]["nll"]
+        apart = largest_difference([a], [b])
+        return apart is None or apart > SAME * abs(a), apart
 
 
 def windows(length: int, window: int, stride: int) -> list[tuple[int, int, int]]:

@@ -17,7 +17,9 @@ from torch import distributed
 
 from curvelora.errors import UserError
 
-PATIENCE = timedelta(hours=1)  # for a process that vanished without closing its connection; one that ended is noticed at once
+PATIENCE = timedelta(
+    hours=1
+)  # for a process that vanished without closing its connection; one that ended is noticed at once
 T = TypeVar("T")
 
 
@@ -61,6 +63,16 @@ class Processes:
         if answer[1] is not None:
             sys.exit(2)
         return answer[0]
+
+    def each_after_first(self, action: Callable[[], T]) -> T:
+        """What `action` returns, done on every process; where the first one fails, the others do not begin.
+
+        Raises:
+            UserError: as raised by `action`; said once where it fails on the first process.
+        """
+        answer: list[T] = []
+        self.on_first(lambda: answer.append(action()))
+        return answer[0] if answer else action()
 
     def _together(self, action: Callable[[], object]) -> None:
         if self.world == 1:

@@ -14,7 +14,7 @@ from curvelora_eval.benchmarks.protocols.base import Row
 from curvelora_eval.benchmarks.protocols.generate import GenerateProtocol, Wording
 from curvelora_eval.scoring import Score
 
-LABELS = (Score("label_accuracy", keys={"label_accuracy": "accuracy"}),)
+LABELS = (Score("label_accuracy"),)
 NUMBER = r"-?\d+\.?\d*"
 AFTER = "The answer is: "
 SIGNED = r"[\-+]?\d*[\.,/]?\d+"
@@ -22,7 +22,7 @@ SIGNED = r"[\-+]?\d*[\.,/]?\d+"
 
 def numbers(tolerance: float) -> tuple[Score, ...]:
     """Accuracy of numbers that may differ by `tolerance`."""
-    return (Score("numeric_accuracy", options={"tolerance": tolerance}, keys={"numeric_accuracy": "accuracy"}),)
+    return (Score("numeric_accuracy", options={"tolerance": tolerance}),)
 
 
 def own_part(text: str) -> str:
