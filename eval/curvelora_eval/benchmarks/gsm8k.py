@@ -31,7 +31,13 @@ def read(path: Path, split: str) -> list[Row]:
     return [make_row(f"{split}-{i}", row) for i, row in enumerate(read_records(path, ("question", "answer")))]
 
 
-GENERATE = (NumberProtocol(), MetaMathProtocol())
+GENERATE = (
+    NumberProtocol(description="LLM-Adapters' evaluate.py: 4 beams, 256 new tokens, the last number in the text"),
+    MetaMathProtocol(
+        description="PiSSA and MiLoRA: greedy, 1,024 new tokens, the number after the last 'The answer is: '; unlike there, an "
+        "answer a hundred times too large or too small is wrong"
+    ),
+)
 BENCHMARK = Benchmark(
     name="gsm8k",
     kind="arithmetic",
