@@ -37,6 +37,7 @@ HOME = {
     ),
     "sweep": ("curvelora-training", "train over a grid of amplitudes, frequencies, ranks or rates"),
     "matrix": ("curvelora-training", "every method under every engine, against one process"),
+    "tasks": ("curvelora-eval", "list the named tasks, or explain one"),
     "eval": ("curvelora-eval", "score an adapter on labelled rows, offline"),
     "lm-eval": ("curvelora-eval", "run lm-evaluation-harness with an adapter, on our tasks or its own"),
     "compare": ("curvelora-eval", "whether one adapter is better than another on the same rows"),
