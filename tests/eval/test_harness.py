@@ -49,6 +49,9 @@ QUESTIONS = [
     row("braces", "{{7 * 7}} and [brackets] {% x %}", ["{0}", "['a', 'b']", "12"], "C"),
     row("long", "a film that " * 40, ["works", "does not work"], "B"),
 ]
+SCRIPTS = [("zqx", "日本語"), ("qjz", "ééé"), ("xkq", "ßßß"), ("vwz", "язы"), ("jqx", "ñññ"), ("zzk", "êôû")]
+# by bytes these come out otherwise than by characters
+QUESTIONS += [row(f"bytes {i}", "q" * i, [a * 4, b * 2], "A") for i, (a, b) in enumerate(SCRIPTS)]
 # without anything before the choice, and a context that ends in blanks
 BARELY = benchmark("barely", context="{question}", scores=(PLAIN, NORMALISED))
 STARTS = [
