@@ -18,8 +18,7 @@ KIND = "evaluation_speed"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Define the arguments of `curvelora bench eval`."""
     language_model.add_arguments(parser)
-    parser.add_argument("--task", help="tasks with a generative protocol, comma-separated: boolq,gsm8k")
-    parser.add_argument("--protocol", help="their protocol (default: each task's first)")
+    parser.add_argument("--task", help="tasks with the protocol llm-adapters, comma-separated: boolq,gsm8k")
     parser.add_argument("--template", help="their template (default: the protocol's first)")
     parser.add_argument("--data-dir", type=Path, help="folder with the tasks' rows; without it they come from the hub")
     parser.add_argument("--rows", type=int, help="rows for the engine, the first so many (default: all)")
@@ -41,19 +40,12 @@ def run(args: argparse.Namespace) -> int:
         return 0
     sizes = check(args)
     from curvelora_eval import benchmarks
-    from curvelora_eval.benchmarks.protocols import GenerateProtocol
     from curvelora_eval.environment import describe_environment
     from curvelora_eval.files import check_folder, make_folder, write_json
     from curvelora_eval.speed.measure import measure
 
     chosen = [benchmarks.get(name) for name in args.task.split(",")]
-    protocols = [one.protocol(args.protocol) for one in chosen]
-    for one, protocol in zip(chosen, protocols, strict=True):
-        if not isinstance(protocol, GenerateProtocol):
-            raise UserError(
-                f"protocol {protocol.name} of {one.name} generates no text, and the papers' loop does nothing else: name a "
-                "task or --protocol that does"
-            )
+    protocols = [one.protocol("llm-adapters") for one in chosen]  # whose scripts the loop is that of
     templates = [protocol.template(args.template) for protocol in protocols]
     spec = language_model.base_of(args)
     check_folder(args.out.parent)

@@ -59,7 +59,6 @@ def answer_rows(
             max_new_tokens=protocol.max_new_tokens,
             use_cache=use_cache,
             pad_token_id=tokenizer.pad_token_id,
-            stop_strings=list(protocol.stop) or None,
             return_dict_in_generate=True,
             output_scores=True,
         )
@@ -68,13 +67,10 @@ def answer_rows(
                 input_ids=inputs["input_ids"],
                 attention_mask=inputs["attention_mask"],
                 generation_config=settings,
-                **({"tokenizer": tokenizer} if protocol.stop else {}),
             )
         sequence = generated.sequences[0]
         whole = tokenizer.decode(sequence, skip_special_tokens=protocol.skip_special_tokens)
         text = whole.split(MARK, 1)[1]
-        for stop in protocol.stop:
-            text = text.split(stop, 1)[0]
         new = len(sequence) - inputs["input_ids"].shape[1]
         answers.append(Answer(text, protocol.extract(text, row), new, time.perf_counter() - started))
     return answers
