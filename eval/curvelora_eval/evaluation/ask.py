@@ -92,7 +92,7 @@ def _questions(args: argparse.Namespace, problems: Problems) -> list[Question]:
             loaded = benchmarks.load(benchmark, data, args.split, args.limit)
             protocol.check(loaded.rows)
             length = args.max_length if isinstance(protocol, HeadProtocol) else None
-            questions.append(Question(benchmark, protocol, template, loaded, chosen, length))
+            questions.append(Question(benchmark, protocol, template, loaded, chosen, args.limit, length))
     return questions
 
 

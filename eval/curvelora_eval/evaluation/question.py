@@ -21,6 +21,7 @@ class Question:
 
     Args:
         quirks: defects of the original scripts to reproduce, by name.
+        limit: how many rows (lines of a text) were asked for; None for all.
         max_length: where a head's inputs are cut; None takes the adapter's own.
     """
 
@@ -29,6 +30,7 @@ class Question:
     template: str
     loaded: LoadedRows
     quirks: tuple[str, ...] = ()
+    limit: int | None = None
     max_length: int | None = None
 
     @property

@@ -87,6 +87,7 @@ def evaluation_record(
             "rows": rows,
             loaded.unit: loaded.n,
             "published": loaded.published,
+            "limit": question.limit,
             "subset": loaded.subset,
             "version": question.benchmark.version,
         },
@@ -122,8 +123,9 @@ def remarks(record: dict[str, Any]) -> list[str]:
     """What a reader of the score must know, in sentences."""
     found, rows = record["counts"], record["counts"]["rows"]
     said = []
-    if record["benchmark"]["subset"]:
-        said.append(record["benchmark"]["subset"])
+    if (benchmark := record["benchmark"])["subset"]:
+        first = f"the first {benchmark['limit']} only, " if benchmark["limit"] else ""
+        said.append(first + benchmark["subset"])
     if found.get("over_limit"):
         said.append(
             f"{found['over_limit']} rows are longer than the model's limit: they were not asked, and count as wrong"

@@ -90,11 +90,15 @@ class Perplexity(Predictor):
 
 
 def windows(length: int, window: int, stride: int) -> list[tuple[int, int, int]]:
-    """(begin, first token that counts, end) of each window over `length` tokens; together the third parts count 1..length - 1."""
+    """(begin, first token that counts, end) of each window over `length` tokens; together they count 1..length - 1.
+
+    A window begins `stride` tokens after the last one, and no later than one token before the first that counts: that token needs
+    something to follow.
+    """
     found = []
     begin, counted = 0, 1
     while counted < length:
         end = min(begin + window, length)
         found.append((begin, counted, end))
-        begin, counted = begin + stride, end
+        begin, counted = min(begin + stride, end - 1), end
     return found
