@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import time
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 from datasets import Dataset
 from torch import nn
 
 from curvelora.errors import UserError
-from curvelora_eval.intervals import bootstrap_interval, score
+from curvelora_eval.scoring import PERPLEXITY, Score, score_records
 from curvelora_eval.tasks import Predictions, Task
-from curvelora_eval.tasks.generation import perplexity
 
 LEVEL, RESAMPLES, INTERVAL_SEED = 0.95, 1000, 0
 
@@ -37,6 +37,7 @@ def evaluate_rows(
         "task": task.spec.kind,
         "metrics": metrics,
         "primary_metric": next(iter(metrics)),
+        "scoring": [dataclasses.asdict(each) for each in scores_of(task)],
         "interval": {
             "method": "percentile bootstrap over rows",
             "level": LEVEL,
@@ -58,23 +59,32 @@ def score_predictions(task: Task, predicted: Predictions) -> dict[str, Mapping[s
     Raises:
         UserError: an unknown metric.
     """
-    scored: dict[str, Mapping[str, Any]] = {}
-    for name in task.metrics:
-        if name == "perplexity":
-            losses, tokens = np.array(predicted.predictions), np.array(predicted.references)
-            scored |= bootstrap_interval(
-                lambda rows, a=losses, b=tokens: {"perplexity": perplexity(a[rows].tolist(), b[rows].tolist())},
-                len(losses),
-                LEVEL,
-                RESAMPLES,
-                INTERVAL_SEED,
-            )
-            continue
-        options = {"f1": {"labels": list(range(len(task.spec.labels)))}} if name == "f1" and task.spec.labels else None
-        try:
-            scored |= score(
-                [name], predicted.predictions, predicted.references, options, LEVEL, RESAMPLES, INTERVAL_SEED
-            )
-        except ValueError as error:
-            raise UserError(str(error)) from error
-    return scored
+    pairs = zip(predicted.predictions, predicted.references, strict=True)
+    names = ("nll", "tokens") if PERPLEXITY in task.metrics else ("prediction", "reference")
+    records = [dict(zip(names, pair, strict=True)) for pair in pairs]
+    try:
+        return score_records(records, scores_of(task), LEVEL, RESAMPLES, INTERVAL_SEED)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def scores_of(task: Task) -> list[Score]:
+    """The scores that the task's metrics stand for, primary first."""
+    labels = task.spec.labels
+    options = {"f1": {"labels": list(range(len(labels)))}} if labels else {}
+    return [Score(name, options=options.get(name, {})) for name in task.metrics]
+
+
+def prediction_lines(predictions: list[Any], references: list[Any]) -> str:
+    """JSON lines, a row each: row, prediction, reference."""
+    rows = zip(predictions, references, strict=True)
+    return "".join(json.dumps({"row": i, "prediction": p, "reference": r}) + "\n" for i, (p, r) in enumerate(rows))
+
+
+def describe_interval(value: Mapping[str, Any]) -> str:
+    """`0.8260 [0.7920, 0.8590]`, or why there is no value."""
+    if value["value"] is None:
+        return f"undefined ({value.get('reason', 'no reason given')})"
+    if value["low"] is None:
+        return f"{value['value']:.4f}"
+    return f"{value['value']:.4f} [{value['low']:.4f}, {value['high']:.4f}]"

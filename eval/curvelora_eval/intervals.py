@@ -82,12 +82,9 @@ def score(
     result: dict[str, Interval] = {}
     for name in metric_names:
         metric = load_metric(name)
-        settings = dict((options or {}).get(name, {}))
-        if name == "f1" and settings.get("labels") is None:
-            # A resample may miss a class; without this it could turn from macro to binary F1.
-            settings["labels"] = sorted({*np.asarray(predictions).tolist(), *np.asarray(references).tolist()})
+        settings = metric_options(name, predictions, references, (options or {}).get(name, {}))
         point = metric.compute(predictions=predictions, references=references, **settings)
-        statistic = _resampler(metric, predictions, references, settings)
+        statistic = resampler(metric, predictions, references, settings)
         intervals = bootstrap_interval(statistic, len(predictions), level, resamples, seed)
         for key in KEYS[name]:
             result[key] = intervals[key] | {"value": point[key]}
@@ -96,7 +93,16 @@ def score(
     return result
 
 
-def _resampler(metric: Any, predictions: Sequence, references: Sequence, settings: dict) -> Callable:
+def metric_options(name: str, predictions: Sequence, references: Sequence, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the metric's keyword arguments, with what must not change from one resample to the next filled in."""
+    options = dict(given)
+    if name == "f1" and options.get("labels") is None:
+        # A resample may miss a class; without this it could turn from macro to binary F1.
+        options["labels"] = sorted({*np.asarray(predictions).tolist(), *np.asarray(references).tolist()})
+    return options
+
+
+def resampler(metric: Any, predictions: Sequence, references: Sequence, settings: dict) -> Callable:
     """Return indices (n,) -> scores, by the cheapest way that the metric has: row scores, class counts, or `_compute`
     (the public `compute` would write an arrow table a resample)."""
     if hasattr(metric, "row_scores"):

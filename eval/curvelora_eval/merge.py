@@ -171,7 +171,7 @@ def merge_into(plan: Plan, folder: Path) -> dict[str, OutputChange]:
     if plan.approximate:
         with compute_context(model):
             changes["gap"] = merge_gap(model, _moved(batches, device_of(model)))
-    merged = _merge(model, plan.adapter)
+    merged = merge_weights(model, plan.adapter)
     _save(merged, plan.processor, folder)
     del model, merged
     gc.collect()
@@ -186,7 +186,7 @@ def merge_into(plan: Plan, folder: Path) -> dict[str, OutputChange]:
     return changes
 
 
-def _merge(model: PeftModel, adapter: Path) -> PreTrainedModel:
+def merge_weights(model: PeftModel, adapter: Path) -> PreTrainedModel:
     """The base with the adapter in its weights and the new modules in their places."""
     _untie(model)
     try:

@@ -28,6 +28,52 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
+def task_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A --data-dir with a few rows of some named tasks."""
+    from named_tasks import write_data
+
+    return write_data(tmp_path_factory.mktemp("task_data"))
+
+
+@pytest.fixture(scope="session")
+def llama_folder(tmp_path_factory: pytest.TempPathFactory, tiny_models: dict[str, Path]) -> Path:
+    """The tiny Llama, but loud: its answers depend on what it is asked."""
+    folder = Path(shutil.copytree(tiny_models["llama"], tmp_path_factory.mktemp("loud") / "llama"))
+    louder = {n: x * 8 if x.ndim > 1 else x for n, x in load_file(folder / "model.safetensors").items()}
+    save_file(louder, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def llama(llama_folder: Path) -> tuple[Any, Any]:
+    """The same, loaded: (model, tokenizer). Nobody may change it."""
+    from curvelora_eval.models import load_base, load_processor
+    from curvelora_eval.spec import ModelSpec, TaskSpec
+    from curvelora_eval.tasks import make_task
+
+    spec, task = ModelSpec(path=str(llama_folder), dtype="float32"), make_task(TaskSpec(kind="causal_lm"))
+    return load_base(spec, task), load_processor(spec, task)
+
+
+@pytest.fixture(scope="session")
+def adapters(tmp_path_factory: pytest.TempPathFactory, llama_folder: Path) -> dict[str, Path]:
+    """Adapters for it: LoRA and LoRAN merge exactly, RanLoRA does not."""
+    from peft import LoraConfig
+
+    from curvelora import LoranConfig, RanloraConfig
+    from named_tasks import save_adapter
+
+    targets = ["q_proj", "v_proj"]
+    configs = {
+        "lora": LoraConfig(r=4, lora_alpha=8, lora_dropout=0.3, target_modules=targets, task_type="CAUSAL_LM"),
+        "loran": LoranConfig(r=4, alpha=8, dropout=0.3, target_modules=targets),
+        "ranlora": RanloraConfig(r=4, alpha=8, target_modules=targets),
+    }
+    folder = tmp_path_factory.mktemp("adapters")
+    return {name: save_adapter(folder / name / "adapter", llama_folder, config) for name, config in configs.items()}
+
+
+@pytest.fixture(scope="session")
 def trained_run(tmp_path_factory: pytest.TempPathFactory, tiny_models: dict[str, Path], root: Path) -> Path:
     """The folder of a run of the training command: a tiny, loud BERT with LoRAN on real sentences, scored on unseen ones."""
     from curvelora_training.finetune import main

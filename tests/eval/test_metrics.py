@@ -24,7 +24,9 @@ VALID = {
     "accuracy": CLASSES,
     "exact_match": TEXTS,
     "f1": CLASSES,
+    "label_accuracy": {k: [f"answer{i}" for i in v] for k, v in CLASSES.items()},
     "matthews": CLASSES,
+    "numeric_accuracy": NUMBERS,
     "pearson_spearman": NUMBERS,
     "rouge": TEXTS,
 }
@@ -158,6 +160,78 @@ def test_exact_match():
     assert compute("exact_match", predictions, references, normalise_whitespace=True) == {"exact_match": 0.75}
 
 
+def test_rouge_over_several_references_is_the_mean_or_the_best():
+    """The mean is that of scoring against each reference in turn; the best is rouge_score's own for several."""
+    from rouge_score.rouge_scorer import RougeScorer
+
+    predictions = ["the cat sat", "a dog runs fast today"]
+    references = [["the cat quietly sat", "a cat", "sat the cat"], ["dogs run", "the dog runs fast", "a dog runs"]]
+    each = [compute("rouge", predictions, [row[i] for row in references]) for i in range(3)]
+    expected = {key: pytest.approx(np.mean([result[key] for result in each])) for key in KEYS["rouge"]}
+    assert compute("rouge", predictions, references) == expected
+
+    scorer = RougeScorer(["rouge1", "rouge2", "rougeL"])
+    best = [scorer.score_multi(targets, text) for targets, text in zip(references, predictions, strict=True)]
+    expected = {key: pytest.approx(np.mean([row[key].fmeasure for row in best])) for key in KEYS["rouge"]}
+    found = compute("rouge", predictions, references, over_references="max")
+    assert found == expected and found["rouge1"] > compute("rouge", predictions, references)["rouge1"]
+
+
+def test_rouge_takes_one_reference_and_several_in_one_call():
+    assert compute("rouge", ["a b", "a"], ["a b", ["a", "b"]])["rouge1"] == pytest.approx(0.75)
+    with pytest.raises(ValueError, match="row 1 has none"):
+        compute("rouge", ["a b", "a"], ["a b", []])
+    with pytest.raises(ValueError, match="over_references must be one of mean, max, found 'best'"):
+        compute("rouge", ["a"], ["a"], over_references="best")
+
+
+def test_label_accuracy():
+    from sklearn.metrics import accuracy_score
+
+    # an answer that was not found is wrong, and case counts
+    assert (
+        compute("label_accuracy", [None, "true", "True", "false"], ["true", "true", "true", "false"])["accuracy"] == 0.5
+    )
+    assert compute("label_accuracy", [None, None], ["true", "false"]) == {"accuracy": 0.0}
+    assert compute("label_accuracy", [0, None, 2], [0, 1, 2])["accuracy"] == pytest.approx(2 / 3)
+    rows = VALID["label_accuracy"]
+    assert compute("label_accuracy", **rows)["accuracy"] == accuracy_score(rows["references"], rows["predictions"])
+    with pytest.raises(ValueError, match="row 1 has none"):
+        compute("label_accuracy", ["a", "a"], ["a", None])
+
+
+def test_numeric_accuracy():
+    # no number, NaN and infinity are wrong; commas stand between thousands
+    given = [None, float("nan"), float("inf"), "1,234", 1234.0, "1,234,567.5", "-3", "many", ""]
+    wanted = [0, 0, 5, 1234, "1,234", 1234567.5, -3.0, 7, 0]
+    assert compute("numeric_accuracy", given, wanted)["accuracy"] == pytest.approx(4 / 9)
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted", "right"),
+    [
+        (1e-3, 0, True),  # the tolerance itself is within
+        (-1e-3, 0, True),
+        (np.nextafter(1e-3, 1), 0, False),
+        (1.001, 1, True),  # in floating point 1.001 - 1 is just below 0.001 and 5.001 - 5 just above
+        (5.001, 5, False),
+        (5.0009, 5, True),
+        (4.998, 5, False),
+    ],
+)
+def test_numeric_accuracy_at_its_tolerance(given, wanted, right):
+    assert compute("numeric_accuracy", [given], [wanted])["accuracy"] == right == (abs(wanted - given) <= 1e-3)
+
+
+def test_numeric_accuracy_with_bad_input():
+    assert compute("numeric_accuracy", [1.5], [1], tolerance=0.5) == {"accuracy": 1.0}
+    with pytest.raises(ValueError, match="tolerance of at least 0, found -1"):
+        compute("numeric_accuracy", [1], [1], tolerance=-1)
+    for reference in (None, float("nan"), "many"):
+        with pytest.raises(ValueError, match="finite reference for every row; row 1 has"):
+            compute("numeric_accuracy", [1, 2], [1, reference])
+
+
 @pytest.mark.parametrize("name", METRICS)
 def test_empty_input_is_a_clear_error(name):
     with pytest.raises(ValueError, match=f"{name} needs at least one row"):
@@ -192,13 +266,13 @@ def test_importing_the_package_loads_no_heavy_library():
 @pytest.mark.parametrize("classes", [2, 3, 5])
 def test_counts_give_what_scikit_learn_gives(name: str, classes: int) -> None:
     """The bootstrap works on class counts; each resample must equal the metric itself."""
-    from curvelora_eval.intervals import _resampler
+    from curvelora_eval.intervals import resampler
 
     rng = np.random.default_rng(classes)
     predictions, references = rng.integers(0, classes, (2, 60)).tolist()
     settings = {"labels": list(range(classes))} if name == "f1" else {}
     metric = load_metric(name)
-    statistic = _resampler(metric, predictions, references, settings)
+    statistic = resampler(metric, predictions, references, settings)
     for rows in (np.arange(60), rng.integers(0, 60, 60), np.array([0, 0, 1]), np.array([3] * 4)):
         wanted = metric._compute(np.array(predictions)[rows], np.array(references)[rows], **settings)[name]
         found = statistic(rows)[name]

@@ -16,9 +16,10 @@ from torch.nn import functional as F
 
 from curvelora.errors import UserError
 from curvelora_eval.models import load_base, load_processor
+from curvelora_eval.scoring import perplexity
 from curvelora_eval.spec import ModelSpec, TaskSpec
 from curvelora_eval.tasks import make_task
-from curvelora_eval.tasks.generation import IGNORED, perplexity
+from curvelora_eval.tasks.generation import IGNORED
 
 SPECS: dict[str, tuple[str, dict[str, Any]]] = {
     "causal_lm text": ("llama", {"kind": "causal_lm", "columns": {"text": "text"}}),

@@ -21,7 +21,9 @@ METRICS: dict[str, str] = {
     "accuracy": "curvelora_eval.metrics.accuracy",
     "exact_match": "curvelora_eval.metrics.exact_match",
     "f1": "curvelora_eval.metrics.f1",
+    "label_accuracy": "curvelora_eval.metrics.label_accuracy",
     "matthews": "curvelora_eval.metrics.matthews",
+    "numeric_accuracy": "curvelora_eval.metrics.numeric_accuracy",
     "pearson_spearman": "curvelora_eval.metrics.pearson_spearman",
     "rouge": "curvelora_eval.metrics.rouge",
 }
@@ -30,10 +32,14 @@ KEYS: dict[str, tuple[str, ...]] = {
     "accuracy": ("accuracy",),
     "exact_match": ("exact_match",),
     "f1": ("f1",),
+    "label_accuracy": ("accuracy",),
     "matthews": ("matthews",),
+    "numeric_accuracy": ("accuracy",),
     "pearson_spearman": ("pearson", "spearman"),
     "rouge": ("rouge1", "rouge2", "rougeL"),
 }
+# Metrics that call every row right (1) or wrong (0): what McNemar's test is about.
+RIGHT_OR_WRONG = ("accuracy", "exact_match", "label_accuracy", "numeric_accuracy")
 
 
 def load_metric(name: str) -> evaluate.Metric:

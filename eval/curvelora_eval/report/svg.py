@@ -82,14 +82,23 @@ def line_chart(
     return Markup("").join([*parts, _legend(series)])
 
 
-def dot_chart(dots: list[Dot], title: str, x_format: Callable[[float], str], limits: Point, band: Dot | None) -> Markup:
+def dot_chart(
+    dots: list[Dot],
+    title: str,
+    x_format: Callable[[float], str],
+    limits: Point,
+    band: Dot | None = None,
+    zero: bool = False,
+) -> Markup:
     """Return one row a dot, its interval as a bar; `band` shades one dot's interval through all rows to compare with.
 
-    The axis spans the data, cut at `limits`: dots, unlike bars, need not start at 0.
+    The axis spans the data, cut at `limits`: dots, unlike bars, need not start at 0. `zero` draws a line there, for
+    differences.
     """
     left, right, row = 182, 78, 34
     height = TOP + row * len(dots) + BOTTOM - 10
     bounds = [bound for dot in dots for bound in (dot.value, dot.low, dot.high) if bound is not None]
+    bounds += [0.0] if zero else []
     marks = ticks(max(limits[0], min(bounds)), min(limits[1], max(bounds)))
     px = _scale((marks[0], marks[-1]), (left, WIDTH - right))
     bottom = TOP + row * len(dots)
@@ -105,6 +114,8 @@ def dot_chart(dots: list[Dot], title: str, x_format: Callable[[float], str], lim
     for x in marks:
         parts.append(_line("grid", px(x), TOP, px(x), bottom))
         parts.append(_text("tick middle", px(x), bottom + 19, x_format(x)))
+    if zero:
+        parts.append(_line("axis zero", px(0), TOP, px(0), bottom))
     parts.append(_line("axis", left, bottom, WIDTH - right, bottom))
     for position, dot in enumerate(dots):
         y = TOP + row * (position + 0.5)

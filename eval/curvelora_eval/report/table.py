@@ -12,7 +12,7 @@ from curvelora_eval.wording import percent
 DASH = "–"
 
 # Metrics in [0, 1] that read best as a percentage; all others are shown with three decimals.
-SHARES = ("accuracy", "f1", "exact_match", "rouge1", "rouge2", "rougeL", "precision", "recall")
+SHARES = ("accuracy", "accuracy_norm", "f1", "exact_match", "rouge1", "rouge2", "rougeL", "precision", "recall")
 
 
 def is_share(metric: str | None) -> bool:
@@ -122,10 +122,10 @@ def markdown_table(runs: list[Run]) -> str:
 
 
 def _markdown_row(row: list[str]) -> str:
-    return "| " + " | ".join(_markdown_escape(cell) for cell in row) + " |"
+    return "| " + " | ".join(markdown_escape(cell) for cell in row) + " |"
 
 
-def _markdown_escape(text: str) -> str:
+def markdown_escape(text: str) -> str:
     text = " ".join(text.split()).replace("&", "&amp;").replace("\\", "\\\\").replace("|", "\\|")
     # "< 0.1 %" is harmless; a "<" before a letter or slash would open an HTML tag.
     return "".join("&lt;" if c == "<" and text[i + 1 : i + 2] != " " else c for i, c in enumerate(text))

@@ -5,7 +5,6 @@ Decoding is deterministic: greedy, `do_sample=False`, whatever the checkpoint's 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -32,6 +31,13 @@ class CausalLM(Task):
     def __init__(self, spec: Any) -> None:
         super().__init__(spec)
         self.default_metrics = ("exact_match", "rouge") if "completion" in spec.columns else ("perplexity",)
+
+    def roles(self, rows: Dataset) -> dict[str, str]:
+        """As for every kind; where the settings map text alone, columns called prompt and completion are only columns."""
+        mapped = super().roles(rows)
+        if set(self.spec.columns) == {"text"}:
+            mapped = {"text": mapped["text"]}
+        return mapped
 
     def check(self, rows: Dataset, name: str) -> None:
         super().check(rows, name)
@@ -171,11 +177,3 @@ def generate(
         for i, text in zip(chosen, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
             outputs[i] = text
     return outputs
-
-
-def perplexity(losses: list[float], tokens: list[int]) -> float:
-    """exp of the mean negative log-likelihood a token (infinite where that overflows)."""
-    try:
-        return math.exp(sum(losses) / max(1, sum(tokens)))
-    except OverflowError:
-        return math.inf

@@ -1,0 +1,39 @@
+"""Protocol perplexity: exp of the mean negative log-likelihood a token, over whole texts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from curvelora_eval.benchmarks.protocols.base import Protocol, Row
+from curvelora_eval.scoring import Score
+
+
+@dataclass(frozen=True, kw_only=True)
+class PerplexityProtocol(Protocol):
+    """Windows slide over each text; every token but the first of a text is predicted exactly once, nothing is cut.
+
+    A window begins `stride` tokens after the last one; of its tokens only those count that no earlier window has counted, so
+    that (window - stride) tokens of context stand before each.
+    """
+
+    name: str = "perplexity"
+    scores: tuple[Score, ...] = (Score("perplexity", prediction="nll", reference="tokens"),)
+    window: int = 0
+    """Tokens a window; 0 takes the model's own limit."""
+    stride: int = 0
+    """Tokens between the beginnings of two windows; 0 takes half a window."""
+
+    def text(self, row: Row) -> str:
+        """The text whose tokens are predicted."""
+        return row.fields["text"]
+
+    def reference(self, row: Row) -> None:
+        """There is none: the text itself is predicted."""
+        return None
+
+    def check(self, rows: Any) -> None:
+        """Texts need no answers."""
+
+    def settings(self, template: str) -> dict[str, Any]:
+        return {"window": self.window, "stride": self.stride}

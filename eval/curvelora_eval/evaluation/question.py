@@ -1,0 +1,78 @@
+"""One thing that is asked of every model: the rows of a named task under one protocol."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+
+from curvelora.errors import UserError
+from curvelora_eval.benchmarks import Benchmark, LoadedRows
+from curvelora_eval.benchmarks.protocols import GenerateProtocol, HeadProtocol, Protocol
+from curvelora_eval.evaluation.arms import Arm
+from curvelora_eval.spec import TaskSpec
+
+ANYWHERE = "adapter-dropout"  # the quirk that is not about generated text
+
+
+@dataclass(frozen=True)
+class Question:
+    """A task, its protocol and its rows.
+
+    Args:
+        quirks: defects of the original scripts to reproduce, by name.
+        limit: how many rows (lines of a text) were asked for; None for all.
+        max_length: where a head's inputs are cut; None takes the adapter's own.
+    """
+
+    benchmark: Benchmark
+    protocol: Protocol
+    template: str
+    loaded: LoadedRows
+    quirks: tuple[str, ...] = ()
+    limit: int | None = None
+    max_length: int | None = None
+
+    @property
+    def name(self) -> str:
+        """Of the results' folder: the task, and what of it is not the default."""
+        first = next(iter(self.benchmark.protocols.values()))
+        parts = [self.benchmark.name]
+        parts += [self.protocol.name] if self.protocol.name != first.name else []
+        parts += [self.template] if self.template != self.protocol.templates[0] else []
+        return "-".join([*parts, *(["quirks"] if self.quirks else [])])
+
+    def quirks_for(self, arm: Arm) -> tuple[str, ...]:
+        """The quirks that can matter for this protocol and model."""
+        generates = isinstance(self.protocol, GenerateProtocol)
+        return tuple(q for q in self.quirks if (arm.folder is not None if q == ANYWHERE else generates))
+
+    def rows_hash(self) -> str:
+        """SHA-256 over the rows that are asked, in order."""
+        rows = [[row.id, row.fields, row.answer] for row in self.loaded.rows]
+        return hashlib.sha256(json.dumps(rows, sort_keys=True, default=str).encode()).hexdigest()
+
+    def task_spec(self, arm: Arm) -> TaskSpec:
+        """The task kind that decides the model class, with what the adapter's training says of a head.
+
+        Raises:
+            UserError: the adapter was trained as another kind, or for another number of classes.
+        """
+        stored = arm.stored[1] if arm.stored else None
+        if stored and stored.kind != self.protocol.kind:
+            raise UserError(
+                f"{arm.folder} was trained as {stored.kind}, and task {self.benchmark.name} with protocol {self.protocol.name} "
+                f"needs {self.protocol.kind}: leave one of them out"
+            )
+        if not isinstance(self.protocol, HeadProtocol):
+            return TaskSpec(kind=self.protocol.kind)
+        spec = self.protocol.task_spec(self.max_length or (stored.max_length if stored else 256))
+        if stored and stored.labels and spec.labels:
+            if len(stored.labels) != len(spec.labels):
+                raise UserError(
+                    f"{arm.folder} was trained for {len(stored.labels)} classes ({', '.join(stored.labels)}), and "
+                    f"{self.benchmark.name} has {len(spec.labels)} ({', '.join(spec.labels)}): leave one of them out"
+                )
+            if set(stored.labels) == set(spec.labels):
+                spec.labels = list(stored.labels)  # the head's own order
+        return spec
