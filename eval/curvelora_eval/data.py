@@ -24,8 +24,15 @@ def load_rows(spec: DataSpec) -> Dataset:
     """Load the rows that `spec` names.
 
     Raises:
-        UserError: no such file, unknown format, damaged file, unknown split, or no rows.
+        UserError: no such file or task, unknown format, damaged file, unknown split, or no rows.
     """
+    if spec.task is not None:
+        from curvelora_eval.benchmarks.training import load_task_rows
+
+        return load_task_rows(spec)
+    for name in ("protocol", "template"):
+        if getattr(spec, name) is not None:
+            raise UserError(f"{name} belongs to a named task: name the task as `task`, or leave {name} out")
     disable_progress_bar()  # reading a file is quick, and its bar would hide the one that matters
     set_verbosity(CRITICAL)  # what it logs about a damaged file is in the exception as well
     path = Path(spec.path)
@@ -173,6 +180,16 @@ def render(pattern: str, row: dict[str, Any]) -> Any:
     if pattern in row:
         return row[pattern]
     return _FIELD.sub(lambda match: "" if row[match[1]] is None else str(row[match[1]]), pattern)
+
+
+def rows_fingerprint(spec: DataSpec) -> str | None:
+    """`fingerprint` of what the rows were read from: of a named task its own file, not the whole data folder."""
+    if spec.task is None:
+        return fingerprint(spec.path)
+    from curvelora_eval.benchmarks.training import task_file
+
+    file = task_file(spec)
+    return None if file is None else fingerprint(file)
 
 
 def fingerprint(path: str | Path) -> str | None:

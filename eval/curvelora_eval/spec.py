@@ -74,9 +74,16 @@ class DataSpec:
 
     path: str
     """A .json, .jsonl, .csv, .tsv or .parquet file (also .gz), a folder of such files (a split each), a folder saved by
-    `datasets`, a folder of images or of plain texts with one sub-folder a class, or a hub name."""
+    `datasets`, a folder of images or of plain texts with one sub-folder a class, or a hub name. With task: the folder that
+    holds the tasks' data, or `hub`."""
     split: str | None = None
-    """For folders and hub names with several splits."""
+    """For folders and hub names with several splits. With task: train where absent."""
+    task: str | None = None
+    """A named task (`curvelora tasks`), which then words the rows: prompt and completion, or text, text_pair and label."""
+    protocol: str | None = None
+    """With task: the protocol whose wording is taken; the task's first where absent."""
+    template: str | None = None
+    """With task: the protocol's wording, such as legacy or clean; its first where absent."""
     limit: int | None = None
     """Use only the first so many rows."""
     column_names: list[str] | None = None

@@ -308,6 +308,12 @@ def _check_combinations(recipe: Recipe, task: Task, deepspeed: bool, stage: int 
     for name in ("max_length", "max_target_length", "max_new_tokens"):
         if getattr(recipe.task, name) < 1:
             problems.append(f"task.{name} must be at least 1, not {getattr(recipe.task, name)}")
+    for name in ("validation", "test"):
+        spec = getattr(recipe.data, name)
+        if spec is not None and spec.task is not None and spec.split is None:
+            problems.append(
+                f"data.{name} names the task {spec.task} without a split, and train would be taken: name its split"
+            )
     if recipe.training.keep_best and recipe.data.validation is None:
         problems.append("training.keep_best needs validation rows to compare by: name data.validation")
     if deepspeed and recipe.training.optimizer.endswith("_8bit") and method.name != "full":

@@ -20,7 +20,7 @@ from curvelora.layers.decomposed import DecomposedConfig, share_factors
 from curvelora.loading import WEIGHTS_FILE
 from curvelora.merging import merged_form
 from curvelora.output_change import OutputChange
-from curvelora_eval.data import fingerprint
+from curvelora_eval.data import fingerprint, rows_fingerprint
 from curvelora_eval.environment import describe_environment
 from curvelora_eval.eval_command import prediction_lines
 from curvelora_eval.evaluator import evaluate_rows
@@ -423,7 +423,7 @@ def score_unseen(
     result |= {
         "model": dataclasses.asdict(prepared.recipe.model),
         "adapter": {"path": str(folder.adapter), "sha256": fingerprint(folder.adapter / WEIGHTS_FILE)},
-        "dataset": {"path": spec.path, "split": spec.split, "sha256": fingerprint(spec.path), "rows": len(rows)},
+        "dataset": {"path": spec.path, "split": spec.split, "sha256": rows_fingerprint(spec), "rows": len(rows)},
         **describe_environment(),
     }
     folder.write_text("predictions.jsonl", prediction_lines(predicted.predictions, predicted.references))

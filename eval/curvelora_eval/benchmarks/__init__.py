@@ -9,7 +9,7 @@ import importlib
 
 from curvelora.errors import UserError, nearest
 from curvelora_eval.benchmarks.base import Benchmark, LoadedRows, Row, Split
-from curvelora_eval.benchmarks.loading import load, load_all
+from curvelora_eval.benchmarks.loading import find_file, load, load_all
 
 _HERE = "curvelora_eval.benchmarks"
 BENCHMARKS: dict[str, str] = {
@@ -59,4 +59,4 @@ def get(name: str) -> Benchmark:
     return importlib.import_module(BENCHMARKS[name]).BENCHMARK
 
 
-__all__ = ["BENCHMARKS", "Benchmark", "LoadedRows", "Row", "Split", "get", "load", "load_all"]
+__all__ = ["BENCHMARKS", "Benchmark", "LoadedRows", "Row", "Split", "find_file", "get", "load", "load_all"]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from curvelora.errors import UserError
+from curvelora_eval.benchmarks import arithmetic
 from curvelora_eval.benchmarks.base import Benchmark, Row, Split
 from curvelora_eval.benchmarks.llm_adapters import read_records
 from curvelora_eval.benchmarks.protocols.answers import MetaMathProtocol, NumberProtocol
@@ -27,11 +28,19 @@ def make_row(name: str, record: Mapping[str, Any]) -> Row:
 
 
 def read(path: Path, split: str) -> list[Row]:
-    """JSON lines of question and answer."""
+    """JSON lines of question and answer, or LLM-Adapters' JSON list (the same questions, answers as "18.0")."""
+    if ".json" in path.suffixes:
+        return arithmetic.read_numbers(path, split)
     return [make_row(f"{split}-{i}", row) for i, row in enumerate(read_records(path, ("question", "answer")))]
 
 
-GENERATE = (NumberProtocol(), MetaMathProtocol())
+GENERATE = (
+    NumberProtocol(description="LLM-Adapters' evaluate.py: 4 beams, 256 new tokens, the last number in the text"),
+    MetaMathProtocol(
+        description="PiSSA and MiLoRA: greedy, 1,024 new tokens, the number after the last 'The answer is: '; unlike there, an "
+        "answer a hundred times too large or too small is wrong"
+    ),
+)
 BENCHMARK = Benchmark(
     name="gsm8k",
     kind="arithmetic",
@@ -39,7 +48,7 @@ BENCHMARK = Benchmark(
     source="arXiv 2110.14168, github.com/openai/grade-school-math (MIT)",
     splits={
         "train": Split(("gsm8k/train.jsonl",), 7473, hub="train"),
-        "test": Split(("gsm8k/test.jsonl",), 1319, hub="test"),
+        "test": Split(("gsm8k/test.jsonl", "gsm8k/test.json"), 1319, hub="test"),
     },
     default_split="test",
     read=read,

@@ -32,6 +32,13 @@ class CausalLM(Task):
         super().__init__(spec)
         self.default_metrics = ("exact_match", "rouge") if "completion" in spec.columns else ("perplexity",)
 
+    def roles(self, rows: Dataset) -> dict[str, str]:
+        """As for every kind; where the settings map text alone, columns called prompt and completion are only columns."""
+        mapped = super().roles(rows)
+        if set(self.spec.columns) == {"text"}:
+            mapped = {"text": mapped["text"]}
+        return mapped
+
     def check(self, rows: Dataset, name: str) -> None:
         super().check(rows, name)
         roles = self.roles(rows)
