@@ -17,7 +17,9 @@ from curvelora.errors import UserError
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Define the arguments of `curvelora compare`."""
-    parser.add_argument("arms", nargs="+", metavar="DIR[,DIR...]", help="an evaluation, or one a seed, with commas between")
+    parser.add_argument(
+        "arms", nargs="+", metavar="DIR[,DIR...]", help="an evaluation, or one a seed, with commas between"
+    )
     parser.add_argument("--task", metavar="NAME[,NAME...]", help="compare these tasks only")
     parser.add_argument("--out", type=Path, metavar="DIR", help="write compare.json, compare.md and compare.svg here")
     parser.add_argument("--resamples", type=int, default=2000, help="draws of the bootstrap (default 2000)")
@@ -32,7 +34,9 @@ def run(args: argparse.Namespace) -> int:
     from curvelora_eval.files import check_folder, make_folder, write_json, write_text
 
     if args.resamples < 100:
-        raise UserError(f"--resamples must be at least 100, not {args.resamples}: fewer give no 95 % interval worth the name")
+        raise UserError(
+            f"--resamples must be at least 100, not {args.resamples}: fewer give no 95 % interval worth the name"
+        )
     if args.seed < 0:
         raise UserError(f"--seed must be at least 0, not {args.seed}")
     if args.out:

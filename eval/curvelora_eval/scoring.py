@@ -77,6 +77,9 @@ def score_records(
     for each in scores:
         if each.metric == PERPLEXITY:
             result = bootstrap_interval(statistic(records, each), len(records), level, resamples, seed)
+            for interval in result.values():
+                if interval["value"] is None:
+                    interval["reason"] = _no_perplexity(*columns(records, each))
         else:
             given, wanted = columns(records, each)
             result = score([each.metric], given, wanted, {each.metric: each.options}, level, resamples, seed)
@@ -97,7 +100,8 @@ def statistic(records: Sequence[Mapping[str, Any]], score: Score) -> Statistic:
     """
     given, wanted = columns(records, score)
     if score.metric == PERPLEXITY:
-        losses, tokens, (key,) = np.array(given), np.array(wanted), score.results.values()
+        # A loss that was not finite is None in a file; here it is NaN, and so is what it is added to.
+        losses, tokens, (key,) = np.array(given, dtype=float), np.array(wanted), score.results.values()
         return lambda rows: {key: perplexity(losses[rows].tolist(), tokens[rows].tolist())}
     options = metric_options(score.metric, given, wanted, score.options)
     of_rows = resampler(load_metric(score.metric), given, wanted, options)
@@ -121,6 +125,13 @@ def columns(records: Sequence[Mapping[str, Any]], score: Score) -> tuple[list, l
     given, wanted = sides
     nothing = _NOTHING.get(score.metric)
     return [nothing if value is None else value for value in given], wanted
+
+
+def _no_perplexity(losses: Sequence[float | None], tokens: Sequence[int]) -> str:
+    lost = sum(loss is None or not math.isfinite(loss) for loss in losses)
+    if lost:
+        return f"{lost} of {len(losses)} records have no finite loss"
+    return f"it is exp({sum(losses) / max(1, sum(tokens)):.0f}), beyond the largest number"
 
 
 def perplexity(losses: Sequence[float], tokens: Sequence[int]) -> float:

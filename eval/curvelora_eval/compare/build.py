@@ -72,6 +72,13 @@ def compare(arms: list[Arm], level: float = 0.95, resamples: int = 2000, seed: i
         [macro] if macro else [],
     ):
         decide([each for metric in family for each in metric["comparisons"]], level)
+    notes = [*_seed_notes(pairs), *check.notes(arms)]
+    most = max(each["tests"] for metric in everything for each in metric["comparisons"])
+    if most * 2 / (1 + resamples) >= 1 - level:
+        notes.append(
+            f"{resamples} resamples are too few for {most} tests: p of a bootstrap is {2 / (1 + resamples):.4f} at least, and "
+            f"corrected never below {1 - level:g}; ask for more with --resamples."
+        )
     return {
         "schema": 1,
         "kind": "comparison",
@@ -80,7 +87,7 @@ def compare(arms: list[Arm], level: float = 0.95, resamples: int = 2000, seed: i
         "macro": macro,
         "rule": rule(level),
         "interval": {"method": "paired percentile bootstrap", "level": level, "resamples": resamples, "seed": seed},
-        "notes": [*_seed_notes(pairs), *check.notes(arms)],
+        "notes": notes,
     }
 
 
@@ -202,14 +209,25 @@ def _seed_notes(pairs: list[Pair]) -> list[str]:
     notes = []
     if single:
         notes.append(
-            f"{' and '.join(single)} {'are' if len(single) > 1 else 'is'} one training run: how much another training seed "
-            "would change is not covered, and only the choice of test rows is."
+            f"{_listed(single)} {'are one training run each' if len(single) > 1 else 'is one training run'}: what another "
+            "training seed would change is not covered; only the choice of rows is."
         )
     for first, other in pairs:
         if min(len(first.runs), len(other.runs)) > 1:
-            how = "paired by their seeds" if _same_seeds((first, other)) else "not paired, their seeds are not the same"
-            notes.append(f"{first.letter} and {other.letter}: {len(first.runs)} and {len(other.runs)} runs, {how}.")
+            how = (
+                "paired by seed"
+                if _same_seeds((first, other))
+                else "not paired, as their seeds are not known to be the same"
+            )
+            notes.append(
+                f"{first.letter} has {len(first.runs)} runs and {other.letter} {len(other.runs)}, {how}: the intervals cover "
+                "the choice of seeds and of rows."
+            )
     return notes
+
+
+def _listed(names: list[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def _spread(runs: np.ndarray) -> dict[str, Any]:

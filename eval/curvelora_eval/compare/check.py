@@ -37,7 +37,9 @@ def notes(arms: list[Arm]) -> list[str]:
             for arm in arms
         }
         if len({tuple(values) for values in seen.values()}) > 1:
-            found.append(f"{what} differs: " + "; ".join(f"{letter} {', '.join(v)}" for letter, v in seen.items()) + ".")
+            found.append(
+                f"{what} differs: " + "; ".join(f"{letter} {', '.join(v)}" for letter, v in seen.items()) + "."
+            )
     for task in first:
         hashes = {_get(run[task], "dataset", "sha256") for arm in arms for run in arm.runs}
         if len(hashes) > 1:
@@ -86,10 +88,11 @@ def _rows(a: Evaluation, b: Evaluation, name: str) -> Iterator[str]:
         other = b.records[row]
         for field in fields:
             if record.get(field) != other.get(field):
-                yield (
-                    f"the references differ: row {row!r} has {_show(record.get(field))} in A and "
-                    f"{_show(other.get(field))} in {name}; evaluate both on the same rows"
-                )
+                what = f"row {row!r} has {_show(record.get(field))} in A and {_show(other.get(field))} in {name}"
+                if field == "tokens":
+                    yield f"the numbers of tokens differ: {what}; perplexities of other tokenizers or windows do not compare"
+                else:
+                    yield f"the references differ: {what}; evaluate both on the same rows"
                 return
 
 
@@ -118,7 +121,10 @@ _ALIKE: list[tuple[str, _Value]] = [
 _FROZEN: list[tuple[str, _Value]] = [
     ("hash of the protocol", lambda e: e.protocol.get("hash")),
     ("way of scoring", lambda e: e.result["scoring"]),
-    ("decoding", lambda e: _get(e, "decoding")),
+    (
+        "decoding",
+        lambda e: None if e.protocol else _get(e, "decoding"),
+    ),  # in a protocol's hash, but for the model's own ids
 ]
 _NOTED: list[tuple[str, _Value]] = [
     ("The base model", lambda e: _get(e, "model", "path")),

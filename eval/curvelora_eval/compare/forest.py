@@ -51,7 +51,7 @@ def forest_plot(result: dict[str, Any]) -> str | None:
         parts.append(chart)
         y += HEADING + height
     level = f"{100 * result['interval']['level']:g} %"
-    note = f"bars: {level} paired bootstrap interval; grey: {NOT_DISTINGUISHABLE}"
+    note = f"bars: {level} paired bootstrap interval; blue: better than A, orange: A is better, grey: {NOT_DISTINGUISHABLE}"
     parts.append(Markup('<text x="12" y="{}">{}</text>').format(y + 14, note))
     head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{y + 28}" viewBox="0 0 {WIDTH} {y + 28}">'
     return f'{head}<style>{STYLE}</style><rect width="100%" height="100%" fill="#fdfdfb"/>{"".join(parts)}</svg>\n'

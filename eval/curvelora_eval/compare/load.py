@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -89,32 +89,48 @@ def _load_run(folder: Path, only: list[str] | None) -> tuple[dict[str, Evaluatio
     if not folder.is_dir():
         return {}, [f"{folder} is no folder: name the folder that `curvelora eval --out` wrote"]
     places = [folder] if _is_evaluation(folder) else sorted({p.parent for p in folder.rglob(RESULT)})
-    unfinished = {p.parent for p in folder.rglob("predictions*.jsonl")} - set(places)
-    problems = [f"{place} has predictions and no {RESULT}, so its evaluation did not end: {AGAIN}" for place in unfinished]
+    problems = [] if only else [_no_result(place) for place in _unfinished(folder)]
     found: dict[str, Evaluation] = {}
+    several: dict[str, list[str]] = {}
     for place in places:
         try:
             result = read_result(place)
             if only and result["task"] not in only:
                 continue
-            evaluation = Evaluation(place, result, read_records(place))
-            if evaluation.task in found:
-                raise UserError(
-                    f"{folder} holds {evaluation.task} twice ({found[evaluation.task].folder.relative_to(folder)} and "
-                    f"{place.relative_to(folder)}): name the folder of one adapter"
-                )
-            check_belongs(evaluation)
-            found[evaluation.task] = evaluation
+            evaluation = Evaluation(place, result, {})
+            several.setdefault(evaluation.task, []).append(str(place.relative_to(folder)))
+            if len(several[evaluation.task]) == 1:
+                found[evaluation.task] = evaluation = replace(evaluation, records=read_records(place))
+                check_belongs(evaluation)
         except UserError as error:
             problems.append(str(error))
+    twice = {task: where for task, where in several.items() if len(where) > 1}
+    for task, where in list(twice.items())[:1]:
+        rest = f" (and {len(twice) - 1} other tasks)" if len(twice) > 1 else ""
+        problems.append(
+            f"{folder} holds {len(where)} evaluations of {task}{rest}, in {', '.join(where[:3])}"
+            f"{', ...' * (len(where) > 3)}: name the folder of one model"
+        )
     if not found and not problems:
         wanted = f" of {', '.join(only)}" if only else ""
-        problems.append(f"{folder} holds no evaluation{wanted}: no folder in it has an {RESULT}")
+        problems += [_no_result(place) for place in _unfinished(folder)] or [
+            f"{folder} holds no evaluation{wanted}: no folder in it has such an {RESULT}"
+        ]
     return found, problems
 
 
+def _unfinished(folder: Path) -> list[Path]:
+    """Folders with predictions and no result; a check of a merged model leaves such ones inside an evaluation's folder."""
+    places = sorted({p.parent for p in folder.rglob("predictions*.jsonl")})
+    return [p for p in places if not (p / RESULT).exists() and not (p.parent / RESULT).exists()]
+
+
+def _no_result(folder: Path) -> str:
+    return f"{folder} has no {RESULT}, so its evaluation did not end: {AGAIN}"
+
+
 def _is_evaluation(folder: Path) -> bool:
-    return (folder / RESULT).exists() or (folder / PREDICTIONS).exists()
+    return (folder / RESULT).exists()
 
 
 def read_result(folder: Path) -> dict[str, Any]:
@@ -127,14 +143,16 @@ def read_result(folder: Path) -> dict[str, Any]:
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{folder} has no {RESULT}, so its evaluation did not end: {AGAIN}") from None
+        raise UserError(_no_result(folder)) from None
     except ValueError as error:
         raise UserError(f"{path} is damaged ({error}): {AGAIN}") from error
     if not isinstance(result, dict) or result.get("kind") != "evaluation":
         raise UserError(f"{path} is not the result of an evaluation (its kind is not 'evaluation')")
     missing = [key for key in ("task", "metrics", "scoring") if not result.get(key)]
     if missing:
-        raise UserError(f"{path} lacks {' and '.join(missing)}, as results of older versions do: run `curvelora eval` again")
+        raise UserError(
+            f"{path} lacks {' and '.join(missing)}, as results of older versions do: run `curvelora eval` again"
+        )
     return result
 
 
@@ -183,7 +201,9 @@ def check_belongs(evaluation: Evaluation) -> None:
     if stated is not None and stated != len(records):
         raise UserError(f"{folder} has {len(records)} predictions and a result of {stated} rows, so {apart}")
     for score in evaluation.scores:
-        if score.metric == PERPLEXITY and "nll" not in records[0]:  # rows of the user's own keep them in the two common fields
+        if (
+            score.metric == PERPLEXITY and "nll" not in records[0]
+        ):  # rows of the user's own keep them in the two common fields
             for record in records:
                 record["nll"], record["tokens"] = record.get("prediction"), record.get("reference")
         try:
@@ -193,7 +213,9 @@ def check_belongs(evaluation: Evaluation) -> None:
         for key, value in computed.items():
             said = (result["metrics"].get(key) or {}).get("value")
             value = value if value is not None and math.isfinite(value) else None
-            same = value is said is None or (None not in (value, said) and math.isclose(value, said, abs_tol=1e-9, rel_tol=1e-6))
+            same = value is said is None or (
+                None not in (value, said) and math.isclose(value, said, abs_tol=1e-9, rel_tol=1e-6)
+            )
             if not same:
                 raise UserError(f"{folder}: the predictions give {key} {value}, and {RESULT} says {said}, so {apart}")
 

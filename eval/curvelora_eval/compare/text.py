@@ -27,14 +27,18 @@ def terminal(result: dict[str, Any]) -> str:
                 lines.append("  " + _line(row, widths))
                 lines += _wrap(table, "      ") + _wrap(because, "      ")
     lines.append("")
-    for sentence in (*result["notes"], _correction(result)):
+    for sentence in _sentences(result):
         lines += _wrap(sentence, "")
     return "\n".join(line.rstrip() for line in lines)
 
 
 def markdown(result: dict[str, Any], picture: bool = True) -> str:
     """Return compare.md, which shows compare.svg where there is a `picture`."""
-    title = " against ".join(arm["letter"] for arm in reversed(result["arms"])) if len(result["arms"]) == 2 else "all against A"
+    title = (
+        " against ".join(arm["letter"] for arm in reversed(result["arms"]))
+        if len(result["arms"]) == 2
+        else "all against A"
+    )
     lines = [f"# Comparison: {title}", ""]
     lines += [f"* {arm['letter']}: `{_arm(arm)}`" for arm in result["arms"]]
     for first, other in _pairs(result):
@@ -44,12 +48,13 @@ def markdown(result: dict[str, Any], picture: bool = True) -> str:
         for title, metrics in _blocks(result, other):
             for row, table, because in metrics:
                 lines.append(_markdown_row([title, *row]))
-                tables += [f"* {title}, {row[0]}: {table}."] if table else []
-                becauses += [f"* {title}, {row[0]}: {because}."] if because else []
+                name = f"{title.split(',')[0]}, {row[0].removesuffix(', %')}"
+                tables += [f"* {name}: {table}."] if table else []
+                becauses += [f"* {name}: {because}."] if because else []
         lines += ["", *tables, *becauses] if tables or becauses else []
     lines += ["", "![differences with intervals](compare.svg)"] if picture else []
     lines.append("")
-    lines += [f"* {sentence}" for sentence in (*result["notes"], _correction(result))]
+    lines += [f"* {sentence}" for sentence in _sentences(result)]
     return "\n".join([*lines, "", result["rule"], ""])
 
 
@@ -74,7 +79,7 @@ def _pairs(result: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _heads(first: str, other: str, result: dict[str, Any]) -> Row:
     level = f"{100 * result['interval']['level']:g} %"
-    corrected = max(each["tests"] for _, each in verdicts(result)) > 1
+    corrected = max(_tests(result)) > 1
     return ["metric", first, other, f"{other} - {first} [{level}]", "p, Holm" if corrected else "p", "verdict"]
 
 
@@ -100,8 +105,8 @@ def _cells(metric: dict[str, Any], other: str) -> tuple[Row, str, str]:
     ]
     table = found["mcnemar"]
     words = (
-        f"rows: both right {table['both_right']:,}, only {first} {table['only_a']:,}, only {other} {table['only_b']:,}, "
-        f"both wrong {table['both_wrong']:,}"
+        f"rows that both get right {table['both_right']:,}, only {first} {table['only_a']:,}, only {other} {table['only_b']:,}, "
+        f"neither {table['both_wrong']:,}"
         if table
         else ""
     )
@@ -137,17 +142,32 @@ def _arm(arm: dict[str, Any]) -> str:
     return arm["name"] + (f"  ({len(arm['runs'])} seeds)" if len(arm["runs"]) > 1 else "")
 
 
-def _correction(result: dict[str, Any]) -> str:
-    tests = max(each["tests"] for _, each in verdicts(result))
-    spread = "± is the standard deviation over seeds. " if any(len(arm["runs"]) > 1 for arm in result["arms"]) else ""
-    if tests < 2:
-        return f"{spread}An interval covers the choice of rows."
-    return f"{spread}Every p of a primary metric is corrected for {tests} tests (Holm); the intervals are not."
+def _sentences(result: dict[str, Any]) -> list[str]:
+    """What a reader must know beside the tables."""
+    found = list(result["notes"])
+    if any(len(arm["runs"]) > 1 for arm in result["arms"]):
+        found.append("± is the standard deviation over runs.")
+    primary, others = _tests(result)
+    if others:
+        found.append("The first metric of a task is its primary one.")
+    if max(primary, others) > 1:
+        which = f"{primary} of primary metrics" + (f", {others} of the others among themselves" if others else "")
+        found.append(f"The p-values are corrected for the number of tests (Holm): {which}. The intervals are not.")
+    return found
+
+
+def _tests(result: dict[str, Any]) -> tuple[int, int]:
+    """How many tests there are of primary metrics, and of all others."""
+    metrics = [metric for task in result["tasks"] for metric in task["metrics"]]
+    counts = {metric["primary"]: each["tests"] for metric in metrics for each in metric["comparisons"]}
+    return counts.get(True, 0), counts.get(False, 0)
 
 
 def _line(cells: Row, widths: list[int]) -> str:
     left = (0, len(cells) - 1)
-    return "  ".join(f"{c:<{w}}" if i in left else f"{c:>{w}}" for i, (c, w) in enumerate(zip(cells, widths, strict=True)))
+    return "  ".join(
+        f"{c:<{w}}" if i in left else f"{c:>{w}}" for i, (c, w) in enumerate(zip(cells, widths, strict=True))
+    )
 
 
 def _wrap(sentence: str, indent: str) -> list[str]:

@@ -32,8 +32,9 @@ class F1(evaluate.Metric):
     def _compute(self, predictions, references, labels=None) -> dict:
         require_rows("f1", predictions)
         declared = sorted({*predictions, *references} if labels is None else set(labels))
-        average = "binary" if declared == [0, 1] else "macro"
-        f1 = f1_score(references, predictions, labels=declared, average=average, zero_division=np.nan)
+        # The mean over class 1 alone is binary F1, and takes a prediction of no class (-1) as a plain miss.
+        counted = [1] if declared == [0, 1] else declared
+        f1 = f1_score(references, predictions, labels=counted, average="macro", zero_division=np.nan)
         if np.isnan(f1):
             return {"f1": None, "reason": "no positive row among predictions and references, so F1 is 0 / 0"}
         return {"f1": float(f1)}
