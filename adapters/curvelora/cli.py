@@ -28,6 +28,7 @@ HOME = {
     "prepare": ("curvelora", "compute the singular factors that a method starts from, once"),
     "fetch": ("curvelora-training", "bring a recipe's model, rows and wheels to machines without network"),
     "preflight": ("curvelora-training", "whether all nodes of a job are fit to begin, and why not"),
+    "recipes": ("curvelora-training", "list the recipes that come with the project, or print one"),
     "train": ("curvelora-training", "fine-tune a model from a recipe"),
     "launch": ("curvelora-training", "submit a recipe to SLURM, on one node or many"),
     "status": ("curvelora-training", "how runs stand, from their folders alone"),
