@@ -214,9 +214,7 @@ def test_perplexity_over_a_text(evaluate: Callable[..., Path], monkeypatch: pyte
     assert sorted(windows) == list(range(len(windows)))
 
 
-def test_a_trained_head(
-    trained_run: Path, task_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_trained_head(trained_run: Path, task_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A classifier that was trained for two classes answers MRPC; the order of its classes is its own."""
     adapter = Path(shutil.copytree(trained_run / "adapter", tmp_path / "run/adapter"))
     given = ["eval", "--task", "mrpc", "--data-dir", str(task_data), "--batch-check", "3", "--adapter", str(adapter)]

@@ -45,7 +45,9 @@ def test_an_adapter_leaves_no_trace(base: LoadedBase, llama_folder: Path, tmp_pa
     assert base.take_off() is None
 
 
-def test_an_adapter_with_a_head_of_its_own_leaves_the_bases_head(base: LoadedBase, llama_folder: Path, tmp_path: Path) -> None:
+def test_an_adapter_with_a_head_of_its_own_leaves_the_bases_head(
+    base: LoadedBase, llama_folder: Path, tmp_path: Path
+) -> None:
     config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
     adapter = save_adapter(tmp_path / "a", llama_folder, config)
     before = logits(base.bare())
