@@ -165,7 +165,7 @@ def _ask(model: nn.Module, predictor: Predictor, units: Sequence[int], seed: int
     except torch.OutOfMemoryError as error:
         longest = max(predictor.lengths[unit] for unit in units)
         raise UserError(
-            f"{len(units)} sequences of up to {longest} tokens do not fit into the memory of the device: give a smaller --batch-size"
+            f"{len(units)} sequences of up to {longest} tokens do not fit into the device's memory: give a smaller --batch-size"
         ) from error
 
 
