@@ -214,9 +214,7 @@ def test_perplexity_over_a_text(evaluate: Callable[..., Path], monkeypatch: pyte
     assert sorted(windows) == list(range(len(windows)))
 
 
-def test_a_trained_head(
-    trained_run: Path, task_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_trained_head(trained_run: Path, task_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A classifier that was trained for two classes answers MRPC; the order of its classes is its own."""
     adapter = Path(shutil.copytree(trained_run / "adapter", tmp_path / "run/adapter"))
     given = ["eval", "--task", "mrpc", "--data-dir", str(task_data), "--batch-check", "3", "--adapter", str(adapter)]
@@ -311,3 +309,22 @@ def test_several_adapters_on_rows_of_ones_own(trained_run: Path, unseen_rows: st
     assert cli.main(["eval", "--data", unseen_rows, "--limit", "8", "--out", str(tmp_path / "out"), *both]) == 0
     found = [json.loads((tmp_path / "out" / label / "evaluation.json").read_text()) for label in ("run", "second")]
     assert found[0]["metrics"] == found[1]["metrics"] and found[0]["adapter"] != found[1]["adapter"]
+
+
+def test_quirks_are_named_and_repeatable(
+    evaluate: Callable[..., Path], adapters: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Live dropout changes the scores; it draws the same in every run, so that a killed one can go on."""
+    task = ["--task", "boolq", "--protocol", "loglikelihood", "--batch-check", 0, "--adapter", adapters["loran"]]
+    out = evaluate(*task)
+    plain = read_lines(out / "loran/boolq-loglikelihood/predictions.jsonl")
+    found = []
+    for name in ("first", "second"):
+        evaluate(*task, "--legacy-quirks", "all", "--baseline", out=out / name)
+        found.append(read_lines(out / name / "loran/boolq-loglikelihood-quirks/predictions.jsonl"))
+    assert found[0] == found[1] != plain
+    record = result(out / "first/loran/boolq-loglikelihood-quirks", "evaluation.json")
+    assert record["protocol"]["quirks"] == ["adapter-dropout"]  # the others are about generated text
+    bare = result(out / "first/baseline/boolq-loglikelihood-quirks", "evaluation.json")
+    assert bare["protocol"]["quirks"] == []
+    assert "with the original scripts' defects adapter-dropout" in capsys.readouterr().out
