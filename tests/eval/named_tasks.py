@@ -51,7 +51,9 @@ def write_data(folder: Path) -> Path:
         (folder / "commonsense" / name).mkdir(parents=True)
         (folder / "commonsense" / name / "test.json").write_text(json.dumps(rows), encoding="utf-8")
     (folder / "gsm8k").mkdir()
-    solved = [{"question": f"{i} apples and {i} pears?", "answer": f"{i} + {i} = {2 * i}\n#### {2 * i}"} for i in range(5)]
+    solved = [
+        {"question": f"{i} apples and {i} pears?", "answer": f"{i} + {i} = {2 * i}\n#### {2 * i}"} for i in range(5)
+    ]
     (folder / "gsm8k/test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in solved), encoding="utf-8")
     (folder / "mrpc").mkdir()
     pairs = ["Quality\t#1 ID\t#2 ID\t#1 String\t#2 String"]

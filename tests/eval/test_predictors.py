@@ -85,7 +85,9 @@ def test_the_checkpoints_generation_config_is_put_aside(
     before = answers(model, predictor, 3)
     odd = copy.copy(model)
     odd.generation_config = copy.deepcopy(model.generation_config)
-    odd.generation_config.update(do_sample=True, temperature=9.0, repetition_penalty=5.0, length_penalty=-3.0, num_beams=2)
+    odd.generation_config.update(
+        do_sample=True, temperature=9.0, repetition_penalty=5.0, length_penalty=-3.0, num_beams=2
+    )
     assert answers(odd, predictor, 3) == before
     assert odd.generation_config.repetition_penalty == 5.0  # and is there again afterwards
     assert not drawn
@@ -177,9 +179,7 @@ def log_probability(model: Any, context: list[int], continuation: list[int]) -> 
     """By the chain rule, from all logits of one sequence in float64."""
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([context + continuation])).logits[0].double()
-    return sum(
-        F.log_softmax(logits[len(context) + i - 1], -1)[token].item() for i, token in enumerate(continuation)
-    )
+    return sum(F.log_softmax(logits[len(context) + i - 1], -1)[token].item() for i, token in enumerate(continuation))
 
 
 def test_choices_are_the_sums_of_log_probabilities(llama: Any, task_data: Path) -> None:

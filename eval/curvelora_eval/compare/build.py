@@ -72,6 +72,13 @@ def compare(arms: list[Arm], level: float = 0.95, resamples: int = 2000, seed: i
         [macro] if macro else [],
     ):
         decide([each for metric in family for each in metric["comparisons"]], level)
+    notes = [*_seed_notes(pairs), *check.notes(arms)]
+    most = max(each["tests"] for metric in everything for each in metric["comparisons"])
+    if most * 2 / (1 + resamples) >= 1 - level:
+        notes.append(
+            f"{resamples} resamples are too few for {most} tests: p of a bootstrap is {2 / (1 + resamples):.4f} at least, and "
+            f"corrected never below {1 - level:g}; ask for more with --resamples."
+        )
     return {
         "schema": 1,
         "kind": "comparison",
@@ -80,7 +87,7 @@ def compare(arms: list[Arm], level: float = 0.95, resamples: int = 2000, seed: i
         "macro": macro,
         "rule": rule(level),
         "interval": {"method": "paired percentile bootstrap", "level": level, "resamples": resamples, "seed": seed},
-        "notes": [*_seed_notes(pairs), *check.notes(arms)],
+        "notes": notes,
     }
 
 

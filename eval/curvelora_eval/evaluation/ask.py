@@ -89,7 +89,8 @@ def _questions(args: argparse.Namespace, problems: Problems) -> list[Question]:
             protocol = benchmark.protocol(args.protocol)
             template = protocol.template(args.template)
             data = Path(args.data_dir) if args.data_dir else None
-            loaded = benchmarks.load(benchmark, data, args.split, args.limit)
+            limit = args.limit if args.limit and args.limit > 0 else None  # another number has been complained of
+            loaded = benchmarks.load(benchmark, data, args.split, limit)
             protocol.check(loaded.rows)
             length = args.max_length if isinstance(protocol, HeadProtocol) else None
             questions.append(Question(benchmark, protocol, template, loaded, chosen, args.limit, length))

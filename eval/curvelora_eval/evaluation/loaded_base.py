@@ -61,12 +61,12 @@ class LoadedBase:
         return self._model
 
     def put_on(self, adapter: Path) -> nn.Module:
-        """The base with the adapter in this folder.
+        """The base with the adapter in this folder, in eval mode.
 
         Raises:
             UserError: as `load_adapter`.
         """
-        return load_adapter(self.bare(), adapter)
+        return load_adapter(self.bare(), adapter).eval()
 
     def take_off(self) -> str | None:
         """Put everything of the base back in its place and prove it.
