@@ -1,15 +1,21 @@
 """Layers that keep their large products: the same numbers as plain checkpointing, and no large product made twice."""
 
 from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy
 from transformers import LlamaConfig
 
+from curvelora_training import kept_products
 from curvelora_training.bench.random_base import random_model
 from curvelora_training.kept_products import LARGE, keep_products
+from curvelora_training.prepare import RecipeError, load_and_prepare
 
 LAYERS = 3
 
@@ -62,3 +68,36 @@ def test_nothing_large_is_made_twice_and_the_numbers_stay(base: str) -> None:
         assert found.equal(loss) and all(a.equal(b) for a, b in zip(given, wanted, strict=True))
         left = LAYERS - min(kept, LAYERS)
         assert seen - whole == Counter({key: count * left // LAYERS for key, count in again.items() if left})
+
+
+def test_a_run_that_keeps_products_is_the_same_run(
+    recipe: dict[str, Any], write: Callable[..., Path], finetune: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With dropout, whose masks have to come back."""
+    monkeypatch.setattr(kept_products, "LARGE", 16)
+    kept = []
+    original = kept_products._policy
+    monkeypatch.setattr(kept_products, "_policy", lambda *args, **kw: kept.append(original(*args, **kw)) or kept[-1])
+    path = write(recipe, **{"training.gradient_checkpointing": True, "training.max_steps": 3})
+    plain = finetune(path)
+    assert not kept
+    folder = finetune(path, "training.keep_products=1", f"output={plain.parent / 'kept'}")
+    assert kept.count(CheckpointPolicy.MUST_SAVE) > 3 * 6
+    file = "adapter/adapter_model.safetensors"
+    assert (folder / file).read_bytes() == (plain / file).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, "set training.gradient_checkpointing=true too"),
+        ({"training.gradient_checkpointing": True, "training.deepspeed": "zero3.json"}, "module by module"),
+    ],
+)
+def test_where_nothing_can_be_kept_it_is_refused(
+    recipe: dict[str, Any], write: Callable[..., Path], root: Path, changes: dict[str, Any], said: str
+) -> None:
+    if "training.deepspeed" in changes:
+        changes = changes | {"training.deepspeed": str(root / "ds_configs/zero3.json")}
+    with pytest.raises(RecipeError, match=said):
+        load_and_prepare(write(recipe, **changes, **{"training.keep_products": 2}), [])

@@ -15,8 +15,11 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from curvelora.errors import UserError
+
 LARGE = 512  # terms of a sum; products of fewer (an adapter's B) cost little for the bytes of their result
-_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.bmm.default)
+# where the first factor stands among the arguments
+_PRODUCTS = {torch.ops.aten.mm.default: 0, torch.ops.aten.bmm.default: 0, torch.ops.aten.addmm.default: 1}
 _ATTENTION = {
     f"aten::_scaled_dot_product_{name}"
     for name in ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")
@@ -28,8 +31,15 @@ def keep_products(model: nn.Module, layers: int) -> int:
     """Have the last `layers` layers keep their large products; gradient checkpointing has to be on. Returns how many do.
 
     The last ones, since what they keep is free again when the backward pass comes to the others.
+
+    Raises:
+        UserError: the model has no layers that transformers checkpoints one by one.
     """
     found = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing]
+    if layers and not found:
+        raise UserError(
+            "training.keep_products: no layer of this model has gradient checkpointing of its own: leave it out"
+        )
     chosen = found[max(len(found) - layers, 0) :]
     contexts = partial(create_selective_checkpoint_contexts, _policy)
     for layer in chosen:
@@ -39,7 +49,7 @@ def keep_products(model: nn.Module, layers: int) -> int:
 
 def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     name = op.name().partition(".")[0]
-    large = op in _PRODUCTS and args[0].shape[-1] >= LARGE
+    large = op in _PRODUCTS and args[_PRODUCTS[op]].shape[-1] >= LARGE
     if large or name == _NF4 or name in _ATTENTION:
         return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE
