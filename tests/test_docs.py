@@ -48,7 +48,7 @@ def test_the_distributed_matrix_is_the_recorded_one(root: Path) -> None:
     assert written == page(root / "docs/results/distributed"), "write it again: curvelora matrix --record NAME"
 
 
-@pytest.mark.parametrize("file", ["engines_h100.json", "engines_h200.json"])
+@pytest.mark.parametrize("file", ["engines_h100.json", "engines_h200.json", "engines_h200_x4.json"])
 def test_the_table_of_the_engines_is_that_of_its_file(root: Path, file: str) -> None:
     records = json.loads((root / "docs/results" / file).read_text(encoding="utf-8"))["records"]
     page = (root / "docs/engines.md").read_text(encoding="utf-8")
@@ -75,7 +75,29 @@ def test_what_the_text_makes_of_the_engines_table_is_so(root: Path) -> None:
     newer = json.loads((root / "docs/results/engines_h200.json").read_text(encoding="utf-8"))["records"]
     large = sorted(round(r["tokens_per_second_per_process"]) for r in newer if r["model"] == "llama2-70b")
     assert f"(H200: {large[0]} to {large[-1]})" in page
-    assert {len(r["step_seconds"]["all"]) for r in newer} == {20} and "on H200s all have 20" in page
+    four = json.loads((root / "docs/results/engines_h200_x4.json").read_text(encoding="utf-8"))["records"]
+    assert {len(r["step_seconds"]["all"]) for r in newer + four} == {20} and "on H200s all have 20" in page
+
+
+def test_what_the_text_makes_of_four_gpus_is_so(root: Path) -> None:
+    records = json.loads((root / "docs/results/engines_h200_x4.json").read_text(encoding="utf-8"))["records"]
+    page = (root / "docs/engines.md").read_text(encoding="utf-8")
+    keys = ("model", "base", "arm", "stage", "processes", "layers_keeping_products")
+    rate = {tuple(r[key] for key in keys): r["tokens_per_second_per_process"] for r in records}
+
+    def kept(arm: str, processes: int, stage: int = 2) -> float:
+        return rate["llama2-7b", "nf4", arm, stage, processes, 0] / rate["llama2-7b", "nf4", arm, 2, 1, 0]
+
+    q, n = ([f"{kept(arm, processes):.3f}" for processes in (2, 4)] for arm in ("qlora", "loran:sinter"))
+    assert f"QLoRA {q[0]} and {q[1]}, LoRAN {n[0]} and {n[1]} under ZeRO-2" in page
+    assert {round(kept(arm, 4, 3), 2) for arm in ("qlora", "loran:sinter")} == {0.97}
+    large = {key[1::2]: rate[key] for key in rate if key[0] == "llama2-70b"}
+    plain, three, two, bf16 = (
+        f"{large[base, stage, layers]:,.0f}"
+        for base, stage, layers in (("nf4", 3, 0), ("nf4", 3, 80), ("nf4", 2, 80), ("bf16", 3, 80))
+    )
+    assert f"at {plain} on four H200s" in page
+    assert f"{three} in NF4 under ZeRO-3, {two} under ZeRO-2 and {bf16} in bf16 under ZeRO-3" in page
 
 
 def test_links_in_documents_lead_somewhere(root: Path) -> None:

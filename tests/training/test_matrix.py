@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import time
@@ -57,6 +58,11 @@ def test_a_start_shift_is_compared_to_the_rounding_of_outputs(tmp_path: Path) ->
     measured, wrong = compare(CELL, write_run(tmp_path / "rounded", shift=8.40e-6), alone, 2)
     assert not wrong and measured["start_shift"] == pytest.approx(3e-4, rel=1e-6)
     assert "start_shift" in compare(CELL, write_run(tmp_path / "other", shift=9e-6), alone, 2)[1][0]
+    half = dataclasses.replace(CELL, base="bf16")
+    alone = write_run(tmp_path / "half", shift=3.68e-3)
+    for shift, differs in ((3.70e-3, False), (4e-3, True)):
+        wrong = compare(half, write_run(tmp_path / f"half_{shift}", shift=shift), alone, 2)[1]
+        assert any("start_shift" in text for text in wrong) == differs
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,8 @@ class TrainingSpec:
     """transformers' name of the optimiser."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    keep_products: Annotated[int, Field(ge=0)] = 0
+    """With gradient_checkpointing, so many layers keep the results of large products: most of that time back for more memory."""
     group_by_length: bool = False
     """Batches of rows of similar length: less padding, a less random order."""
     log_every: Count = 10

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 from transformers import PreTrainedModel
 
 # renamed in torch 2.13
@@ -99,13 +100,16 @@ class FrozenShares:
 
     def use(self, unit: Unit) -> None:
         """Have the unit's tensors whole for what is computed from now on, and gather the next block meanwhile."""
-        self._fetch(unit)
-        self._wait(unit)
-        if unit.slot != OUTSIDE:
-            backward = torch._C._current_graph_task_id() != -1
-            following = self.place[id(unit)] + (-1 if backward else 1)
-            if 0 <= following < len(self.blocks):
-                self._fetch(self.blocks[following])
+        with (
+            _disable_current_modes()
+        ):  # what selective checkpointing looks at is the layer alone, and this differs each time
+            self._fetch(unit)
+            self._wait(unit)
+            if unit.slot != OUTSIDE:
+                backward = torch._C._current_graph_task_id() != -1
+                following = self.place[id(unit)] + (-1 if backward else 1)
+                if 0 <= following < len(self.blocks):
+                    self._fetch(self.blocks[following])
 
     @contextlib.contextmanager
     def gathered(self, unit: Unit) -> Iterator[None]:

@@ -31,7 +31,7 @@ from curvelora_training.curve_schedule import check_schedules
 from curvelora_training.distributed import accelerate_asks_for_deepspeed, deepspeed_settings, world_size
 from curvelora_training.resuming import check_same_recipe, with_its_steps
 from curvelora_training.run_length import optimiser_steps
-from curvelora_training.zero3 import by_blocks, check_head, stage_of, why_not
+from curvelora_training.zero3 import by_blocks, check_by_modules, stage_of, why_not
 
 T = TypeVar("T")
 PEFT_TASK = {
@@ -130,10 +130,9 @@ def prepare(recipe: Recipe, source: str = "the recipe") -> Prepared:
                 collect(fit_schedule, peft_config, steps)
                 collect(check_schedules, peft_config, steps)
             collect(_check_weights, base, peft_config)
-            if stage == 3 and task.new_head:
-                settings = deepspeed_settings(recipe.training.deepspeed, recipe.model.dtype)
-                if not by_blocks(recipe, settings, world_size(), base):
-                    collect(check_head, recipe, base)
+            settings = deepspeed_settings(recipe.training.deepspeed, recipe.model.dtype) if stage == 3 else None
+            if stage == 3 and not by_blocks(recipe, settings, world_size(), base):
+                collect(check_by_modules, recipe, base, task.new_head)
             with torch.device("meta"):  # the adapter needs no memory either
                 shapes = collect(attach, base, peft_config)
     if collect.problems:
@@ -320,6 +319,11 @@ def _check_combinations(recipe: Recipe, task: Task, deepspeed: bool, stage: int 
         problems.append(
             f"training.optimizer {recipe.training.optimizer} keeps blocks of numbers that ZeRO's parts cut through, so no "
             "checkpoint could hold them by parameter: take adamw_torch, of which ZeRO shards the state"
+        )
+    if recipe.training.keep_products and not recipe.training.gradient_checkpointing:
+        problems.append(
+            "training.keep_products says what gradient checkpointing keeps: set training.gradient_checkpointing=true too, or "
+            "leave it out"
         )
     if recipe.training.group_by_length and recipe.task.kind == "image_classification":
         problems.append("training.group_by_length has no meaning for images, which are all of one size: leave it out")

@@ -17,7 +17,7 @@ from curvelora_training.run_folder import RunFolder
 MAY_CHANGE = {"output", "name"} | {
     f"training.{key}"
     for key in (
-        *("eval_batch_size", "keep_checkpoints", "keep_best", "deepspeed", "gradient_checkpointing"),
+        *("eval_batch_size", "keep_checkpoints", "keep_best", "deepspeed", "gradient_checkpointing", "keep_products"),
         *("timeout_minutes", "on_nonfinite", "max_rollbacks"),
     )
 }

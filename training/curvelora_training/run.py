@@ -41,6 +41,7 @@ from curvelora_training.distributed import (
 )
 from curvelora_training.effects import describe_start, last_spline, measure_gap, measure_start, merges_approximately
 from curvelora_training.keep_best import KeepBest
+from curvelora_training.kept_products import keep_products
 from curvelora_training.lease import Lease
 from curvelora_training.loading import load_into_shares
 from curvelora_training.model_card import model_card
@@ -153,9 +154,7 @@ def _engine(prepared: Prepared) -> Engine:
     asked = trainer_arguments(recipe.training, recipe.model.dtype)
     if by_blocks(recipe, asked.get("deepspeed"), world_size(), prepared.shapes.get_base_model()):
         if rank() == 0 and (idle := idle_keys(asked["deepspeed"])):
-            print(
-                f"ZeRO-3 gathers this base by blocks, so there is nothing for {', '.join(idle)} to act on", flush=True
-            )
+            print(f"ZeRO-3 gathers this base by blocks: there is nothing for {', '.join(idle)} to act on", flush=True)
         return Engine(asked, asked | {"deepspeed": for_what_trains(asked["deepspeed"])}, "blocks")
     if stage_of(asked.get("deepspeed")) == 3:
         return Engine(asked, asked, "modules")
@@ -229,6 +228,7 @@ def _run(prepared: Prepared, trainer: AdapterTrainer, parts: Parts, checkpoint: 
 
     def with_the_engine() -> None:
         check_engine(engine_in_use(trainer), parts.engine.asked)
+        keep_products(parts.model, recipe.training.keep_products)
         if by_modules:  # weights in shares can only be used from now on
             if recipe.method.name != "full":
                 keep_adapters_whole(trainer.model_wrapped)

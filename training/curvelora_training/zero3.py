@@ -111,8 +111,20 @@ def why_not(recipe: Recipe) -> list[str]:
     return problems
 
 
-def check_head(recipe: Recipe, shapes: PreTrainedModel) -> None:
-    """Raise `UserError` where the checkpoint has a head of other classes, which transformers replaces, but not under ZeRO-3."""
+def check_by_modules(recipe: Recipe, shapes: PreTrainedModel, new_head: bool) -> None:
+    """What DeepSpeed's own way of gathering cannot do.
+
+    Raises:
+        UserError: the checkpoint has a head of other classes, which transformers replaces, but not under ZeRO-3; or products are
+            to be kept, while DeepSpeed gathers inside of layers, and otherwise in each pass.
+    """
+    if recipe.training.keep_products:
+        raise UserError(
+            "training.keep_products does not work where DeepSpeed gathers the base module by module (ZeRO-3 on one process, with "
+            "parameters offloaded, or where a part of the base trains or is read): leave it out, or take ZeRO-2"
+        )
+    if not new_head:
+        return
     own = {name: tuple(tensor.shape) for name, tensor in shapes.state_dict().items()}
     for name, shape in stored_tensor_shapes(recipe.model.path, recipe.model.revision).items():
         if own.get(name, shape) != shape:

@@ -24,6 +24,7 @@ from curvelora_training.bench.arms import Arm
 from curvelora_training.bench.devices import Device
 from curvelora_training.bench.random_base import random_model
 from curvelora_training.distributed import deepspeed_of, rank, world_size
+from curvelora_training.kept_products import keep_products
 from curvelora_training.zero3 import for_what_trains, share_held
 
 WARM_UP = 3  # steps; DeepSpeed and the allocator settle in them
@@ -40,6 +41,7 @@ def measure_engines(
     steps: int,
     device: Device,
     say: Callable[[str], None] = print,
+    kept: int = 0,
 ) -> Iterator[dict[str, Any]]:
     """One record an arm, each when it is there; every process has to go through all of them.
 
@@ -47,6 +49,7 @@ def measure_engines(
         options: of the adapters, of which each arm takes those that its method has.
         rows, length: of a batch on each process, of random tokens.
         steps: timed steps, after `WARM_UP`.
+        kept: layers that keep their large products (`kept_products`); the others make all again in the backward pass.
     """
     device.reset_peak()
     started = time.perf_counter()
@@ -63,7 +66,7 @@ def measure_engines(
             "share_of_base": share_held(adapted),
             "base_seconds": ready,
             "base_peak_bytes": _most(building[0] if building else None),
-            **_steps(adapted, stage, rows, length, steps, device),
+            **_steps(adapted, stage, rows, length, steps, device, kept),
         }
         say(
             f"{arm.key}, {base}, ZeRO-{stage}: {record['step_seconds']['median']:.3f} s a step, "
@@ -76,11 +79,14 @@ def measure_engines(
     _forget()
 
 
-def _steps(model: torch.nn.Module, stage: int, rows: int, length: int, steps: int, device: Device) -> dict[str, Any]:
+def _steps(
+    model: torch.nn.Module, stage: int, rows: int, length: int, steps: int, device: Device, kept: int
+) -> dict[str, Any]:
     import deepspeed
 
     inner = model.get_base_model()
     inner.gradient_checkpointing_enable({"use_reentrant": False})
+    kept = keep_products(inner, kept)
     inner.enable_input_require_grads()
     model.train()
     std = set_update_std(model, 1e-2)
@@ -118,6 +124,7 @@ def _steps(model: torch.nn.Module, stage: int, rows: int, length: int, steps: in
         "processes": world_size(),
         "rows": rows,
         "length": length,
+        "layers_keeping_products": kept,
         "trainable_parameters": sum(p.numel() for p in trained),
         "update_std": std,
         "step_seconds": {"median": median, "all": timed},

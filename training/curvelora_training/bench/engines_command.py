@@ -32,6 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--length", type=int, default=2048, metavar="N", help="tokens a row (default %(default)s)")
     parser.add_argument("--steps", type=int, default=20, metavar="N", help="timed steps (default %(default)s)")
     parser.add_argument("--rank", type=int, default=64, metavar="R", help="of the adapters (default %(default)s)")
+    keep = "layers that keep the results of large products, where the others make all again (default %(default)s)"
+    parser.add_argument("--keep-products", type=int, default=0, metavar="N", help=keep)
     parser.add_argument(
         "--target-modules", metavar="A,B,...", help="modules to adapt (default: all linear layers of Llama)"
     )
@@ -63,6 +65,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--stages are ZeRO's 0, 1, 2 and 3 with commas between them, not {args.stages!r}")
     if min(args.rows, args.length, args.steps, args.rank) < 1:
         raise UserError("--rows, --length, --steps and --rank must be at least 1")
+    if args.keep_products < 0:
+        raise UserError("--keep-products is a number of layers, at least 0")
     config = shape_config(args.model)
     if config is None:
         raise UserError(f"--model {args.model}: only shapes are measured here: {', '.join(SHAPES)}, or a config.json")
@@ -84,15 +88,17 @@ def run(args: argparse.Namespace) -> int:
     }
 
     def there(arm: str, stage: int) -> bool:
-        wanted = (args.model, args.base, arm, stage, world_size(), args.rows, args.length)
-        return any(tuple(record[k] for k in key) == wanted for record in held)
+        kept = min(args.keep_products, config.num_hidden_layers)
+        wanted = (args.model, args.base, arm, stage, world_size(), args.rows, args.length, kept)
+        return any((*(record[k] for k in key), record.get("layers_keeping_products", 0)) == wanted for record in held)
 
     for stage in stages:
         left = [arm for arm in arms if not there(arm.key, stage)]
         if not left:
             continue
+        sizes = (args.rows, args.length, args.steps)
         measured = measure_engines(
-            config, args.base, left, stage, options, args.rows, args.length, args.steps, Device(device), say
+            config, args.base, left, stage, options, *sizes, Device(device), say, args.keep_products
         )
         for record in measured:
             held.append(record)

@@ -9,6 +9,8 @@ HEAD = (
     "largest peak while it is made GB | peak GB |\n|---|---|---|---|---|---:|---:|---:|---:|---:|---:|"
 )
 
+KEPT = "layers_keeping_products"
+
 
 def engines_table(records: list[dict[str, Any]]) -> str:
     """A line a record, in the order of the file, with ratios to those of the same file that they can be compared with.
@@ -19,8 +21,8 @@ def engines_table(records: list[dict[str, Any]]) -> str:
 
     def like(record: dict[str, Any], **other: Any) -> dict[str, Any] | None:
         keys = ("model", "base", "arm", "rows", "length", "stage", "processes")
-        wanted = {key: other.get(key, record[key]) for key in keys}
-        return next((r for r in records if all(r[key] == value for key, value in wanted.items())), None)
+        wanted = {key: other.get(key, record[key]) for key in keys} | {KEPT: record.get(KEPT, 0)}
+        return next((r for r in records if all(r.get(key, 0) == value for key, value in wanted.items())), None)
 
     lines = [HEAD]
     for record in records:
@@ -38,7 +40,7 @@ def engines_table(records: list[dict[str, Any]]) -> str:
             record["base"],
             record["arm"],
             size,
-            f"ZeRO-{record['stage']}",
+            f"ZeRO-{record['stage']}{f', {kept} keep products' if (kept := record.get(KEPT)) else ''}",
             f"{seconds:.3f}",
             ratio,
         ]
