@@ -152,5 +152,5 @@ def test_fetching_takes_the_task_s_file_and_not_the_whole_data_folder(
     there = str(tmp_path / "fetched" / record["overrides"]["data.validation.path"])
     assert len(load_rows(DataSpec(path=there, task="mrpc", split="validation"))) == 10
     data["train"]["path"] = "hub"
-    with pytest.raises(UserError, match="data.train: task mrpc is read from the hub by its own definition"):
+    with pytest.raises(UserError, match=r"data.train: task mrpc is read from the hub by its own definition"):
         make_plan(load_recipe(write(recipe | {"data": data})))

@@ -45,7 +45,11 @@ def asked_by(recipe: Recipe) -> dict[str, Any]:
     specs = {role: getattr(recipe.data, role) for role in ROLES}
     return {
         "model": {"path": recipe.model.path, "revision": recipe.model.revision},
-        "data": {role: {"path": spec.path, "split": spec.split} for role, spec in specs.items() if spec is not None},
+        "data": {
+            role: {"path": spec.path, "split": spec.split} | ({"task": spec.task} if spec.task is not None else {})
+            for role, spec in specs.items()
+            if spec is not None
+        },
         "deepspeed": recipe.training.deepspeed,
     }
 
