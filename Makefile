@@ -19,12 +19,12 @@ help:
 	@echo "make test-slurm-all   the same, with everything that can happen to a job"
 	@echo "make lint       style"
 
-$(STAMP): requirements.txt requirements-dev.txt requirements-demo.txt adapters/pyproject.toml eval/pyproject.toml training/pyproject.toml
+$(STAMP): requirements.txt requirements-dev.txt requirements-demo.txt requirements-lm-eval.txt adapters/pyproject.toml eval/pyproject.toml training/pyproject.toml
 	@test -n "$(PYTHON)" || { echo "error: there is no Python 3.11 or 3.12 here: install one, or say PYTHON=..."; exit 1; }
 	@$(PYTHON) -c '$(SERVES)' || { echo "error: $(PYTHON) is not Python 3.11 or 3.12: say PYTHON=..."; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-demo.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-demo.txt -r requirements-lm-eval.txt
 	@touch $@
 
 demo: $(STAMP)

@@ -39,6 +39,7 @@ HOME = {
     "matrix": ("curvelora-training", "every method under every engine, against one process"),
     "tasks": ("curvelora-eval", "list the named tasks, or explain one"),
     "eval": ("curvelora-eval", "score adapters on named tasks or on your own rows, offline"),
+    "lm-eval": ("curvelora-eval", "run lm-evaluation-harness with an adapter, on our tasks or its own"),
     "compare": ("curvelora-eval", "whether one adapter is better than another on the same rows"),
     "merge": ("curvelora-eval", "add an adapter to the weights of its base, and measure what that changes"),
     "extract": ("curvelora-eval", "a plain LoRA from an adapter, for servers that know LoRA only, with the error"),

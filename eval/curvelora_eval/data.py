@@ -26,6 +26,8 @@ def load_rows(spec: DataSpec) -> Dataset:
     Raises:
         UserError: no such file or task, unknown format, damaged file, unknown split, or no rows.
     """
+    disable_progress_bar()  # reading a file is quick, and its bar would hide the one that matters
+    set_verbosity(CRITICAL)  # what it logs about a damaged file is in the exception as well
     if spec.task is not None:
         from curvelora_eval.benchmarks.training import load_task_rows
 
@@ -33,8 +35,6 @@ def load_rows(spec: DataSpec) -> Dataset:
     for name in ("protocol", "template"):
         if getattr(spec, name) is not None:
             raise UserError(f"{name} belongs to a named task: name the task as `task`, or leave {name} out")
-    disable_progress_bar()  # reading a file is quick, and its bar would hide the one that matters
-    set_verbosity(CRITICAL)  # what it logs about a damaged file is in the exception as well
     path = Path(spec.path)
     if spec.limit is not None and spec.limit < 1:
         raise UserError(f"limit must be at least 1, not {spec.limit}: leave it out for all rows")

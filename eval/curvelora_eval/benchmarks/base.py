@@ -71,6 +71,8 @@ class Benchmark:
     count: Callable[[list[Row]], int] = len
     take: Callable[[list[Row], int], list[Row]] = lambda rows, limit: rows[:limit]
     """The first so many of `unit`."""
+    if_missing: Callable[[Path], str] | None = None
+    """(data folder) -> what to add to the message that the file is not there."""
     notes: tuple[str, ...] = field(default=())
     """What somebody should know before believing a score."""
 

@@ -22,7 +22,6 @@ from curvelora_eval.benchmarks.protocols import (
     Row,
 )
 from curvelora_eval.benchmarks.quirks import QUIRKS
-from curvelora_eval.benchmarks.training import training_protocol
 
 WIDTH = 110
 LONGEST = 1200  # characters of an example
@@ -169,8 +168,10 @@ def explanation(benchmark: Benchmark, described: dict[str, Any], loaded: LoadedR
 def example(benchmark: Benchmark, row: Row) -> list[str]:
     """What the model gets to see of one row, protocol by protocol and template by template."""
     lines: list[str] = []
-    protocols = dict(benchmark.protocols) or {"training": training_protocol(benchmark, None)}
-    for name, protocol in protocols.items():
+    if isinstance(benchmark.training, GenerateProtocol):
+        text = "".join(benchmark.training.training_text(row))
+        return ["", f"example {row.id}, to train on:", *(f"  | {line}" for line in text[:LONGEST].split("\n"))]
+    for name, protocol in benchmark.protocols.items():
         for template in protocol.templates:
             lines += ["", f"example {row.id}, {name}, {template}:"]
             lines += [f"  | {line}" for line in _shown(protocol, row, template)[:LONGEST].split("\n")]

@@ -34,15 +34,18 @@ def find_file(benchmark: Benchmark, split: str, data_dir: Path) -> Path:
         for ending in ("", *PACKED):
             if (path := data_dir / (name + ending)).is_file():
                 return path
-    there = [name for name in benchmark.splits if name != split and _has(benchmark.splits[name], data_dir)]
+    there = [name for name in benchmark.splits if name != split and has_file(benchmark.splits[name], data_dir)]
     hint = f"; splits that are there: {', '.join(there)}" if there else ""
+    if benchmark.if_missing is not None:
+        hint += f"; {benchmark.if_missing(data_dir)}"
     raise UserError(
         f"{benchmark.name} has no file for its split {split} below {data_dir}: looked for {' and '.join(wanted)} "
         f"(also with {', '.join(PACKED)}){hint}"
     )
 
 
-def _has(split: Split, data_dir: Path) -> bool:
+def has_file(split: Split, data_dir: Path) -> bool:
+    """Whether `find_file` would find one."""
     return any((data_dir / (name + ending)).is_file() for name in split.files for ending in ("", *PACKED))
 
 

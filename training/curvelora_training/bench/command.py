@@ -13,5 +13,6 @@ COMMANDS = {
         f"{_HERE}.compare_command",
         "the cost, then training of every arm and seed, presence, spectra, and a report",
     ),
+    "eval": ("curvelora_eval.speed.command", "the engine of `curvelora eval` beside the papers' batch-1 loop"),
     "report": (f"{_HERE}.report_command", "the report of `compare` again, for example with another sweep"),
 }

@@ -13,8 +13,10 @@ from typing import Any
 
 from curvelora import __version__
 from curvelora.errors import UserError
+from curvelora_eval.benchmarks.training import task_file
 from curvelora_eval.data import FORMATS
 from curvelora_eval.files import make_folder, write_json
+from curvelora_eval.spec import DataSpec
 from curvelora_training.config import Recipe
 from curvelora_training.fetch.hub import Remote, bring_model, bring_rows, choose, find_model, find_rows
 from curvelora_training.fetch.manifest import KIND, MANIFEST, PARTS, SCHEMA, describe, files_below, inside, strangers
@@ -67,7 +69,9 @@ def make_plan(recipe: Recipe) -> Plan:
         if spec is None:
             continue
         try:
-            if _is_local(spec.path, *FORMATS, ".gz"):
+            if spec.task is not None:
+                plan.local[f"data.{role}.path"] = [_file_of_task(spec)]
+            elif _is_local(spec.path, *FORMATS, ".gz"):
                 plan.local[f"data.{role}.path"] = _local_files(spec.path)
             else:
                 plan.rows[role] = find_rows(spec)
@@ -206,6 +210,13 @@ def _local_files(path: str) -> list[Path]:
     if not (files := files_below(Path(path))):
         raise UserError(f"{path} is an empty folder")
     return files
+
+
+def _file_of_task(spec: DataSpec) -> Path:
+    """The one file of a named task, and not everything in its data folder."""
+    if (file := task_file(spec)) is None:
+        raise UserError(f"task {spec.task} is read from the hub by its own definition: give a data folder as path to fetch it")
+    return file
 
 
 def _local_model(recipe: Recipe) -> list[Path]:
