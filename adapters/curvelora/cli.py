@@ -38,7 +38,7 @@ HOME = {
     "sweep": ("curvelora-training", "train over a grid of amplitudes, frequencies, ranks or rates"),
     "matrix": ("curvelora-training", "every method under every engine, against one process"),
     "tasks": ("curvelora-eval", "list the named tasks, or explain one"),
-    "eval": ("curvelora-eval", "score an adapter on labelled rows, offline"),
+    "eval": ("curvelora-eval", "score adapters on named tasks or on your own rows, offline"),
     "lm-eval": ("curvelora-eval", "run lm-evaluation-harness with an adapter, on our tasks or its own"),
     "compare": ("curvelora-eval", "whether one adapter is better than another on the same rows"),
     "merge": ("curvelora-eval", "add an adapter to the weights of its base, and measure what that changes"),

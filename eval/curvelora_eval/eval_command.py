@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task", help="named tasks, comma-separated, or the task kind of --data")
     parser.add_argument("--split", help="split of a data set that has several")
     parser.add_argument("--limit", type=int, help="score only the first so many rows")
-    parser.add_argument("--batch-size", type=int, default=32, help="rows a batch (default 32)")
+    parser.add_argument("--batch-size", type=int, default=32, help="rows (choices, windows of a text) a batch (default 32)")
     base = parser.add_argument_group("model (default: what the adapter was trained with)")
     base.add_argument("--model", help="folder or hub name of the base model")
     base.add_argument(
@@ -69,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     own.add_argument("--labels", help="class names, comma-separated, in order of their index")
     own.add_argument("--metrics", help="metric names, comma-separated")
-    own.add_argument("--max-length", type=int, help="cut inputs to this many tokens")
+    own.add_argument("--max-length", type=int, help="cut inputs to this many tokens (also for heads of named tasks)")
     own.add_argument("--max-new-tokens", type=int, help="generate at most this many tokens a row")
 
 

@@ -1,4 +1,4 @@
-"""What the tests of named tasks share: small rows in the tasks' own formats, and adapters for the tiny Llama that do something."""
+"""What the tests of named tasks share: small rows in the tasks' own formats, and adapters for the tiny Llama."""
 
 from __future__ import annotations
 

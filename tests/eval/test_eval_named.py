@@ -225,6 +225,7 @@ def test_a_trained_head(trained_run: Path, task_data: Path, tmp_path: Path, caps
     assert "cut at the training's length limit" in capsys.readouterr().out
     assert all(line["prediction"] == int(line["logits"][1] > line["logits"][0]) for line in lines)
     model, task = read_task(adapter)
+    assert [line["prediction"] for line in lines] == by_the_task_kind(adapter, model, task, task_data)
     task.labels = ["equivalent", "not_equivalent"]  # the benchmark's names the other way round
     write_task(adapter, model, task)
     assert cli.main([*given, "--out", str(tmp_path / "b")]) == 0
@@ -238,6 +239,23 @@ def test_a_trained_head(trained_run: Path, task_data: Path, tmp_path: Path, caps
     bare = ["eval", "--task", "mrpc", "--data-dir", str(task_data), "--model", model.path]
     assert cli.main([*bare, "--out", str(tmp_path / "d")]) == 2
     assert "has no head that was trained for mrpc" in capsys.readouterr().err
+
+
+def by_the_task_kind(adapter: Path, model: ModelSpec, task: TaskSpec, task_data: Path) -> list[int]:
+    """The same rows through the task kind that training scores with."""
+    from datasets import Dataset
+
+    from curvelora.loading import load_adapter
+    from curvelora_eval import benchmarks
+    from curvelora_eval.models import load_base, load_processor
+    from curvelora_eval.tasks import make_task
+
+    mrpc = benchmarks.get("mrpc")
+    protocol = mrpc.protocol()
+    rows = Dataset.from_list([protocol.columns(row) for row in benchmarks.load(mrpc, task_data).rows])
+    kind = make_task(protocol.task_spec(task.max_length))
+    loaded = load_adapter(load_base(model, kind, trained=["classifier"]), adapter)
+    return kind.predict(loaded, rows, load_processor(model, kind), 4).predictions
 
 
 def test_everything_wrong_is_said_at_once(
@@ -309,3 +327,22 @@ def test_several_adapters_on_rows_of_ones_own(trained_run: Path, unseen_rows: st
     assert cli.main(["eval", "--data", unseen_rows, "--limit", "8", "--out", str(tmp_path / "out"), *both]) == 0
     found = [json.loads((tmp_path / "out" / label / "evaluation.json").read_text()) for label in ("run", "second")]
     assert found[0]["metrics"] == found[1]["metrics"] and found[0]["adapter"] != found[1]["adapter"]
+
+
+def test_quirks_are_named_and_repeatable(
+    evaluate: Callable[..., Path], adapters: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Live dropout changes the scores; it draws the same in every run, so that a killed one can go on."""
+    task = ["--task", "boolq", "--protocol", "loglikelihood", "--batch-check", 0, "--adapter", adapters["loran"]]
+    out = evaluate(*task)
+    plain = read_lines(out / "loran/boolq-loglikelihood/predictions.jsonl")
+    found = []
+    for name in ("first", "second"):
+        evaluate(*task, "--legacy-quirks", "all", "--baseline", out=out / name)
+        found.append(read_lines(out / name / "loran/boolq-loglikelihood-quirks/predictions.jsonl"))
+    assert found[0] == found[1] != plain
+    record = result(out / "first/loran/boolq-loglikelihood-quirks", "evaluation.json")
+    assert record["protocol"]["quirks"] == ["adapter-dropout"]  # the others are about generated text
+    bare = result(out / "first/baseline/boolq-loglikelihood-quirks", "evaluation.json")
+    assert bare["protocol"]["quirks"] == []
+    assert "with the original scripts' defects adapter-dropout" in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,13 @@ import torch
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
+from curvelora.errors import UserError
 from curvelora.registry import METHODS
+from curvelora_eval.evaluation import checkpoint_hash
+from curvelora_eval.evaluation.arms import Arm, labels
+from curvelora_eval.evaluation.ask import model_spec
 from curvelora_eval.evaluation.loaded_base import LoadedBase, checksum
+from curvelora_eval.spec import ModelSpec, TaskSpec
 from named_tasks import save_adapter
 
 IDS = torch.arange(3, 35)[None]
@@ -77,3 +83,66 @@ def test_a_checksum_sees_one_bit_and_a_swap() -> None:
     assert checksum(model) == before
     weight[0, :2] = weight[0, :2].flip(0).clone()
     assert checksum(model) != before
+
+
+def test_labels_are_the_runs_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    paths = [Path(p) for p in ("runs/a/adapter", "runs/b/adapter/", "mine")]
+    assert labels(paths) == ["a", "b", "mine"]
+    assert labels([Path("x/a/adapter"), Path("y/a/adapter"), Path("b")]) == ["x-a", "y-a", "b"]
+    assert labels([Path("x/one/a"), Path("y/one/a"), Path("x/two/a")]) == ["x-one-a", "y-one-a", "two-a"]
+    assert labels([Path("x/baseline")]) == ["x-baseline"]  # which the bare model is called
+    assert labels([Path("run"), Path("run/adapter")]) == ["1-run", "2-run"]
+    with pytest.raises(UserError, match="given twice"):
+        labels([Path("a"), Path("b/../a")])
+
+
+def test_adapters_that_were_trained_on_different_bases(llama_folder: Path) -> None:
+    def arm(label: str, **model: Any) -> Arm:
+        spec = ModelSpec(**{"path": "models/seven", "dtype": "float32"} | model)
+        return Arm(label, Path(label), LoraConfig(), (spec, TaskSpec(kind="causal_lm")))
+
+    def resolved(*arms: Arm, **given: Any) -> tuple[ModelSpec, list[str]]:
+        notes: list[str] = []
+        args = argparse.Namespace(
+            **{"model": None, "dtype": None, "quantization": None, "trust_remote_code": False} | given
+        )
+        return model_spec(args, list(arms), notes), notes
+
+    spec, notes = resolved(arm("a", quantization="nf4"), arm("b", quantization="nf4"))
+    assert (spec.path, spec.dtype, spec.quantization, notes) == ("models/seven", "float32", "nf4", [])
+    with pytest.raises(UserError, match=r"a: nf4, b: none.*--quantization"):
+        resolved(arm("a", quantization="nf4"), arm("b"))
+    assert resolved(arm("a", quantization="nf4"), arm("b"), quantization="int8")[0].quantization == "int8"
+    with pytest.raises(UserError, match=r"--model"):
+        resolved(arm("a"), arm("b", path="models/eight"))
+    spec, notes = resolved(arm("a"), arm("b", path="models/eight"), model="elsewhere/seven")
+    assert spec.path == "elsewhere/seven" and notes == ["b was trained on models/eight, and is put on elsewhere/seven"]
+    with pytest.raises(UserError, match="give --model"):
+        resolved(Arm("baseline"))
+    assert not resolved(arm("a", trust_remote_code=True))[0].trust_remote_code
+
+
+def test_a_large_checkpoint_is_known_by_samples(
+    llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    def found() -> dict[str, Any]:
+        return checkpoint_hash.checkpoint_hash(ModelSpec(path=str(copy)))
+
+    copy = Path(shutil.copytree(llama_folder, tmp_path / "copy"))
+    whole = found()
+    assert whole["sha256_of"] == "contents" and found() == whole
+    monkeypatch.setattr(checkpoint_hash, "WHOLE", 100)
+    sampled = found()
+    assert sampled["sha256_of"] == "headers and samples" and sampled["sha256"] != whole["sha256"]
+    weights = load_file(copy / "model.safetensors")
+    save_file({n: x + 1e-3 for n, x in weights.items()}, copy / "model.safetensors", metadata={"format": "pt"})
+    assert found()["sha256"] != sampled["sha256"]
+    monkeypatch.undo()
+    assert found()["sha256"] != whole["sha256"]
+    missing = checkpoint_hash.checkpoint_hash(ModelSpec(path="nobody/nothing-of-that-name"))
+    assert missing == {"sha256": None, "sha256_of": None}

@@ -98,6 +98,12 @@ def test_another_evaluation_is_refused_with_what_differs(tmp_path: Path) -> None
     write(tmp_path, 0, [0])
     with pytest.raises(UserError, match=r"batch size was 4 and is now 8.*--overwrite"):
         journal.repair(tmp_path, {"task": "boolq", "batch_size": 8})
+    # one that died before its first batch, for want of memory say, stands in nobody's way
+    other = tmp_path / "other"
+    other.mkdir()
+    path = write(other, 0, [])
+    assert journal.repair(other, DECIDED) == [] and path.exists()
+    assert journal.repair(other, {"task": "boolq", "batch_size": 8}) == [] and not path.exists()
     assert journal.differences({"a": 1}, {"a": 1, "b_c": None}) == []
     assert journal.differences({"a": 1}, {"b_c": 2}) == ["a was 1 and is now null", "b c was null and is now 2"]
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from curvelora.errors import UserError
 from curvelora_eval import benchmarks
 from curvelora_eval.benchmarks import Row
 from curvelora_eval.benchmarks.protocols import PerplexityProtocol
@@ -256,19 +257,31 @@ def test_perplexity_is_that_of_plain_windows(llama: Any, stride: int) -> None:
     assert Perplexity(PerplexityProtocol(), "default", rows, tokenizer, 12).window == 12
 
 
-def test_the_limit_is_the_smallest_that_is_known(llama: Any) -> None:
-    model, tokenizer = llama
-    tokenizer = copy.copy(tokenizer)
-    assert context_limit(model.config, tokenizer) == model.config.max_position_embeddings
-    tokenizer.model_max_length = 77
-    assert context_limit(model.config, tokenizer) == 77
-    assert context_limit(object(), None) is None
+def test_the_limit_is_that_of_the_position_table(llama: Any) -> None:
+    from transformers import GPT2Config, RobertaConfig
+
+    assert context_limit(llama[0].config) == llama[0].config.max_position_embeddings
+    assert context_limit(GPT2Config(n_positions=99)) == 99
+    assert context_limit(RobertaConfig(max_position_embeddings=514, pad_token_id=1)) == 512
+    assert context_limit(object()) is None
+
+
+def test_a_batch_that_does_not_fit_is_said(llama: Any, boolq: Any, short: Any) -> None:
+    predictor = Generate(short, "legacy", boolq[1], llama[1], None)
+
+    def full(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    predictor.predict = full
+    with pytest.raises(UserError, match=r"7 sequences of up to \d+ tokens do not fit.*--batch-size"):
+        _ask(llama[0], predictor, range(7))
 
 
 def test_dropout_is_off_whatever_mode_the_model_came_in(llama_folder: Path, adapters: dict[str, Path]) -> None:
     """And with the quirk it is on inside the adapter alone."""
-    from curvelora.loading import load_adapter
     from transformers import AutoModelForCausalLM
+
+    from curvelora.loading import load_adapter
 
     ids = torch.arange(3, 40)[None]
     for name in ("lora", "loran"):

@@ -82,5 +82,5 @@ def labels(folders: Sequence[Path]) -> list[str]:
         for i, name in enumerate(named()):
             depth[i] = min(depth[i] + (name in shared), len(parts[i]))
         if depth == before:  # RUN/adapter beside RUN itself: nothing more to tell them apart by
-            return [f"{i}-{name}" for i, name in enumerate(named(), 1)]
+            return [f"{i}-{part[-1]}" for i, part in enumerate(parts, 1)]
     return named()

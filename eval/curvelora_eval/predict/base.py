@@ -11,7 +11,8 @@ from torch import nn
 
 Output = dict[str, Any]
 """What the model said about one unit, as values that JSON can hold."""
-UNLIMITED = 1 << 24  # tokenizers without a limit of their own say a number beyond this
+# position tables of these begin after the padding token's number
+OFFSET = ("roberta", "xlm-roberta", "camembert")
 
 
 class Predictor(ABC):
@@ -56,13 +57,17 @@ class Predictor(ABC):
         """Whether two outputs for the same `together` are different answers, and by how much numbers differ (None for text)."""
 
 
-def context_limit(config: Any, tokenizer: Any = None) -> int | None:
-    """The most tokens that a model takes at once, by its config and its tokenizer; None where neither says."""
+def context_limit(config: Any) -> int | None:
+    """The most tokens that a model takes at once, by its config; None where it does not say.
+
+    What the tokenizer names as its limit is left out: it is a habit of its authors (256 for MiniLM, whose table has 512).
+    """
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     limits = [getattr(text, name, None) for name in ("max_position_embeddings", "n_positions", "max_sequence_length")]
-    limits.append(getattr(tokenizer, "model_max_length", None))
-    known = [int(limit) for limit in limits if isinstance(limit, int | float) and 0 < limit < UNLIMITED]
-    return min(known, default=None)
+    limit = min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=None)
+    if limit is not None and getattr(text, "model_type", None) in OFFSET:
+        return limit - (text.pad_token_id or 0) - 1
+    return limit
 
 
 def largest_difference(first: Sequence[float | None], second: Sequence[float | None]) -> float | None:

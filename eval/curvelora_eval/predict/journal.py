@@ -49,23 +49,27 @@ def check_same(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) 
 
 
 def check_headers(folder: Path, decided_by: Mapping[str, Any]) -> None:
-    """Raise `UserError` where a journal in `folder` was begun with something else in `decided_by`, or is damaged."""
+    """Raise `UserError` where a journal in `folder` has batches that something else decided, or is damaged."""
     for path in sorted(folder.glob(PATTERN)):
-        if lines := _whole_lines(path, path.read_bytes())[0]:
-            check_same(folder, lines[0].get("decided_by", {}), decided_by)
+        header, *batches = _whole_lines(path, path.read_bytes())[0] or [{}]
+        if batches:
+            check_same(folder, header.get("decided_by", {}), decided_by)
 
 
 def repair(folder: Path, decided_by: Mapping[str, Any]) -> list[str]:
     """Cut half-written last lines off all journals in `folder`; returns a sentence for each. No process may be writing.
 
     Raises:
-        UserError: a journal was begun with something else in `decided_by`, or is damaged elsewhere than at its end.
+        UserError: a journal has batches that something else decided, or is damaged elsewhere than at its end.
     """
     check_headers(folder, decided_by)
     said = []
     for path in sorted(folder.glob(PATTERN)):
         content = path.read_bytes()
-        kept = _whole_lines(path, content)[1]
+        lines, kept = _whole_lines(path, content)
+        if len(lines) == 1 and lines[0].get("decided_by") != decided_by:  # nothing was done under it
+            path.unlink()
+            continue
         if kept < len(content):
             with path.open("r+b") as stream:
                 stream.truncate(kept)

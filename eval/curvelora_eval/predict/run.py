@@ -76,7 +76,7 @@ def predictor_for(
         task: the model's task kind; a head's settings come from it.
         config: the model's, for its limit.
     """
-    limit = context_limit(config, tokenizer)
+    limit = context_limit(config)
     if isinstance(protocol, HeadProtocol):
         return Head(protocol, task, rows, tokenizer, limit)
     classes = {GenerateProtocol: Generate, ChoiceProtocol: Choices, PerplexityProtocol: Perplexity}
@@ -159,8 +159,14 @@ def _prepare(folder: Path, decided_by: Mapping[str, Any]) -> list[str]:
 def _ask(model: nn.Module, predictor: Predictor, units: Sequence[int], seed: int | None = None) -> list[Output]:
     if seed is not None:  # so that a batch draws the same whenever and wherever it is done
         torch.manual_seed(seed)
-    with compute_context(model):
-        return predictor.predict(model, units)
+    try:
+        with compute_context(model):
+            return predictor.predict(model, units)
+    except torch.OutOfMemoryError as error:
+        longest = max(predictor.lengths[unit] for unit in units)
+        raise UserError(
+            f"{len(units)} sequences of up to {longest} tokens do not fit into the device's memory: give a smaller --batch-size"
+        ) from error
 
 
 @contextlib.contextmanager
