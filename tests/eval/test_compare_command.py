@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from evaluation_files import labelled, write_evaluation
 from curvelora.cli import run_guarded, run_module
 from curvelora_eval import compare_command
 from curvelora_eval.compare.build import compare, load_arms
+from curvelora_eval.compare.forest import forest_plot
 from curvelora_eval.scoring import Score
 
 pytestmark = pytest.mark.usefixtures("offline")
@@ -215,6 +218,17 @@ def test_several_tasks_are_corrected_together_and_averaged(tasks, capsys):
     assert "boolq" not in out and "macro average of 2 tasks" in out
 
 
+def test_two_templates_of_a_task_are_two_tables_never_one(tmp_path, capsys):
+    for arm, right in {"a": A, "b": BETTER}.items():
+        for template in ("legacy", "clean"):
+            folder = tmp_path / arm / f"boolq-{template}"
+            write_evaluation(folder, labelled(right), LABEL, protocol={"template": template, "hash": template})
+    result = result_of(tmp_path / "a", tmp_path / "b")
+    assert sorted(task["template"] for task in result["tasks"]) == ["clean", "legacy"]
+    assert result["macro"] is None
+    assert "the prompt template differs" in refusal(capsys, tmp_path / "a/boolq-legacy", tmp_path / "b/boolq-clean")
+
+
 def refusal(capsys: pytest.CaptureFixture, *arguments: object) -> str:
     assert run(*arguments) == 2
     captured = capsys.readouterr()
@@ -342,3 +356,15 @@ def test_the_help_has_an_example(capsys):
         run_module(compare_command, "curvelora compare", ["--help"])
     assert end.value.code == 0
     assert "curvelora compare out/lora out/sinter --out" in capsys.readouterr().out
+
+
+def test_the_examples_of_the_page_are_what_the_command_says(root, monkeypatch, capsys):
+    page = (root / "docs/comparing.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```\n\$ curvelora compare (.*?)\n(.*?)```", page, flags=re.DOTALL)
+    assert len(blocks) == 2
+    monkeypatch.chdir(root / "docs/results/comparing")
+    for arguments, shown in blocks:
+        assert run_module(compare_command, "curvelora compare", shlex.split(arguments)) == 0
+        assert capsys.readouterr().out == shown
+    drawn = forest_plot(compare(load_arms(shlex.split(blocks[0][0]))))
+    assert drawn == Path("compare.svg").read_text(encoding="utf-8")

@@ -64,7 +64,8 @@ def compare(arms: list[Arm], level: float = 0.95, resamples: int = 2000, seed: i
             _metric(found, key, pairs, seeds, level, primary=position == 0) for position, key in enumerate(found.keys)
         ]
         tasks.append(_describe(first[task]) | {"metrics": metrics})
-    macro = _macro(list(measured.values()), pairs, seeds, level)
+    ways = {(evaluation.protocol.get("name"), evaluation.protocol.get("template")) for evaluation in first.values()}
+    macro = _macro(list(measured.values()), pairs, seeds, level) if len(ways) == 1 else None
     everything = [metric for task in tasks for metric in task["metrics"]]
     for family in (
         [m for m in everything if m["primary"]],
@@ -171,7 +172,7 @@ def _comparison(
 
 
 def _macro(measured: list[_Measured], pairs: list[Pair], seeds: list[tuple], level: float) -> dict[str, Any] | None:
-    """The plain mean over tasks of the primary metric, where all tasks have the same one and it is a share."""
+    """The plain mean over tasks of the primary metric, where there are several, all have the same one and it is a share."""
     keys = {next(iter(found.keys)) for found in measured}
     if len(measured) < 2 or len(keys) > 1 or not is_share(key := keys.pop()):
         return None
@@ -212,17 +213,16 @@ def _seed_notes(pairs: list[Pair]) -> list[str]:
             f"{_listed(single)} {'are one training run each' if len(single) > 1 else 'is one training run'}: what another "
             "training seed would change is not covered; only the choice of rows is."
         )
+    paired_how: dict[str, list[str]] = {}
     for first, other in pairs:
         if min(len(first.runs), len(other.runs)) > 1:
-            how = (
-                "paired by seed"
-                if _same_seeds((first, other))
-                else "not paired, as their seeds are not known to be the same"
-            )
-            notes.append(
-                f"{first.letter} has {len(first.runs)} runs and {other.letter} {len(other.runs)}, {how}: the intervals cover "
-                "the choice of seeds and of rows."
-            )
+            same = _same_seeds((first, other))
+            how = "paired by seed" if same else "not paired, as their seeds are not known to be the same"
+            paired_how.setdefault(how, [first.letter]).append(other.letter)
+    notes += [
+        f"{_listed(letters)} have several runs each, {how}: the intervals cover the choice of seeds and of rows."
+        for how, letters in paired_how.items()
+    ]
     return notes
 
 

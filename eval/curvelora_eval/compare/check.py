@@ -106,7 +106,8 @@ def _get(evaluation: Evaluation, *keys: str) -> Any:
 def _show(value: object) -> str:
     if isinstance(value, list):
         return ", ".join(map(str, value)) or "none"
-    return "none" if value is None else str(value)[:60]
+    text = "none" if value is None else str(value)
+    return text if len(text) <= 60 else f"{text[:59]}…"
 
 
 _Value = Callable[[Evaluation], Any]

@@ -39,7 +39,7 @@ def forest_plot(result: dict[str, Any]) -> str | None:
         scale = 100 if is_share(found["metric"]) else 1
         unit = "points" if is_share(found["metric"]) else found["metric"]
         title = f"difference of the primary metric, {unit}" if several else f"{second} - {first}, {unit}"
-        label = f"{task} {second} - {first}" if several else task
+        label = f"{second} - {first} {task}" if several else task  # a long name is cut at its end
         values = (found["difference"] * scale, found["low"] * scale, found["high"] * scale)
         charts.setdefault(title, []).append(Dot(label, *values, _colour(found), difference_text(found)))
     if not charts:
@@ -51,9 +51,15 @@ def forest_plot(result: dict[str, Any]) -> str | None:
         parts.append(chart)
         y += HEADING + height
     level = f"{100 * result['interval']['level']:g} %"
-    note = f"bars: {level} paired bootstrap interval; blue: better than A, orange: A is better, grey: {NOT_DISTINGUISHABLE}"
-    parts.append(Markup('<text x="12" y="{}">{}</text>').format(y + 14, note))
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{y + 28}" viewBox="0 0 {WIDTH} {y + 28}">'
+    notes = (
+        f"bars: {level} paired bootstrap interval",
+        f"blue: better than A; orange: A is better; grey: {NOT_DISTINGUISHABLE}",
+    )
+    for note in notes:
+        parts.append(Markup('<text x="12" y="{}">{}</text>').format(y + 14, note))
+        y += 20
+    y -= 12
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{y + 20}" viewBox="0 0 {WIDTH} {y + 20}">'
     return f'{head}<style>{STYLE}</style><rect width="100%" height="100%" fill="#fdfdfb"/>{"".join(parts)}</svg>\n'
 
 

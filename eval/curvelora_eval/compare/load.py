@@ -90,33 +90,52 @@ def _load_run(folder: Path, only: list[str] | None) -> tuple[dict[str, Evaluatio
         return {}, [f"{folder} is no folder: name the folder that `curvelora eval --out` wrote"]
     places = [folder] if _is_evaluation(folder) else sorted({p.parent for p in folder.rglob(RESULT)})
     problems = [] if only else [_no_result(place) for place in _unfinished(folder)]
-    found: dict[str, Evaluation] = {}
-    several: dict[str, list[str]] = {}
+    groups: dict[str, list[Evaluation]] = {}
     for place in places:
         try:
-            result = read_result(place)
-            if only and result["task"] not in only:
-                continue
-            evaluation = Evaluation(place, result, {})
-            several.setdefault(evaluation.task, []).append(str(place.relative_to(folder)))
-            if len(several[evaluation.task]) == 1:
-                found[evaluation.task] = evaluation = replace(evaluation, records=read_records(place))
-                check_belongs(evaluation)
+            evaluation = Evaluation(place, read_result(place), {})
+            if not only or evaluation.result["task"] in only:
+                groups.setdefault(evaluation.task, []).append(evaluation)
         except UserError as error:
             problems.append(str(error))
-    twice = {task: where for task, where in several.items() if len(where) > 1}
-    for task, where in list(twice.items())[:1]:
+    named, twice = _names(groups)
+    if twice:
+        task, where = twice[0], [str(each.folder.relative_to(folder)) for each in groups[twice[0]]]
         rest = f" (and {len(twice) - 1} other tasks)" if len(twice) > 1 else ""
         problems.append(
             f"{folder} holds {len(where)} evaluations of {task}{rest}, in {', '.join(where[:3])}"
             f"{', ...' * (len(where) > 3)}: name the folder of one model"
         )
+    found: dict[str, Evaluation] = {}
+    for name, evaluation in named.items():
+        try:
+            found[name] = replace(evaluation, records=read_records(evaluation.folder))
+            check_belongs(found[name])
+        except UserError as error:
+            problems.append(str(error))
     if not found and not problems:
         wanted = f" of {', '.join(only)}" if only else ""
         problems += [_no_result(place) for place in _unfinished(folder)] or [
             f"{folder} holds no evaluation{wanted}: no folder in it has such an {RESULT}"
         ]
     return found, problems
+
+
+def _names(groups: dict[str, list[Evaluation]]) -> tuple[dict[str, Evaluation], list[str]]:
+    """Name evaluations by their task, and by their template too where the folder has several.
+
+    Returns them, and the names of those that this does not tell apart.
+    """
+    named, twice = {}, []
+    for task, group in groups.items():
+        templates = {str(each.protocol.get("template")): each for each in group}
+        if len(group) == 1:
+            named[task] = group[0]
+        elif len(templates) == len(group):
+            named |= {f"{task}, {template}": each for template, each in templates.items()}
+        else:
+            twice.append(task)
+    return named, twice
 
 
 def _unfinished(folder: Path) -> list[Path]:

@@ -4,7 +4,8 @@ https://aclanthology.org/W04-1013; the arithmetic is the rouge_score package's.
 
 A row with several references (DialogSum's test rows have three) scores the mean over them, which is what scoring against
 each reference in turn and averaging the results gives. `over_references="max"` takes the best one a key instead, as
-rouge_score's own `score_multi` does; the two differ by several points, so they never belong in one table.
+rouge_score's own `score_multi` does; the two differ by several points, so they never belong in one table. The baseline
+in DialogSum's repository (cylnlp/dialogsum, Baseline/README.md) scores against the first reference only: a third number.
 """
 
 from __future__ import annotations
