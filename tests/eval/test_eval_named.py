@@ -225,6 +225,7 @@ def test_a_trained_head(trained_run: Path, task_data: Path, tmp_path: Path, caps
     assert "cut at the training's length limit" in capsys.readouterr().out
     assert all(line["prediction"] == int(line["logits"][1] > line["logits"][0]) for line in lines)
     model, task = read_task(adapter)
+    assert [line["prediction"] for line in lines] == by_the_task_kind(adapter, model, task, task_data)
     task.labels = ["equivalent", "not_equivalent"]  # the benchmark's names the other way round
     write_task(adapter, model, task)
     assert cli.main([*given, "--out", str(tmp_path / "b")]) == 0
@@ -238,6 +239,23 @@ def test_a_trained_head(trained_run: Path, task_data: Path, tmp_path: Path, caps
     bare = ["eval", "--task", "mrpc", "--data-dir", str(task_data), "--model", model.path]
     assert cli.main([*bare, "--out", str(tmp_path / "d")]) == 2
     assert "has no head that was trained for mrpc" in capsys.readouterr().err
+
+
+def by_the_task_kind(adapter: Path, model: ModelSpec, task: TaskSpec, task_data: Path) -> list[int]:
+    """The same rows through the task kind that training scores with."""
+    from datasets import Dataset
+
+    from curvelora.loading import load_adapter
+    from curvelora_eval import benchmarks
+    from curvelora_eval.models import load_base, load_processor
+    from curvelora_eval.tasks import make_task
+
+    mrpc = benchmarks.get("mrpc")
+    protocol = mrpc.protocol()
+    rows = Dataset.from_list([protocol.columns(row) for row in benchmarks.load(mrpc, task_data).rows])
+    kind = make_task(protocol.task_spec(task.max_length))
+    loaded = load_adapter(load_base(model, kind, trained=["classifier"]), adapter)
+    return kind.predict(loaded, rows, load_processor(model, kind), 4).predictions
 
 
 def test_everything_wrong_is_said_at_once(

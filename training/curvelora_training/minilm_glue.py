@@ -2,8 +2,8 @@
 
     python -m curvelora_training.minilm_glue --data-dir data --out runs/minilm_glue
 
-Every run is the recipe minilm_glue.yaml with another task or method, in a process of its own. A run that is complete is not
-trained again, so the command goes on where it was stopped.
+Every run is the recipe minilm_glue.yaml with another task or method, in a process of its own. A run in --out that is complete is
+not trained again, whatever its settings were, and one that was stopped begins anew: the command goes on where it was.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def train(out: Path, data: Path, task: str, method: str, overrides: list[str]) -
         f"data.{part}.{key}={value}" for part in ("train", "test") for key, value in (("path", data), ("task", task))
     ]
     settings = [f"name=MiniLM {task} {method}", f"output={run}", *rows, *TASKS[task], *METHODS[method], *overrides]
-    command = [sys.executable, "-m", "curvelora_training.finetune", "--config", str(find("minilm_glue"))]
+    command = [sys.executable, "-m", "curvelora_training.finetune", "--overwrite", "--config", str(find("minilm_glue"))]
     if subprocess.run([*command, *settings], check=False).returncode != 0:
         raise UserError(f"the training of {task} with {method} failed, as said above")
     return run
