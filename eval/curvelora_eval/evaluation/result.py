@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -115,8 +116,14 @@ def evaluation_record(
         "adapter": job.arm.identity(),
         "dataset": {"path": loaded.path, "split": loaded.split, "sha256": loaded.sha256, "rows": rows},
         "decided_by": dict(job.decided_by),
-        **describe_environment(),
+        **_environment(),
     }
+
+
+@functools.cache
+def _environment() -> dict[str, Any]:
+    """The same for all results of one command."""
+    return describe_environment()
 
 
 def remarks(record: dict[str, Any]) -> list[str]:
