@@ -39,7 +39,7 @@ def find_tasks(wanted: Sequence[str], folders: Sequence[Path]) -> TaskManager:
     for name in wanted:
         if name not in manager.task_index:
             where = f" or below {', '.join(paths)}" if paths else ""
-            raise UserError(f"lm-eval has no task {name!r}{nearest(name, manager.all_tasks)} of its own{where}")
+            raise UserError(f"lm-eval has no task {name!r} of its own{where}{nearest(name, manager.all_tasks)}")
     return manager
 
 
