@@ -367,6 +367,7 @@ def test_a_parameter_without_gradients_has_no_moments_and_needs_none() -> None:
         return SimpleNamespace(model=model, model_wrapped=model, optimizer=optimizer, accelerator=unwrap)
 
     held = gather_moments(trainer(2))
+    assert gather_moments(trainer(2), keep=False) == {}  # as on the processes that do not write
     assert {key for key in held if "unused" in key} == {"none:unused.weight", "none:unused.bias"}
     fresh = trainer(0)
     restore_moments(fresh, held)

@@ -53,7 +53,7 @@ def save(trainer: Trainer, final: Path) -> None:
             trainer.save_model(str(temporary))  # agrees, so the folder is there for all
             if shares:
                 trainer.model_wrapped.save_checkpoint(str(temporary), exclude_frozen_parameters=True)
-            tensors = {} if shares else gather_moments(trainer)
+            tensors = {} if shares else gather_moments(trainer, rank() == 0)
             states = everyones(rng_state())  # of all processes, so also: all are done
             if rank() == 0:
                 _write_rest(trainer, temporary, tensors, states)

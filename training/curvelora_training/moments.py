@@ -46,10 +46,16 @@ def trainable(trainer: Trainer) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def gather_moments(trainer: Trainer) -> Tensors:
-    """Everything the optimiser remembers, on the CPU. Every process must call it; under ZeRO each gets all."""
+def gather_moments(trainer: Trainer, keep: bool = True) -> Tensors:
+    """Everything the optimiser remembers, on the CPU. Every process must call it, as under ZeRO all have a part.
+
+    Args:
+        keep: whether this process wants it; it gets nothing otherwise, and copies nothing.
+    """
     if (engine := zero_engine(trainer)) is not None:
-        return _gather_from_zero(trainer, engine)
+        return _gather_from_zero(trainer, engine, keep)
+    if not keep:
+        return {}
     state = base_optimizer(trainer).state
     return {
         f"{key}:{name}": _as_tensor(value)
@@ -114,7 +120,7 @@ def _link(engine: Any) -> None:
         zero._lazy_init_hp_params_optimizer_state()
 
 
-def _gather_from_zero(trainer: Trainer, engine: Any) -> Tensors:
+def _gather_from_zero(trainer: Trainer, engine: Any, keep: bool) -> Tensors:
     from deepspeed.utils import safe_get_full_optimizer_state
 
     _link(engine)
@@ -127,8 +133,11 @@ def _gather_from_zero(trainer: Trainer, engine: Any) -> Tensors:
     tensors = {}
     for name, parameter in trainable(trainer).items():
         for key in keys:
-            tensors[f"{key}:{name}"] = safe_get_full_optimizer_state(parameter, key).cpu().clone()
-        tensors |= {f"{key}:{name}": _as_tensor(value) for key, value in numbers.items()}
+            whole = safe_get_full_optimizer_state(parameter, key)  # every process's part is in it
+            if keep:
+                tensors[f"{key}:{name}"] = whole.cpu().clone()
+        if keep:
+            tensors |= {f"{key}:{name}": _as_tensor(value) for key, value in numbers.items()}
     return tensors
 
 
