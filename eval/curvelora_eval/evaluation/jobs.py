@@ -22,6 +22,7 @@ from curvelora_eval.spec import TaskSpec
 RESULT, PREDICTIONS, MERGED = "evaluation.json", "predictions.jsonl", "merged"
 # libraries whose next version may compute otherwise
 DECIDING = ("torch", "transformers", "tokenizers", "peft", "curvelora", "curvelora-eval")
+CUTS = "batch_size"  # decides which rows share a batch, and so matters to a journal, but not to a finished result
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ class Job:
             return None
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
-            journal.check_same(self.folder, found["decided_by"], self.decided_by)
+            before, now = ({k: v for k, v in x.items() if k != CUTS} for x in (found["decided_by"], self.decided_by))
+            journal.check_same(self.folder, before, now)
         except UserError:
             raise
         except (ValueError, KeyError, TypeError) as error:
@@ -73,7 +75,7 @@ def make_jobs(plan: Plan, out: Path, batch_size: int, model_hash: str | None) ->
         "quantization": plan.model.quantization,
         "double_quantization": plan.model.quantization == "nf4" and plan.model.double_quantization,
         "attention": plan.model.attention,
-        "batch_size": batch_size,
+        CUTS: batch_size,
         "device": "cuda" if torch.cuda.is_available() else "cpu",
         "versions": {name: installed_version(name) for name in DECIDING},
     }
@@ -99,29 +101,38 @@ def make_jobs(plan: Plan, out: Path, batch_size: int, model_hash: str | None) ->
 
 
 def prepare(jobs: Sequence[Job], overwrite: bool) -> None:
-    """Refuse to mix evaluations, or with `overwrite` remove what stands in the way.
+    """Refuse to mix evaluations, or with `overwrite` remove what is another one's; what is this one's stays.
 
     Raises:
         UserError: folders hold something else; all of them, a line each.
     """
     problems = Problems()
     for job in jobs:
-        if overwrite:
-            clear(job)
-            continue
-        with problems.collect():
-            if job.result() is not None:  # a kill between its writing and this leaves journals behind
-                journal.clear(job.folder)
-            for folder in (job.folder, job.folder / MERGED):
-                if folder.is_dir():
-                    journal.check_headers(folder, job.decided_by | ({"merged": True} if folder.name == MERGED else {}))
+        for folder, check in ((job.folder, _check_own), (job.folder / MERGED, _check_merged)):
+            try:
+                check(job)
+            except UserError as error:
+                if overwrite:
+                    clear(folder)
+                else:
+                    problems.add(str(error))
     problems.refuse()
 
 
-def clear(job: Job) -> None:
-    """Remove a job's results and journals."""
-    for folder in (job.folder, job.folder / MERGED):
-        if folder.is_dir():
-            journal.clear(folder)
+def _check_own(job: Job) -> None:
+    if job.result() is not None:  # a kill between its writing and this leaves journals behind
+        journal.clear(job.folder)
+    journal.check_headers(job.folder, job.decided_by)
+
+
+def _check_merged(job: Job) -> None:
+    journal.check_headers(job.folder / MERGED, job.decided_by | {"merged": True})
+
+
+def clear(folder: Path) -> None:
+    """Remove a job's results and journals, with those of its merged form."""
+    for place in (folder, folder / MERGED):
+        if place.is_dir():
+            journal.clear(place)
             for name in (RESULT, PREDICTIONS):
-                (folder / name).unlink(missing_ok=True)
+                (place / name).unlink(missing_ok=True)
