@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,6 +16,7 @@ from curvelora_eval.benchmarks import quirks
 from curvelora_eval.benchmarks.protocols import HeadProtocol
 from curvelora_eval.evaluation.arms import BASELINE, Arm, labels, read_arm
 from curvelora_eval.evaluation.checkpoint_hash import checkpoint_folder
+from curvelora_eval.evaluation.finished import labels_of, read_results
 from curvelora_eval.evaluation.problems import Problems
 from curvelora_eval.evaluation.question import Question
 from curvelora_eval.files import check_folder
@@ -100,11 +101,13 @@ def _questions(args: argparse.Namespace, problems: Problems) -> list[Question]:
 def _arms(args: argparse.Namespace, problems: Problems) -> list[Arm]:
     arms = []
     names: list[str] = []
-    with problems.collect():
-        names = labels(args.adapter)
-    for name, folder in zip(names, args.adapter, strict=False):
+    for folder in args.adapter:
         with problems.collect():
-            arms.append(read_arm(name, folder))
+            arms.append(read_arm(folder.name, folder))
+    there = read_results(args.out) if arms else {}
+    with problems.collect():
+        names = labels([arm.folder for arm in arms], [labels_of(there, arm.content()) for arm in arms])
+    arms = [replace(arm, label=name) for name, arm in zip(names, arms, strict=False)]
     return [Arm(BASELINE), *arms] if args.baseline or not args.adapter else arms
 
 
