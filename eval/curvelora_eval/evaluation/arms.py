@@ -27,12 +27,14 @@ class Arm:
         folder: of the adapter.
         config: of the adapter.
         stored: base model and task of the training, where task.json says them.
+        classes: of the bare model's head, as its checkpoint calls them.
     """
 
     label: str
     folder: Path | None = None
     config: PeftConfig | None = None
     stored: tuple[ModelSpec, TaskSpec] | None = None
+    classes: tuple[str, ...] = ()
 
     @property
     def trained(self) -> frozenset[str]:

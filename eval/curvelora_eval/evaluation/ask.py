@@ -17,6 +17,7 @@ from curvelora_eval.benchmarks.protocols import HeadProtocol
 from curvelora_eval.evaluation.arms import BASELINE, Arm, labels, read_arm
 from curvelora_eval.evaluation.checkpoint_hash import checkpoint_folder
 from curvelora_eval.evaluation.finished import labels_of, read_results
+from curvelora_eval.evaluation.own_classes import own_classes
 from curvelora_eval.evaluation.problems import Problems
 from curvelora_eval.evaluation.question import Question
 from curvelora_eval.files import check_folder
@@ -61,6 +62,8 @@ def ask(args: argparse.Namespace) -> Plan:
     with problems.collect():
         spec = model_spec(args, arms, notes)
     if spec is not None:
+        with problems.collect():
+            arms = [arm if arm.folder else replace(arm, classes=own_classes(spec)) for arm in arms]
         _check_models(spec, arms, questions, problems)
     problems.refuse()
     return Plan(spec, arms, questions, notes)
@@ -150,6 +153,8 @@ def _check_models(spec: ModelSpec, arms: list[Arm], questions: list[Question], p
         for arm in arms:
             for question in questions:
                 with problems.collect():
+                    if not arm.folder and isinstance(question.protocol, HeadProtocol):
+                        _check_head(spec, question)
                     task = question.task_spec(arm)
                     key = (arm.label, task.kind, len(task.labels or ()))
                     if key in seen:
@@ -157,8 +162,6 @@ def _check_models(spec: ModelSpec, arms: list[Arm], questions: list[Question], p
                     seen.add(key)
                     if arm.folder:
                         check_fits(shape_model(spec, make_task(task)), arm.folder)
-                    elif isinstance(question.protocol, HeadProtocol):
-                        _check_head(spec, question)
 
 
 def _check_head(spec: ModelSpec, question: Question) -> None:
