@@ -28,6 +28,7 @@ class Arm:
         config: of the adapter.
         stored: base model and task of the training, where task.json says them.
         classes: of the bare model's head, as its checkpoint calls them.
+        notes: what a reader of its scores must know, in sentences.
     """
 
     label: str
@@ -35,6 +36,7 @@ class Arm:
     config: PeftConfig | None = None
     stored: tuple[ModelSpec, TaskSpec] | None = None
     classes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def trained(self) -> frozenset[str]:
