@@ -31,6 +31,8 @@ def resolve(args: argparse.Namespace, adapter: Path | None = None) -> tuple[Mode
     task = dataclasses.asdict(stored[1]) if stored else {"kind": args.task}
     if args.task and args.task != task["kind"]:
         task = {"kind": args.task}  # columns, labels and metrics of another task mean nothing here
+    if args.model and args.model != model["path"]:
+        model["revision"] = None  # a commit of another repository
     model |= {k: v for k, v in (("path", args.model), ("dtype", args.dtype), ("quantization", args.quantization)) if v}
     # Never from the folder: an adapter from elsewhere must not switch this on.
     model["trust_remote_code"] = args.trust_remote_code

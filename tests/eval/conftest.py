@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import socket
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -71,6 +72,21 @@ def adapters(tmp_path_factory: pytest.TempPathFactory, llama_folder: Path) -> di
     }
     folder = tmp_path_factory.mktemp("adapters")
     return {name: save_adapter(folder / name / "adapter", llama_folder, config) for name, config in configs.items()}
+
+
+@pytest.fixture
+def evaluate(tmp_path: Path, llama_folder: Path, task_data: Path) -> Callable[..., Path]:
+    """`evaluate(*arguments)` -> the results' folder; the tiny Llama in fp32, with batches of 3."""
+
+    from curvelora import cli
+
+    def run(*arguments: Any, code: int = 0, out: Path | None = None) -> Path:
+        out = out or tmp_path / "scores"
+        given = ["--model", llama_folder, "--dtype", "float32", "--data-dir", task_data, "--batch-size", 3, *arguments]
+        assert cli.main(["eval", "--out", str(out), *map(str, given)]) == code
+        return out
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -210,6 +210,23 @@ def test_an_adapter_cannot_switch_remote_code_on(tmp_path: Path) -> None:
     assert resolve(parser.parse_args([*given, "--trust-remote-code"]))[0].trust_remote_code is True
 
 
+def test_a_revision_goes_with_its_path(tmp_path: Path) -> None:
+    """Another model has no such commit."""
+    import argparse
+
+    from curvelora_eval.eval_command import add_arguments, resolve
+    from curvelora_eval.spec import ModelSpec, TaskSpec, write_task
+
+    write_task(tmp_path, ModelSpec(path="org/seven", revision="abc"), TaskSpec(kind="causal_lm"))
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    given = ["--adapter", str(tmp_path), "--data", "rows.csv", "--out", "out"]
+    found = [
+        resolve(parser.parse_args([*given, *more]))[0] for more in ([], ["--model", "org/seven"], ["--model", "o/8"])
+    ]
+    assert [(spec.path, spec.revision) for spec in found] == [("org/seven", "abc"), ("org/seven", "abc"), ("o/8", None)]
+
+
 def test_another_task_drops_the_stored_columns(tmp_path: Path) -> None:
     import argparse
 

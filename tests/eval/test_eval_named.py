@@ -23,19 +23,6 @@ pytestmark = pytest.mark.usefixtures("offline")
 CHOICES = ["--task", "boolq,piqa", "--protocol", "loglikelihood"]
 
 
-@pytest.fixture
-def evaluate(tmp_path: Path, llama_folder: Path, task_data: Path) -> Callable[..., Path]:
-    """`evaluate(*arguments)` -> the results' folder; the tiny Llama in fp32, with batches of 3."""
-
-    def run(*arguments: Any, code: int = 0, out: Path | None = None) -> Path:
-        out = out or tmp_path / "scores"
-        given = ["--model", llama_folder, "--dtype", "float32", "--data-dir", task_data, "--batch-size", 3, *arguments]
-        assert cli.main(["eval", "--out", str(out), *map(str, given)]) == code
-        return out
-
-    return run
-
-
 def test_many_adapters_on_one_base(
     evaluate: Callable[..., Path],
     adapters: dict[str, Path],
@@ -137,12 +124,11 @@ def test_another_evaluation_in_the_folder_is_refused(
     with monkeypatch.context() as patch:
         patch.setattr(work, "load_base", lambda *a, **k: pytest.fail("loaded"))
         capsys.readouterr()
-        evaluate(*task, "--batch-size", 2, code=2)
-        assert "batch size was 3 and is now 2" in (error := capsys.readouterr().err) and "--overwrite" in error
         evaluate(*task, "--dtype", "bfloat16", code=2)
-        assert 'dtype was "float32" and is now "bfloat16"' in capsys.readouterr().err
-    evaluate(*task, "--batch-size", 2, "--overwrite")
-    assert result(out / "baseline/boolq-loglikelihood", "evaluation.json")["batch_size"] == 2
+        error = capsys.readouterr().err
+        assert 'dtype was "float32" and is now "bfloat16"' in error and "--overwrite" in error
+    evaluate(*task, "--dtype", "bfloat16", "--overwrite")
+    assert result(out / "baseline/boolq-loglikelihood", "evaluation.json")["model"]["dtype"] == "bfloat16"
 
 
 def test_generation_and_its_counts(evaluate: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +18,11 @@ from curvelora.errors import UserError
 from curvelora.registry import METHODS
 from curvelora_eval.evaluation import checkpoint_hash
 from curvelora_eval.evaluation.arms import Arm, labels
-from curvelora_eval.evaluation.ask import model_spec
+from curvelora_eval.evaluation.ask import base_notes, model_spec
 from curvelora_eval.evaluation.loaded_base import LoadedBase, checksum
 from curvelora_eval.spec import ModelSpec, TaskSpec
 from named_tasks import save_adapter
+from run_files import result
 
 IDS = torch.arange(3, 35)[None]
 # the methods that a recipe can put on a causal model with nothing but a rank and target modules, one of each kind of layer
@@ -103,11 +107,11 @@ def test_adapters_that_were_trained_on_different_bases(llama_folder: Path) -> No
         return Arm(label, Path(label), LoraConfig(), (spec, TaskSpec(kind="causal_lm")))
 
     def resolved(*arms: Arm, **given: Any) -> tuple[ModelSpec, list[str]]:
-        notes: list[str] = []
         args = argparse.Namespace(
             **{"model": None, "dtype": None, "quantization": None, "trust_remote_code": False} | given
         )
-        return model_spec(args, list(arms), notes), notes
+        spec = model_spec(args, list(arms))
+        return spec, [note for arm in arms for note in base_notes(arm, spec)]
 
     spec, notes = resolved(arm("a", quantization="nf4"), arm("b", quantization="nf4"))
     assert (spec.path, spec.dtype, spec.quantization, notes) == ("models/seven", "float32", "nf4", [])
@@ -118,16 +122,50 @@ def test_adapters_that_were_trained_on_different_bases(llama_folder: Path) -> No
         resolved(arm("a"), arm("b", path="models/eight"))
     spec, notes = resolved(arm("a"), arm("b", path="models/eight"), model="elsewhere/seven")
     assert spec.path == "elsewhere/seven" and notes == ["b was trained on models/eight, and is put on elsewhere/seven"]
+    old, new = arm("a", path="org/seven", revision="one"), arm("b", path="org/seven", revision="two")
+    spec, notes = resolved(old, new)
+    assert spec.revision == "one"
+    assert notes == ["b was trained on org/seven at revision two, and is put on org/seven at revision one"]
+    assert resolved(old, model="org/eight")[0].revision is None  # a commit of another repository
+    assert resolved(arm("b", path="org/eight", revision="x"), old, model="org/seven")[0].revision == "one"
     with pytest.raises(UserError, match="give --model"):
         resolved(Arm("baseline"))
     assert not resolved(arm("a", trust_remote_code=True))[0].trust_remote_code
 
 
+@pytest.mark.usefixtures("offline")
+def test_another_base_is_said_in_the_result(
+    evaluate: Callable[..., Path],
+    adapters: dict[str, Path],
+    llama_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """By content: a copy elsewhere is the same base, and a folder of the same name need not be."""
+    copy = Path(shutil.copytree(llama_folder, tmp_path / "copy/other-name"))
+    other = Path(shutil.copytree(llama_folder, tmp_path / "other" / llama_folder.name))
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
+    task = ["--task", "boolq", "--protocol", "loglikelihood", "--batch-check", 0, "--limit", 2]
+    task += ["--adapter", adapters["lora"], "--baseline"]
+    for model, notes in (
+        (copy, []),
+        (other, [f"lora was trained on {llama_folder}, and is put on {other}"]),
+    ):
+        capsys.readouterr()
+        out = evaluate(*task, "--model", model, out=tmp_path / "scores" / model.parent.name)
+        found = {
+            label: result(out / label / "boolq-loglikelihood", "evaluation.json") for label in ("lora", "baseline")
+        }
+        assert (found["lora"]["notes"], found["baseline"]["notes"]) == (notes, [])
+        said, summary = capsys.readouterr().out, result(out, "summary.json")["scores"]["lora"]["boolq-loglikelihood"]
+        assert all(f"note: {note}" in said and note in summary["remarks"] for note in notes)
+        assert said.count("was trained on") == 2 * len(notes)
+
+
 def test_a_large_checkpoint_is_known_by_samples(
     llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import shutil
-
     from safetensors.torch import load_file, save_file
 
     def found() -> dict[str, Any]:

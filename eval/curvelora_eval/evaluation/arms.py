@@ -27,12 +27,16 @@ class Arm:
         folder: of the adapter.
         config: of the adapter.
         stored: base model and task of the training, where task.json says them.
+        classes: of the bare model's head, as its checkpoint calls them.
+        notes: what a reader of its scores must know, in sentences.
     """
 
     label: str
     folder: Path | None = None
     config: PeftConfig | None = None
     stored: tuple[ModelSpec, TaskSpec] | None = None
+    classes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def trained(self) -> frozenset[str]:
@@ -59,25 +63,47 @@ def read_arm(label: str, folder: Path) -> Arm:
     return Arm(label, folder, config, read_task(folder))
 
 
-def labels(folders: Sequence[Path]) -> list[str]:
+def labels(folders: Sequence[Path], earlier: Sequence[Sequence[str]] = ()) -> list[str]:
     """A name for each adapter: its folder's, or the run's where it lies in RUN/adapter; with parents where names are the same.
+
+    Args:
+        earlier: for each folder the labels under which there are results of its adapter. It keeps one that is a name of this
+            folder, with fewer or more parents, so that adding another adapter of the same name renames nobody.
 
     Raises:
         UserError: one folder is given twice.
     """
+    names = _labels(folders, ())
+    kept: dict[int, str] = {}
+    for i, found in enumerate(earlier):
+        part = _parts(folders[i])
+        own = [name for name in found if name in {"-".join(part[-n:]) for n in range(1, len(part) + 1)}]
+        if own := [name for name in own if name not in kept.values()]:
+            kept[i] = names[i] if names[i] in own else own[0]
+    rest = iter(_labels([folder for i, folder in enumerate(folders) if i not in kept], tuple(kept.values())))
+    return [kept[i] if i in kept else next(rest) for i in range(len(folders))]
+
+
+def _parts(folder: Path) -> tuple[str, ...]:
+    place = folder.absolute()
+    return place.parts[1:-1] if place.name == "adapter" and len(place.parts) > 2 else place.parts[1:]
+
+
+def _labels(folders: Sequence[Path], taken: Sequence[str]) -> list[str]:
+    """As short as they are different, from each other and from those that are taken."""
     places = [folder.absolute() for folder in folders]
     twice = [
         str(folders[places.index(place)]) for place, count in Counter(p.resolve() for p in places).items() if count > 1
     ]
     if twice:
         raise UserError(f"--adapter {twice[0]} is given twice: give every adapter once")
-    parts = [p.parts[1:-1] if p.name == "adapter" and len(p.parts) > 2 else p.parts[1:] for p in places]
+    parts = [_parts(folder) for folder in folders]
     depth = [1] * len(parts)
 
     def named() -> list[str]:
         return ["-".join(part[-n:]) for part, n in zip(parts, depth, strict=True)]
 
-    while shared := {name for name, count in Counter([*named(), BASELINE]).items() if count > 1}:
+    while shared := {name for name, count in Counter([*named(), BASELINE, *taken]).items() if count > 1}:
         before = list(depth)
         for i, name in enumerate(named()):
             depth[i] = min(depth[i] + (name in shared), len(parts[i]))

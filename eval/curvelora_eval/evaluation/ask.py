@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,7 +15,9 @@ from curvelora_eval import benchmarks
 from curvelora_eval.benchmarks import quirks
 from curvelora_eval.benchmarks.protocols import HeadProtocol
 from curvelora_eval.evaluation.arms import BASELINE, Arm, labels, read_arm
-from curvelora_eval.evaluation.checkpoint_hash import checkpoint_folder
+from curvelora_eval.evaluation.checkpoint_hash import checkpoint_folder, checkpoint_hash
+from curvelora_eval.evaluation.finished import labels_of, read_results
+from curvelora_eval.evaluation.own_classes import own_classes
 from curvelora_eval.evaluation.problems import Problems
 from curvelora_eval.evaluation.question import Question
 from curvelora_eval.files import check_folder
@@ -55,14 +57,16 @@ def ask(args: argparse.Namespace) -> Plan:
     arms = _arms(args, problems)
     with problems.collect():
         check_folder(args.out)
-    notes: list[str] = []
     spec = None
     with problems.collect():
-        spec = model_spec(args, arms, notes)
+        spec = model_spec(args, arms)
     if spec is not None:
+        arms = [replace(arm, notes=base_notes(arm, spec)) for arm in arms]
+        with problems.collect():
+            arms = [arm if arm.folder else replace(arm, classes=own_classes(spec)) for arm in arms]
         _check_models(spec, arms, questions, problems)
     problems.refuse()
-    return Plan(spec, arms, questions, notes)
+    return Plan(spec, arms, questions, [note for arm in arms for note in arm.notes])
 
 
 def _check_numbers(args: argparse.Namespace, problems: Problems) -> None:
@@ -100,16 +104,18 @@ def _questions(args: argparse.Namespace, problems: Problems) -> list[Question]:
 def _arms(args: argparse.Namespace, problems: Problems) -> list[Arm]:
     arms = []
     names: list[str] = []
-    with problems.collect():
-        names = labels(args.adapter)
-    for name, folder in zip(names, args.adapter, strict=False):
+    for folder in args.adapter:
         with problems.collect():
-            arms.append(read_arm(name, folder))
+            arms.append(read_arm(folder.name, folder))
+    there = read_results(args.out) if arms else {}
+    with problems.collect():
+        names = labels([arm.folder for arm in arms], [labels_of(there, arm.content()) for arm in arms])
+    arms = [replace(arm, label=name) for name, arm in zip(names, arms, strict=False)]
     return [Arm(BASELINE), *arms] if args.baseline or not args.adapter else arms
 
 
-def model_spec(args: argparse.Namespace, arms: list[Arm], notes: list[str]) -> ModelSpec:
-    """The base: the adapters' own, with what the command line says instead.
+def model_spec(args: argparse.Namespace, arms: list[Arm]) -> ModelSpec:
+    """The base: the adapters' own, with what the command line says instead. A revision goes with its path.
 
     Raises:
         UserError: nobody says what it is, or the adapters were trained on different ones.
@@ -130,12 +136,31 @@ def model_spec(args: argparse.Namespace, arms: list[Arm], notes: list[str]) -> M
             )
     if "path" not in found:
         raise UserError("the base model is not known: give --model")
-    for arm in arms:
-        trained = arm.stored[0].path if arm.stored else getattr(arm.config, "base_model_name_or_path", None)
-        if trained and Path(trained).name != Path(found["path"]).name:
-            notes.append(f"{arm.label} was trained on {trained}, and is put on {found['path']}")
+    found["revision"] = next((spec.revision for spec in stored.values() if spec.path == found["path"]), None)
     # Never from the folder: an adapter from elsewhere must not switch this on.
     return ModelSpec(**found | {"trust_remote_code": args.trust_remote_code})
+
+
+def base_notes(arm: Arm, spec: ModelSpec) -> tuple[str, ...]:
+    """A sentence where an adapter is put on another base than it was trained on.
+
+    Two folders are the same base where their contents are. Where one is not here, its name has to do.
+    """
+    path = getattr(arm.config, "base_model_name_or_path", None)
+    trained = arm.stored[0] if arm.stored else ModelSpec(path=path, revision=spec.revision) if path else None
+    if trained is None:
+        return ()
+    if Path(trained.path).is_dir() and Path(spec.path).is_dir():
+        same = Path(trained.path).samefile(spec.path) or checkpoint_hash(trained) == checkpoint_hash(spec)
+    elif trained.path == spec.path:
+        same = trained.revision == spec.revision
+    else:
+        same = Path(trained.path).name == Path(spec.path).name
+    return () if same else (f"{arm.label} was trained on {_said(trained)}, and is put on {_said(spec)}",)
+
+
+def _said(spec: ModelSpec) -> str:
+    return spec.path + (f" at revision {spec.revision}" if spec.revision else "")
 
 
 def _check_models(spec: ModelSpec, arms: list[Arm], questions: list[Question], problems: Problems) -> None:
@@ -147,6 +172,8 @@ def _check_models(spec: ModelSpec, arms: list[Arm], questions: list[Question], p
         for arm in arms:
             for question in questions:
                 with problems.collect():
+                    if not arm.folder and isinstance(question.protocol, HeadProtocol):
+                        _check_head(spec, question)
                     task = question.task_spec(arm)
                     key = (arm.label, task.kind, len(task.labels or ()))
                     if key in seen:
@@ -154,8 +181,6 @@ def _check_models(spec: ModelSpec, arms: list[Arm], questions: list[Question], p
                     seen.add(key)
                     if arm.folder:
                         check_fits(shape_model(spec, make_task(task)), arm.folder)
-                    elif isinstance(question.protocol, HeadProtocol):
-                        _check_head(spec, question)
 
 
 def _check_head(spec: ModelSpec, question: Question) -> None:

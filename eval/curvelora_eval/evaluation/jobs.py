@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,16 @@ from curvelora.errors import UserError
 from curvelora_eval.environment import installed_version
 from curvelora_eval.evaluation.arms import Arm
 from curvelora_eval.evaluation.ask import Plan
+from curvelora_eval.evaluation.finished import RESULT, identity, read_results
 from curvelora_eval.evaluation.problems import Problems
 from curvelora_eval.evaluation.question import Question
 from curvelora_eval.predict import journal
 from curvelora_eval.spec import TaskSpec
 
-RESULT, PREDICTIONS, MERGED = "evaluation.json", "predictions.jsonl", "merged"
+PREDICTIONS, MERGED = "predictions.jsonl", "merged"
 # libraries whose next version may compute otherwise
 DECIDING = ("torch", "transformers", "tokenizers", "peft", "curvelora", "curvelora-eval")
+CUTS = "batch_size"  # decides which rows share a batch, and so matters to a journal, but not to a finished result
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,8 @@ class Job:
             return None
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
-            journal.check_same(self.folder, found["decided_by"], self.decided_by)
+            before, now = ({k: v for k, v in x.items() if k != CUTS} for x in (found["decided_by"], self.decided_by))
+            journal.check_same(self.folder, before, now)
         except UserError:
             raise
         except (ValueError, KeyError, TypeError) as error:
@@ -73,7 +76,7 @@ def make_jobs(plan: Plan, out: Path, batch_size: int, model_hash: str | None) ->
         "quantization": plan.model.quantization,
         "double_quantization": plan.model.quantization == "nf4" and plan.model.double_quantization,
         "attention": plan.model.attention,
-        "batch_size": batch_size,
+        CUTS: batch_size,
         "device": "cuda" if torch.cuda.is_available() else "cpu",
         "versions": {name: installed_version(name) for name in DECIDING},
     }
@@ -99,29 +102,59 @@ def make_jobs(plan: Plan, out: Path, batch_size: int, model_hash: str | None) ->
 
 
 def prepare(jobs: Sequence[Job], overwrite: bool) -> None:
-    """Refuse to mix evaluations, or with `overwrite` remove what stands in the way.
+    """Refuse to mix evaluations, or with `overwrite` remove what is another one's; what is this one's stays.
 
     Raises:
-        UserError: folders hold something else; all of them, a line each.
+        UserError: folders hold something else, or a label's other tasks are of another model (which `overwrite` does not remove,
+            as nobody asks for these tasks anew); all of them, a line each.
     """
     problems = Problems()
+    for sentence in _other_models(jobs):
+        problems.add(sentence)
+    foreign = []
     for job in jobs:
-        if overwrite:
-            clear(job)
-            continue
-        with problems.collect():
-            if job.result() is not None:  # a kill between its writing and this leaves journals behind
-                journal.clear(job.folder)
-            for folder in (job.folder, job.folder / MERGED):
-                if folder.is_dir():
-                    journal.check_headers(folder, job.decided_by | ({"merged": True} if folder.name == MERGED else {}))
+        for folder, check in ((job.folder, _check_own), (job.folder / MERGED, _check_merged)):
+            try:
+                check(job)
+            except UserError as error:
+                if overwrite:
+                    foreign.append(folder)
+                else:
+                    problems.add(str(error))
     problems.refuse()
+    for folder in foreign:
+        clear(folder)
 
 
-def clear(job: Job) -> None:
-    """Remove a job's results and journals."""
-    for folder in (job.folder, job.folder / MERGED):
-        if folder.is_dir():
-            journal.clear(folder)
+def _other_models(jobs: Sequence[Job]) -> Iterator[str]:
+    """A sentence for every label that has scores of another model in tasks that are not asked now."""
+    asked = {job.folder for job in jobs}
+    for label, job in {job.arm.label: job for job in jobs}.items():
+        place = job.folder.parent
+        for name, record in read_results(place.parent).get(label, {}).items():
+            found = journal.differences(identity(record.get("decided_by", {})), identity(job.decided_by))
+            if found and place / name not in asked:
+                yield (
+                    f"{place / name} holds the score of another model, which is also called {label} ({'; '.join(found)}): name "
+                    "another --out, or delete that folder"
+                )
+                break
+
+
+def _check_own(job: Job) -> None:
+    if job.result() is not None:  # a kill between its writing and this leaves journals behind
+        journal.clear(job.folder)
+    journal.check_headers(job.folder, job.decided_by)
+
+
+def _check_merged(job: Job) -> None:
+    journal.check_headers(job.folder / MERGED, job.decided_by | {"merged": True})
+
+
+def clear(folder: Path) -> None:
+    """Remove a job's results and journals, with those of its merged form."""
+    for place in (folder, folder / MERGED):
+        if place.is_dir():
+            journal.clear(place)
             for name in (RESULT, PREDICTIONS):
-                (folder / name).unlink(missing_ok=True)
+                (place / name).unlink(missing_ok=True)

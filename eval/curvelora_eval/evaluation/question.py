@@ -10,6 +10,7 @@ from curvelora.errors import UserError
 from curvelora_eval.benchmarks import Benchmark, LoadedRows
 from curvelora_eval.benchmarks.protocols import GenerateProtocol, HeadProtocol, Protocol
 from curvelora_eval.evaluation.arms import Arm
+from curvelora_eval.evaluation.own_classes import in_own_order, unnamed
 from curvelora_eval.spec import TaskSpec
 
 ANYWHERE = "adapter-dropout"  # the quirk that is not about generated text
@@ -47,6 +48,14 @@ class Question:
         generates = isinstance(self.protocol, GenerateProtocol)
         return tuple(q for q in self.quirks if (arm.folder is not None if q == ANYWHERE else generates))
 
+    def notes(self, arm: Arm) -> list[str]:
+        """What had to be assumed to ask this model, in sentences."""
+        if isinstance(self.protocol, HeadProtocol) and self.protocol.labels and arm.classes and unnamed(arm.classes):
+            return [
+                f"the checkpoint does not name its head's classes, which were taken as {', '.join(self.protocol.labels)}"
+            ]
+        return []
+
     def rows_hash(self) -> str:
         """SHA-256 over the rows that are asked, in order."""
         rows = [[row.id, row.fields, row.answer] for row in self.loaded.rows]
@@ -56,7 +65,8 @@ class Question:
         """The task kind that decides the model class, with what the adapter's training says of a head.
 
         Raises:
-            UserError: the adapter was trained as another kind, or for another number of classes.
+            UserError: the adapter was trained as another kind, or for another number of classes, or the bare model's head has
+                other classes.
         """
         stored = arm.stored[1] if arm.stored else None
         if stored and stored.kind != self.protocol.kind:
@@ -75,4 +85,6 @@ class Question:
                 )
             if set(stored.labels) == set(spec.labels):
                 spec.labels = list(stored.labels)  # the head's own order
+        if arm.classes and spec.labels:
+            spec.labels = in_own_order(arm.classes, spec.labels, self.benchmark.name)
         return spec

@@ -104,6 +104,7 @@ def evaluation_record(
         "scoring": [asdict(score) for score in protocol.scores],
         "counts": counts(job, predicted.records, predictor),
         "batch_independence": predicted.independence,
+        "notes": [*job.arm.notes, *question.notes(job.arm)],
         "seconds": seconds,
         "rows_per_second": rows / seconds if seconds else None,
         "tokens_per_second": predicted.tokens / seconds if seconds else None,
@@ -149,4 +150,4 @@ def remarks(record: dict[str, Any]) -> list[str]:
         )
     if record["protocol"]["quirks"]:
         said.append(f"with the original scripts' defects {', '.join(record['protocol']['quirks'])}")
-    return said + record["repaired"]
+    return said + record.get("notes", []) + record["repaired"]

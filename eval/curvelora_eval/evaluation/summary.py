@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from curvelora_eval.evaluation.jobs import RESULT
+from curvelora_eval.evaluation.finished import by_model, read_results
 from curvelora_eval.evaluation.result import remarks
 from curvelora_eval.files import write_json, write_text
 
@@ -18,19 +17,6 @@ GROUPS = {
     "glue": ("sst2", "mrpc", "cola", "qnli", "rte", "stsb", "qqp", "mnli"),
 }
 PERCENT = {"perplexity"}  # the metrics that are no share
-
-
-def read_results(out: Path) -> dict[str, dict[str, dict[str, Any]]]:
-    """Label -> name of the task's folder -> evaluation.json, for everything finished below `out`."""
-    found: dict[str, dict[str, dict[str, Any]]] = {}
-    for path in sorted(out.glob(f"*/*/{RESULT}")):
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            continue
-        if isinstance(record, dict) and "benchmark" in record:
-            found.setdefault(path.parent.parent.name, {})[path.parent.name] = record
-    return found
 
 
 def averages(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -86,7 +72,10 @@ def write_summary(out: Path, order: Iterable[str] = ()) -> dict[str, Any]:
             }
             for label in labels
         },
-        "averages": {label: averages(results[label]) for label in labels},
+        "averages": {
+            label: {way: mean for same in by_model(results[label]) for way, mean in averages(same).items()}
+            for label in labels
+        },
     }
     write_json(out / "summary.json", record)
     write_text(out / "summary.md", _page(record))

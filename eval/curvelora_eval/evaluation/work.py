@@ -16,7 +16,8 @@ from curvelora.errors import UserError
 from curvelora_eval.evaluation.arms import Arm
 from curvelora_eval.evaluation.ask import Plan
 from curvelora_eval.evaluation.checkpoint_hash import checkpoint_hash
-from curvelora_eval.evaluation.jobs import MERGED, PREDICTIONS, RESULT, Job, make_jobs, prepare
+from curvelora_eval.evaluation.finished import RESULT
+from curvelora_eval.evaluation.jobs import MERGED, PREDICTIONS, Job, make_jobs, prepare
 from curvelora_eval.evaluation.loaded_base import LoadedBase
 from curvelora_eval.evaluation.merged import merged_record, why_not_exact
 from curvelora_eval.evaluation.result import evaluation_record, lines, remarks, score_job
