@@ -16,7 +16,7 @@ from curvelora_eval.evaluation.checkpoint_hash import checkpoint_hash
 from curvelora_eval.predict.choices import Choices
 from curvelora_eval.predict.perplexity import Perplexity
 from curvelora_eval.spec import ModelSpec, TaskSpec, read_task, write_task
-from named_tasks import read_lines
+from named_tasks import read_lines, save_adapter
 from run_files import result
 
 pytestmark = pytest.mark.usefixtures("offline")
@@ -214,6 +214,41 @@ def test_perplexity_over_a_text(evaluate: Callable[..., Path], monkeypatch: pyte
     assert sorted(windows) == list(range(len(windows)))
 
 
+def test_a_bad_result_keeps_no_other_from_being_made(
+    evaluate: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A loss that is no number is a result without a value; what cannot be scored at all is said at the end."""
+    from curvelora_eval.evaluation import result as results
+
+    ask = Perplexity.predict
+
+    def predict(self: Perplexity, model: Any, units: list[int]) -> Any:
+        return [output | {"nll": None} for output in ask(self, model, units)]
+
+    monkeypatch.setattr(Perplexity, "predict", predict)
+    tasks = ["--task", "wikitext2,boolq,piqa", "--limit", 2, "--batch-check", 0]
+    score = results.score_records
+    with monkeypatch.context() as patch:
+
+        def refuse(records: Any, *rest: Any) -> Any:
+            if records[0]["reference"] == "true":
+                raise ValueError("this one is bad")
+            return score(records, *rest)
+
+        patch.setattr(results, "score_records", lambda r, *a: refuse(r, *a) if "reference" in r[0] else score(r, *a))
+        out = evaluate(*tasks, code=2)
+    captured = capsys.readouterr()
+    assert "boolq: this one is bad" in captured.err and "perplexity undefined (" in captured.out
+    assert {p.parent.name for p in out.rglob("evaluation.json")} == {"wikitext2", "piqa"}
+    assert set(result(out, "summary.json")["scores"]["baseline"]) == {"wikitext2", "piqa"}
+    found = result(out / "baseline/wikitext2", "evaluation.json")
+    assert found["metrics"]["perplexity"]["value"] is None and found["counts"]["tokens"] > 0
+    page = (out / "summary.md").read_text(encoding="utf-8")
+    assert "perplexity is undefined: " in page and "have no finite loss" in page
+    evaluate(*tasks)  # what was predicted is not asked again
+    assert result(out / "baseline/boolq", "evaluation.json")["resumed_batches"] == 1
+
+
 def test_a_trained_head(trained_run: Path, task_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A classifier that was trained for two classes answers MRPC; the order of its classes is its own."""
     adapter = Path(shutil.copytree(trained_run / "adapter", tmp_path / "run/adapter"))
@@ -302,6 +337,24 @@ def test_an_adapter_of_another_base_is_refused_before_weights_load(
     AutoTokenizer.from_pretrained(tiny_models["llama"]).save_pretrained(tmp_path / "wide")
     evaluate("--task", "boolq", "--model", tmp_path / "wide", "--adapter", adapters["lora"], code=2)
     assert "belongs to another model" in capsys.readouterr().err
+
+
+def test_a_learnt_prompt_does_not_get_the_bare_models_scores(
+    evaluate: Callable[..., Path],
+    llama_folder: Path,
+    task_data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Neither here nor under lm-eval, which would both run the base alone."""
+    from peft import PromptTuningConfig
+
+    prompt = save_adapter(tmp_path / "a", llama_folder, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    evaluate("--task", "boolq", "--adapter", prompt, code=2)
+    assert "PROMPT_TUNING changes no weight of the base" in capsys.readouterr().err
+    given = ["--adapter", str(prompt), "--task", "piqa", "--data-dir", str(task_data), "--out", str(tmp_path / "lm")]
+    assert cli.main(["lm-eval", *given]) == 2
+    assert "PROMPT_TUNING changes no weight of the base" in capsys.readouterr().err
 
 
 def test_what_nobody_asked_for_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], unseen_rows: str) -> None:

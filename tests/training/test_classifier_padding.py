@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def decoder(tiny_models: dict[str, Path], tmp_path: Path) -> Path:
-    """The tiny Llama, loud, as Llama-3-Instruct is: several ends of text, no padding token in its config, one in its tokenizer."""
+    """The tiny Llama, loud, as Llama-3-Instruct is: several ends of text, and a padding token in its tokenizer alone."""
     folder = Path(shutil.copytree(tiny_models["llama"], tmp_path / "decoder"))
     louder = {n: x * 5 if x.ndim > 1 else x for n, x in load_file(folder / "model.safetensors").items()}
     save_file(louder, folder / "model.safetensors", metadata={"format": "pt"})
