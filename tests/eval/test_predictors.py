@@ -20,7 +20,7 @@ from curvelora_eval.predict.batches import plan
 from curvelora_eval.predict.choices import Choices, encode_pair
 from curvelora_eval.predict.generate import Generate
 from curvelora_eval.predict.perplexity import Perplexity, windows
-from curvelora_eval.predict.run import _ask, _mode
+from curvelora_eval.predict.run import DoesNotFit, _ask, _mode
 from named_tasks import QUESTIONS
 
 pytestmark = pytest.mark.usefixtures("offline")
@@ -266,15 +266,28 @@ def test_the_limit_is_that_of_the_position_table(llama: Any) -> None:
     assert context_limit(object()) is None
 
 
-def test_a_batch_that_does_not_fit_is_said(llama: Any, boolq: Any, short: Any) -> None:
+def _gpu_is_full(*_: Any) -> Any:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def _computer_is_full(*_: Any) -> Any:
+    return torch.empty(1 << 60, dtype=torch.uint8)  # no address space has as much
+
+
+@pytest.mark.parametrize("full", [_gpu_is_full, _computer_is_full])
+def test_a_batch_that_does_not_fit_is_said(llama: Any, boolq: Any, short: Any, full: Any) -> None:
     predictor = Generate(short, "legacy", boolq[1], llama[1], None)
-
-    def full(*_: Any) -> Any:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
     predictor.predict = full
-    with pytest.raises(UserError, match=r"7 sequences of up to \d+ tokens do not fit.*--batch-size"):
+    with pytest.raises(DoesNotFit, match=r"7 sequences of up to \d+ tokens do not fit.*--batch-size"):
         _ask(llama[0], predictor, range(7))
+
+
+def test_another_error_of_torch_is_left_alone(llama: Any, boolq: Any, short: Any) -> None:
+    predictor = Generate(short, "legacy", boolq[1], llama[1], None)
+    predictor.predict = lambda *_: torch.ones(2) @ torch.ones(3)
+    with pytest.raises(RuntimeError, match="size") as error:
+        _ask(llama[0], predictor, range(7))
+    assert not isinstance(error.value, UserError)
 
 
 def test_dropout_is_off_whatever_mode_the_model_came_in(llama_folder: Path, adapters: dict[str, Path]) -> None:

@@ -40,6 +40,10 @@ PATIENCE = 2.0  # seconds between two running scores, at least
 RANDOM = {"adapter-dropout", "checkpoint-sampling"}  # quirks that draw random numbers
 
 
+class DoesNotFit(UserError):
+    """A batch is larger than the device's memory."""
+
+
 @dataclass(frozen=True)
 class Predicted:
     """What came out of one task with one model.
@@ -106,6 +110,7 @@ def predict(
         check: so many units, spread over the lengths, are predicted again alone.
 
     Raises:
+        DoesNotFit: a batch is larger than the device's memory.
         UserError: the journals are of another evaluation or damaged, or another process has ended or writes here.
     """
     batches = plan(predictor.lengths, batch_size)
@@ -162,11 +167,18 @@ def _ask(model: nn.Module, predictor: Predictor, units: Sequence[int], seed: int
     try:
         with compute_context(model):
             return predictor.predict(model, units)
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if not _is_memory(error):
+            raise
         longest = max(predictor.lengths[unit] for unit in units)
-        raise UserError(
+        raise DoesNotFit(
             f"{len(units)} sequences of up to {longest} tokens do not fit into the device's memory: give a smaller --batch-size"
         ) from error
+
+
+def _is_memory(error: Exception) -> bool:
+    """Whether memory ran out: a GPU's, or (which torch says in words alone) the computer's."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 @contextlib.contextmanager
