@@ -363,10 +363,25 @@ def test_what_nobody_asked_for_is_refused(tmp_path: Path, capsys: pytest.Capture
         ([], "there is nothing to score"),
         (["--task", "boolq", "--data", unseen_rows], "'boolq' is no task kind"),
         (["--task", "causal_lm", "--data", unseen_rows, "--protocol", "x"], "--protocol is for named tasks"),
+        (["--task", "causal_lm", "--data", unseen_rows, "--overwrite"], "--overwrite is for named tasks"),
+        (["--task", "causal_lm", "--data", unseen_rows, "--batch-check", "0"], "--batch-check is for named tasks"),
         (["--task", "boolq"], "the base model is not known: give --model"),
     ):
         assert cli.main(["eval", *given, *out]) == 2
         assert part in capsys.readouterr().err, given
+
+
+def test_rows_of_ones_own_are_for_one_process(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    unseen_rows: str,
+    llama_folder: Path,
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    given = ["--model", str(llama_folder), "--task", "causal_lm", "--data", unseen_rows, "--column", "text=sentence"]
+    assert cli.main(["eval", *given, "--limit", "2", "--out", str(tmp_path / "out")]) == 2
+    assert "--data is scored by one process" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 @pytest.fixture
@@ -391,11 +406,13 @@ def test_quirks_are_named_and_repeatable(
     plain = read_lines(out / "loran/boolq-loglikelihood/predictions.jsonl")
     found = []
     for name in ("first", "second"):
-        evaluate(*task, "--legacy-quirks", "all", "--baseline", out=out / name)
+        evaluate(*task, "--legacy-quirks", "all", "--baseline", "--batch-check", 4, out=out / name)
         found.append(read_lines(out / name / "loran/boolq-loglikelihood-quirks/predictions.jsonl"))
     assert found[0] == found[1] != plain
     record = result(out / "first/loran/boolq-loglikelihood-quirks", "evaluation.json")
     assert record["protocol"]["quirks"] == ["adapter-dropout"]  # the others are about generated text
     bare = result(out / "first/baseline/boolq-loglikelihood-quirks", "evaluation.json")
     assert bare["protocol"]["quirks"] == []
+    # a row asked again is drawn anew, which says nothing of batches
+    assert record["batch_independence"] is None and bare["batch_independence"]["differ"] == 0
     assert "with the original scripts' defects adapter-dropout" in capsys.readouterr().out
