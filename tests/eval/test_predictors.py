@@ -19,6 +19,7 @@ from curvelora_eval.predict.base import Predictor, context_limit
 from curvelora_eval.predict.batches import plan
 from curvelora_eval.predict.choices import Choices, encode_pair
 from curvelora_eval.predict.generate import Generate
+from curvelora_eval.predict.head import Head
 from curvelora_eval.predict.perplexity import Perplexity, windows
 from curvelora_eval.predict.run import DoesNotFit, _ask, _mode
 from named_tasks import QUESTIONS
@@ -288,6 +289,30 @@ def test_another_error_of_torch_is_left_alone(llama: Any, boolq: Any, short: Any
     with pytest.raises(RuntimeError, match="size") as error:
         _ask(llama[0], predictor, range(7))
     assert not isinstance(error.value, UserError)
+
+
+def _head(task: str) -> Head:
+    head = Head.__new__(Head)
+    head.protocol = benchmarks.get(task).protocol()
+    return head
+
+
+@pytest.mark.parametrize(
+    ("predictor", "answers"),
+    [
+        (Choices.__new__(Choices), [[{"log_probability": x}, {"log_probability": -1.0}] for x in (None, -2.0, -0.5)]),
+        (_head("mrpc"), [[{"logits": [x, 0.0]}] for x in (None, 1.0, -1.0)]),
+        (_head("stsb"), [[{"logits": [x]}] for x in (None, 1.0, 2.0)]),
+        (Perplexity.__new__(Perplexity), [[{"nll": x}] for x in (None, 1.0, 2.0)]),
+    ],
+    ids=["choices", "classes", "numbers", "perplexity"],
+)
+def test_no_answer_is_the_same_as_no_answer(predictor: Predictor, answers: list[Any]) -> None:
+    nothing, one, other = answers
+    assert predictor.differs(nothing, nothing) == (False, None)
+    for a, b in ((nothing, one), (one, nothing), (one, other)):
+        assert predictor.differs(a, b)[0] is True
+    assert predictor.differs(one, one) == (False, 0.0)
 
 
 def test_dropout_is_off_whatever_mode_the_model_came_in(llama_folder: Path, adapters: dict[str, Path]) -> None:

@@ -54,7 +54,7 @@ class Predicted:
         tokens: new tokens where text was generated, else tokens read.
         resumed: batches that earlier runs had done.
         repaired: sentences about half-written journals.
-        independence: whether rows that were predicted again alone gave the same; None where that was not asked.
+        independence: whether rows that were predicted again alone gave the same; None where that was not asked, or is random.
     """
 
     records: list[dict[str, Any]]
@@ -107,7 +107,7 @@ def predict(
         title: of the progress bar.
         scores: of the protocol; the first one is shown while it runs.
         quirks: those that are the engine's own are obeyed here.
-        check: so many units, spread over the lengths, are predicted again alone.
+        check: so many units, spread over the lengths, are predicted again alone; none under quirks that draw random numbers.
 
     Raises:
         DoesNotFit: a batch is larger than the device's memory.
@@ -144,7 +144,9 @@ def predict(
             for number, entry in entries.items()
             for unit, output in zip(batches[number], entry["outputs"], strict=True)
         }
-        independence = _independence(model, predictor, batches, outputs, check) if check else None
+        # what is drawn anew says nothing of batches
+        checked = check and not RANDOM & set(quirks)
+        independence = _independence(model, predictor, batches, outputs, check) if checked else None
     return Predicted(
         records=predictor.records(outputs),
         seconds=journal.seconds(folder),

@@ -60,7 +60,7 @@ class ChoiceProtocol(Protocol):
         }
 
     def check_rows(self, rows: Sequence[Row]) -> None:
-        """Every row's question and options are known, the right one is among them, the mark is there, and every choice has text to score."""
+        """Every row's question and options are known, the right one and the mark are there, and each choice has text to score."""
         problems = [(row.id, reason) for row in rows if (reason := self._fault(row))]
         if problems:
             raise UserError(
