@@ -323,6 +323,10 @@ def test_everything_wrong_is_said_at_once(
     assert "was trained as sequence_classification, and task boolq" in capsys.readouterr().err
     evaluate("--task", "boolq", "--adapter", adapters["lora"], "--adapter", adapters["lora"], code=2)
     assert "is given twice" in capsys.readouterr().err
+    evaluate("--task", "boolq, piqa", "--max-length", 64, code=2)
+    error = capsys.readouterr().err
+    for name in ("boolq", "piqa"):  # both are found, with the blank before the second
+        assert f"--max-length is for heads, and protocol llm-adapters of task {name} never cuts its inputs" in error
     evaluate("--task", "mrpc", "--protocol", "loglikelihood", "--split", "tset", code=2)
     assert "protocol 'loglikelihood'" in capsys.readouterr().err
 

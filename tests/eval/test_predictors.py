@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from curvelora import cli
 from curvelora.errors import UserError
 from curvelora_eval import benchmarks
 from curvelora_eval.benchmarks import Row
 from curvelora_eval.benchmarks.protocols import PerplexityProtocol
+from curvelora_eval.models import load_processor
 from curvelora_eval.predict.base import Predictor, context_limit
 from curvelora_eval.predict.batches import plan
 from curvelora_eval.predict.choices import Choices, encode_pair
@@ -22,6 +26,8 @@ from curvelora_eval.predict.generate import Generate
 from curvelora_eval.predict.head import Head
 from curvelora_eval.predict.perplexity import Perplexity, windows
 from curvelora_eval.predict.run import DoesNotFit, _ask, _mode
+from curvelora_eval.spec import ModelSpec, TaskSpec
+from curvelora_eval.tasks import make_task
 from named_tasks import QUESTIONS
 
 pytestmark = pytest.mark.usefixtures("offline")
@@ -259,12 +265,43 @@ def test_perplexity_is_that_of_plain_windows(llama: Any, stride: int) -> None:
 
 
 def test_the_limit_is_that_of_the_position_table(llama: Any) -> None:
-    from transformers import GPT2Config, RobertaConfig
+    from transformers import GPT2Config, LongformerConfig, RobertaConfig
 
     assert context_limit(llama[0].config) == llama[0].config.max_position_embeddings
     assert context_limit(GPT2Config(n_positions=99)) == 99
     assert context_limit(RobertaConfig(max_position_embeddings=514, pad_token_id=1)) == 512
+    assert context_limit(LongformerConfig(max_position_embeddings=4098, pad_token_id=1)) == 4096
     assert context_limit(object()) is None
+
+
+@pytest.mark.parametrize("kind", ["data2vec-text", "mpnet", "xlm-roberta", "xlm-roberta-xl"])
+def test_the_limit_is_what_the_model_takes(kind: str) -> None:
+    """Position tables that begin after the padding token: one token more than the limit is one too many."""
+    from transformers import AutoConfig, AutoModel
+
+    sizes = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=9)
+    config = AutoConfig.for_model(kind, max_position_embeddings=20, pad_token_id=1, **sizes)
+    model, limit = AutoModel.from_config(config).eval(), context_limit(config)
+    with torch.no_grad():
+        model(input_ids=torch.full((1, limit), 5))
+        with pytest.raises((IndexError, RuntimeError)):
+            model(input_ids=torch.full((1, limit + 1), 5))
+
+
+def test_a_tokenizer_without_any_token_to_pad_with_is_refused(
+    llama_folder: Path, boolq: Any, short: Any, task_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copied = Path(shutil.copytree(llama_folder, tmp_path / "bare"))
+    settings = json.loads((copied / "tokenizer_config.json").read_text(encoding="utf-8"))
+    for name in ("pad_token", "eos_token", "unk_token"):
+        settings.pop(name, None)
+    (copied / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    tokenizer = load_processor(ModelSpec(path=str(copied)), make_task(TaskSpec(kind="causal_lm")))
+    with pytest.raises(UserError, match=r"no padding token.*tokenizer_config\.json"):
+        Generate(short, "legacy", boolq[1], tokenizer, None)
+    given = ["eval", "--model", str(copied), "--data-dir", str(task_data), "--out", str(tmp_path / "out"), "--task"]
+    assert cli.main([*given, "boolq"]) == 2 and not list(tmp_path.glob("out/*/*"))
+    assert capsys.readouterr().err.count("the tokenizer has no padding token") == 1
 
 
 def _gpu_is_full(*_: Any) -> Any:
