@@ -68,8 +68,37 @@ def alone(model: Any, tokenizer: Any, prompt: str, beams: int) -> list[int]:
     return out[0, ids.shape[1] :].tolist()
 
 
-def test_generation_is_that_of_each_row_alone_at_any_batch_size(llama: Any, boolq: Any, short: Any) -> None:
-    (model, tokenizer), rows = llama, boolq[1]
+def loud(architecture: str, vocabulary: int) -> Any:
+    """A tiny model with learnt positions, which padding on the left would shift, and answers that depend on the question."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {
+        "gpt2": dict(n_embd=32, n_layer=2, n_head=2, n_positions=512),
+        "opt": dict(
+            hidden_size=32,
+            ffn_dim=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=512,
+            word_embed_proj_dim=32,
+            dropout=0.0,
+        ),
+    }[architecture]
+    tokens = dict(vocab_size=vocabulary, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **sizes, **tokens)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(8 if parameter.ndim > 1 else 1)
+    return model
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt"])
+def test_generation_is_that_of_each_row_alone_at_any_batch_size(
+    llama: Any, boolq: Any, short: Any, architecture: str
+) -> None:
+    tokenizer, rows = llama[1], boolq[1]
+    model = llama[0] if architecture == "llama" else loud(architecture, len(tokenizer))
     predictor = Generate(short, "legacy", rows, tokenizer, None)
     found = [alone(model, tokenizer, short.prompt(row, "legacy"), short.num_beams) for row in rows]
     wanted = [tokenizer.decode(ids, skip_special_tokens=True) for ids in found]
