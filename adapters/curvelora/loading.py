@@ -24,7 +24,7 @@ def read_adapter_config(folder: str | Path) -> PeftConfig:
     """Read `adapter_config.json`.
 
     Raises:
-        UserError: no such folder or file, damaged JSON, or a method that neither PEFT nor this package knows.
+        UserError: no such folder or file, damaged JSON, a method that neither PEFT nor this package knows, or prompt learning.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -37,7 +37,7 @@ def read_adapter_config(folder: str | Path) -> PeftConfig:
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}): save the adapter again") from error
     try:
-        return PeftConfig.from_pretrained(str(folder))
+        config = PeftConfig.from_pretrained(str(folder))
     except UserError as error:
         raise UserError(f"{path} has a value that cannot be: {error}") from error
     except (KeyError, TypeError, ValueError) as error:
@@ -45,6 +45,12 @@ def read_adapter_config(folder: str | Path) -> PeftConfig:
         raise UserError(
             f"{path} names the method {peft_type!r}, which cannot be loaded here{hint} ({error})"
         ) from error
+    if config.is_prompt_learning:  # `PeftModel`, which calls the base alone, would pass for a model with an adapter
+        raise UserError(
+            f"{folder} cannot be merged or loaded here: {peft_type} changes no weight of the base, it puts something learnt "
+            "before the input; load it with PEFT's own PeftModel.from_pretrained"
+        )
+    return config
 
 
 def stored_shapes(folder: str | Path) -> dict[str, tuple[int, ...]]:
@@ -113,7 +119,9 @@ def check_fits(shapes: nn.Module, folder: str | Path) -> None:
     try:
         with torch.device("meta"):  # the adapter needs no memory either
             _put_on(shapes, config, folder, "default")
-    except RuntimeError:  # some methods of PEFT's read weights when they are made (BOFT, SHiRA), and there are none here
+    except (
+        RuntimeError
+    ):  # some methods of PEFT's read weights when they are made (BOFT, SHiRA), and there are none here
         return  # `load_adapter` looks again
 
 

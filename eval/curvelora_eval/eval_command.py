@@ -11,6 +11,7 @@ written by training); any of them can be given here instead. Runs under `torchru
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import get_args
 
@@ -20,6 +21,19 @@ from curvelora_eval.resolve import resolve
 from curvelora_eval.spec import TaskKind
 
 __all__ = ["add_arguments", "describe_interval", "prediction_lines", "resolve", "run"]
+
+BATCH_CHECK = 8  # rows asked again alone, where nothing else is said
+# options that rows of your own do not have
+NAMED_ONLY = (
+    "data_dir",
+    "protocol",
+    "template",
+    "baseline",
+    "merge_check",
+    "batch_check",
+    "legacy_quirks",
+    "overwrite",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task", help="named tasks, comma-separated, or the task kind of --data")
     parser.add_argument("--split", help="split of a data set that has several")
     parser.add_argument("--limit", type=int, help="score only the first so many rows")
-    parser.add_argument("--batch-size", type=int, default=32, help="rows (choices, windows of a text) a batch (default 32)")
+    parser.add_argument(
+        "--batch-size", type=int, default=32, help="rows (choices, windows of a text) a batch (default 32)"
+    )
     base = parser.add_argument_group("model (default: what the adapter was trained with)")
     base.add_argument("--model", help="folder or hub name of the base model")
     base.add_argument(
@@ -54,9 +70,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     named.add_argument(
         "--batch-check",
         type=int,
-        default=8,
         metavar="N",
-        help="ask N rows again, each alone, and say whether the batch size matters (default 8; 0: do not)",
+        help=f"ask N rows again, each alone, and say whether the batch size matters (default {BATCH_CHECK}; 0: do not)",
     )
     named.add_argument(
         "--legacy-quirks", metavar="NAME,...", help="bring back defects of the papers' scripts, or all of them"
@@ -85,6 +100,8 @@ def run(args: argparse.Namespace) -> int:
             "there is nothing to score: name tasks (--task boolq,piqa; `curvelora tasks` lists them), or a file of your own rows "
             "(--data)"
         )
+    if args.batch_check is None:
+        args.batch_check = BATCH_CHECK
     from curvelora_eval.evaluation.ask import ask
     from curvelora_eval.evaluation.work import Work
     from curvelora_eval.predict.processes import join_processes
@@ -95,15 +112,20 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check_kind(args: argparse.Namespace) -> None:
-    """Raise `UserError` where --data comes with what belongs to named tasks."""
+    """Raise `UserError` where --data comes with what belongs to named tasks, or in several processes."""
     kinds = get_args(TaskKind)
     if args.task and args.task not in kinds:
         raise UserError(
             f"--data is for rows of your own, and {args.task!r} is no task kind ({', '.join(kinds)}): leave --data out to score "
             "a named task, whose rows are found below --data-dir"
         )
-    for name in ("data_dir", "protocol", "template", "baseline", "merge_check", "legacy_quirks"):
-        if getattr(args, name):
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            "--data is scored by one process, and several were started, each of which would score all rows and write the same "
+            "files: start it without torchrun or accelerate launch"
+        )
+    for name in NAMED_ONLY:
+        if getattr(args, name) is not None and getattr(args, name) is not False:
             raise UserError(
                 f"--{name.replace('_', '-')} is for named tasks, and --data for rows of your own: give one of them"
             )

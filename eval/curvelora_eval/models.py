@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 from collections.abc import Iterable
@@ -135,16 +136,32 @@ def load_base(
     keep_4bit_layout(model)
     if spec.quantization == "none":
         model.to(device)
-    fill_in(model, task)
+    fill_in(model, spec, task)
     return model
 
 
-def fill_in(model: PreTrainedModel, task: Task) -> None:
+def fill_in(model: PreTrainedModel, spec: ModelSpec, task: Task) -> None:
     """What every loaded base gets: a padding token in its config, and no gradients."""
-    if getattr(model.config, "pad_token_id", None) is None and task.spec.kind != "image_classification":
-        model.config.pad_token_id = model.config.eos_token_id
+    if task.spec.kind != "image_classification":
+        text = model.config.get_text_config()
+        model.config.pad_token_id = text.pad_token_id = _padding(text, spec, task)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
+
+
+def _padding(config: Any, spec: ModelSpec, task: Task) -> int | None:
+    """The token that batches are padded with.
+
+    A decoder's classification head reads the last token that is not `config.pad_token_id`, so that must be the tokenizer's own
+    padding token, whatever the checkpoint's config says; else the head reads padding.
+    """
+    if task.new_head:
+        with contextlib.suppress(UserError):  # without a tokenizer nothing is padded
+            if (padding := load_processor(spec, task).pad_token_id) is not None:
+                return padding
+    own = getattr(config, "pad_token_id", None)
+    ends = getattr(config, "eos_token_id", None) if own is None else own
+    return next(iter(ends), None) if isinstance(ends, list | tuple) else ends
 
 
 def _load_weights(spec: ModelSpec, task: Task, options: dict[str, Any], trained: set[str]) -> PreTrainedModel:

@@ -10,7 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import BOFTConfig, LoraConfig, PeftModel, get_peft_model
+from peft import (
+    BOFTConfig,
+    LoraConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from safetensors.torch import load_file, save_file
 
 from curvelora import AuroraConfig, LoranConfig, RanloraConfig
@@ -267,3 +275,12 @@ def test_read_adapter_config_gives_the_config_back(saved):
         8,
         {"q_proj", "v_proj"},
     )
+
+
+@pytest.mark.parametrize("config", [PromptTuningConfig, PrefixTuningConfig, PromptEncoderConfig])
+def test_prompt_learning_is_refused_rather_than_ignored(saved, llama, config):
+    """Around the base alone it would pass for an adapter that does nothing."""
+    folder = saved(config(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    for refuse in (read_adapter_config, lambda f: load_adapter(llama(), f), lambda f: check_fits(llama(), f)):
+        with pytest.raises(UserError, match=r"cannot be merged or loaded here: P[A-Z_]*_TUNING.*from_pretrained"):
+            refuse(folder)

@@ -16,7 +16,7 @@ from curvelora_eval.evaluation.checkpoint_hash import checkpoint_hash
 from curvelora_eval.predict.choices import Choices
 from curvelora_eval.predict.perplexity import Perplexity
 from curvelora_eval.spec import ModelSpec, TaskSpec, read_task, write_task
-from named_tasks import read_lines
+from named_tasks import read_lines, save_adapter
 from run_files import result
 
 pytestmark = pytest.mark.usefixtures("offline")
@@ -200,6 +200,41 @@ def test_perplexity_over_a_text(evaluate: Callable[..., Path], monkeypatch: pyte
     assert sorted(windows) == list(range(len(windows)))
 
 
+def test_a_bad_result_keeps_no_other_from_being_made(
+    evaluate: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A loss that is no number is a result without a value; what cannot be scored at all is said at the end."""
+    from curvelora_eval.evaluation import result as results
+
+    ask = Perplexity.predict
+
+    def predict(self: Perplexity, model: Any, units: list[int]) -> Any:
+        return [output | {"nll": None} for output in ask(self, model, units)]
+
+    monkeypatch.setattr(Perplexity, "predict", predict)
+    tasks = ["--task", "wikitext2,boolq,piqa", "--limit", 2, "--batch-check", 0]
+    score = results.score_records
+    with monkeypatch.context() as patch:
+
+        def refuse(records: Any, *rest: Any) -> Any:
+            if records[0]["reference"] == "true":
+                raise ValueError("this one is bad")
+            return score(records, *rest)
+
+        patch.setattr(results, "score_records", lambda r, *a: refuse(r, *a) if "reference" in r[0] else score(r, *a))
+        out = evaluate(*tasks, code=2)
+    captured = capsys.readouterr()
+    assert "boolq: this one is bad" in captured.err and "perplexity undefined (" in captured.out
+    assert {p.parent.name for p in out.rglob("evaluation.json")} == {"wikitext2", "piqa"}
+    assert set(result(out, "summary.json")["scores"]["baseline"]) == {"wikitext2", "piqa"}
+    found = result(out / "baseline/wikitext2", "evaluation.json")
+    assert found["metrics"]["perplexity"]["value"] is None and found["counts"]["tokens"] > 0
+    page = (out / "summary.md").read_text(encoding="utf-8")
+    assert "perplexity is undefined: " in page and "have no finite loss" in page
+    evaluate(*tasks)  # what was predicted is not asked again
+    assert result(out / "baseline/boolq", "evaluation.json")["resumed_batches"] == 1
+
+
 def test_a_trained_head(trained_run: Path, task_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A classifier that was trained for two classes answers MRPC; the order of its classes is its own."""
     adapter = Path(shutil.copytree(trained_run / "adapter", tmp_path / "run/adapter"))
@@ -274,6 +309,10 @@ def test_everything_wrong_is_said_at_once(
     assert "was trained as sequence_classification, and task boolq" in capsys.readouterr().err
     evaluate("--task", "boolq", "--adapter", adapters["lora"], "--adapter", adapters["lora"], code=2)
     assert "is given twice" in capsys.readouterr().err
+    evaluate("--task", "boolq, piqa", "--max-length", 64, code=2)
+    error = capsys.readouterr().err
+    for name in ("boolq", "piqa"):  # both are found, with the blank before the second
+        assert f"--max-length is for heads, and protocol llm-adapters of task {name} never cuts its inputs" in error
     evaluate("--task", "mrpc", "--protocol", "loglikelihood", "--split", "tset", code=2)
     assert "protocol 'loglikelihood'" in capsys.readouterr().err
 
@@ -290,16 +329,49 @@ def test_an_adapter_of_another_base_is_refused_before_weights_load(
     assert "belongs to another model" in capsys.readouterr().err
 
 
+def test_a_learnt_prompt_does_not_get_the_bare_models_scores(
+    evaluate: Callable[..., Path],
+    llama_folder: Path,
+    task_data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Neither here nor under lm-eval, which would both run the base alone."""
+    from peft import PromptTuningConfig
+
+    prompt = save_adapter(tmp_path / "a", llama_folder, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    evaluate("--task", "boolq", "--adapter", prompt, code=2)
+    assert "PROMPT_TUNING changes no weight of the base" in capsys.readouterr().err
+    given = ["--adapter", str(prompt), "--task", "piqa", "--data-dir", str(task_data), "--out", str(tmp_path / "lm")]
+    assert cli.main(["lm-eval", *given]) == 2
+    assert "PROMPT_TUNING changes no weight of the base" in capsys.readouterr().err
+
+
 def test_what_nobody_asked_for_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], unseen_rows: str) -> None:
     out = ["--out", str(tmp_path / "out")]
     for given, part in (
         ([], "there is nothing to score"),
         (["--task", "boolq", "--data", unseen_rows], "'boolq' is no task kind"),
         (["--task", "causal_lm", "--data", unseen_rows, "--protocol", "x"], "--protocol is for named tasks"),
+        (["--task", "causal_lm", "--data", unseen_rows, "--overwrite"], "--overwrite is for named tasks"),
+        (["--task", "causal_lm", "--data", unseen_rows, "--batch-check", "0"], "--batch-check is for named tasks"),
         (["--task", "boolq"], "the base model is not known: give --model"),
     ):
         assert cli.main(["eval", *given, *out]) == 2
         assert part in capsys.readouterr().err, given
+
+
+def test_rows_of_ones_own_are_for_one_process(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    unseen_rows: str,
+    llama_folder: Path,
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    given = ["--model", str(llama_folder), "--task", "causal_lm", "--data", unseen_rows, "--column", "text=sentence"]
+    assert cli.main(["eval", *given, "--limit", "2", "--out", str(tmp_path / "out")]) == 2
+    assert "--data is scored by one process" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 @pytest.fixture
@@ -324,11 +396,13 @@ def test_quirks_are_named_and_repeatable(
     plain = read_lines(out / "loran/boolq-loglikelihood/predictions.jsonl")
     found = []
     for name in ("first", "second"):
-        evaluate(*task, "--legacy-quirks", "all", "--baseline", out=out / name)
+        evaluate(*task, "--legacy-quirks", "all", "--baseline", "--batch-check", 4, out=out / name)
         found.append(read_lines(out / name / "loran/boolq-loglikelihood-quirks/predictions.jsonl"))
     assert found[0] == found[1] != plain
     record = result(out / "first/loran/boolq-loglikelihood-quirks", "evaluation.json")
     assert record["protocol"]["quirks"] == ["adapter-dropout"]  # the others are about generated text
     bare = result(out / "first/baseline/boolq-loglikelihood-quirks", "evaluation.json")
     assert bare["protocol"]["quirks"] == []
+    # a row asked again is drawn anew, which says nothing of batches
+    assert record["batch_independence"] is None and bare["batch_independence"]["differ"] == 0
     assert "with the original scripts' defects adapter-dropout" in capsys.readouterr().out

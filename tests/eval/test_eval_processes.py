@@ -125,3 +125,22 @@ def test_killed_at_several_points(arguments: list[str], tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert done.returncode == 0, done.stderr
     assert (folder / "predictions.jsonl").read_bytes() == whole
+
+
+@pytest.mark.slow
+def test_under_a_real_launcher(arguments: list[str], tmp_path: Path) -> None:
+    """torchrun, as docs/evaluation.md writes it: two processes that share the work, and one sentence where they may not."""
+    assert cli.main(["eval", *arguments, "--out", str(tmp_path / "one")]) == 0
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
+    command = [*launch, "-m", "curvelora.cli", "eval"]
+    given = [*command, *arguments, "--out", str(tmp_path / "two")]
+    done = subprocess.run(given, capture_output=True, text=True, timeout=2 * PATIENCE, check=False)
+    assert done.returncode == 0, done.stderr
+    found = [(tmp_path / name / PLACE / "predictions.jsonl").read_bytes() for name in ("one", "two")]
+    assert found[0] == found[1]
+    assert result(tmp_path / "two" / PLACE, "evaluation.json")["processes"] == 2
+
+    own = ["--task", "causal_lm", "--data", "rows.jsonl", "--out", str(tmp_path / "own")]
+    done = subprocess.run([*command, *own], capture_output=True, text=True, timeout=2 * PATIENCE, check=False)
+    assert done.returncode != 0 and "--data is scored by one process" in done.stderr
+    assert not (tmp_path / "own").exists()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +13,21 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from curvelora import cli
 from curvelora.errors import UserError
 from curvelora_eval import benchmarks
 from curvelora_eval.benchmarks import Row
 from curvelora_eval.benchmarks.protocols import PerplexityProtocol
+from curvelora_eval.models import load_processor
 from curvelora_eval.predict.base import Predictor, context_limit
 from curvelora_eval.predict.batches import plan
 from curvelora_eval.predict.choices import Choices, encode_pair
 from curvelora_eval.predict.generate import Generate
+from curvelora_eval.predict.head import Head
 from curvelora_eval.predict.perplexity import Perplexity, windows
-from curvelora_eval.predict.run import _ask, _mode
+from curvelora_eval.predict.run import DoesNotFit, _ask, _mode
+from curvelora_eval.spec import ModelSpec, TaskSpec
+from curvelora_eval.tasks import make_task
 from named_tasks import QUESTIONS
 
 pytestmark = pytest.mark.usefixtures("offline")
@@ -61,8 +68,37 @@ def alone(model: Any, tokenizer: Any, prompt: str, beams: int) -> list[int]:
     return out[0, ids.shape[1] :].tolist()
 
 
-def test_generation_is_that_of_each_row_alone_at_any_batch_size(llama: Any, boolq: Any, short: Any) -> None:
-    (model, tokenizer), rows = llama, boolq[1]
+def loud(architecture: str, vocabulary: int) -> Any:
+    """A tiny model with learnt positions, which padding on the left would shift, and answers that depend on the question."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {
+        "gpt2": dict(n_embd=32, n_layer=2, n_head=2, n_positions=512),
+        "opt": dict(
+            hidden_size=32,
+            ffn_dim=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=512,
+            word_embed_proj_dim=32,
+            dropout=0.0,
+        ),
+    }[architecture]
+    tokens = dict(vocab_size=vocabulary, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **sizes, **tokens)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(8 if parameter.ndim > 1 else 1)
+    return model
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt"])
+def test_generation_is_that_of_each_row_alone_at_any_batch_size(
+    llama: Any, boolq: Any, short: Any, architecture: str
+) -> None:
+    tokenizer, rows = llama[1], boolq[1]
+    model = llama[0] if architecture == "llama" else loud(architecture, len(tokenizer))
     predictor = Generate(short, "legacy", rows, tokenizer, None)
     found = [alone(model, tokenizer, short.prompt(row, "legacy"), short.num_beams) for row in rows]
     wanted = [tokenizer.decode(ids, skip_special_tokens=True) for ids in found]
@@ -258,23 +294,91 @@ def test_perplexity_is_that_of_plain_windows(llama: Any, stride: int) -> None:
 
 
 def test_the_limit_is_that_of_the_position_table(llama: Any) -> None:
-    from transformers import GPT2Config, RobertaConfig
+    from transformers import GPT2Config, LongformerConfig, RobertaConfig
 
     assert context_limit(llama[0].config) == llama[0].config.max_position_embeddings
     assert context_limit(GPT2Config(n_positions=99)) == 99
     assert context_limit(RobertaConfig(max_position_embeddings=514, pad_token_id=1)) == 512
+    assert context_limit(LongformerConfig(max_position_embeddings=4098, pad_token_id=1)) == 4096
     assert context_limit(object()) is None
 
 
-def test_a_batch_that_does_not_fit_is_said(llama: Any, boolq: Any, short: Any) -> None:
+@pytest.mark.parametrize("kind", ["data2vec-text", "mpnet", "xlm-roberta", "xlm-roberta-xl"])
+def test_the_limit_is_what_the_model_takes(kind: str) -> None:
+    """Position tables that begin after the padding token: one token more than the limit is one too many."""
+    from transformers import AutoConfig, AutoModel
+
+    sizes = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=9)
+    config = AutoConfig.for_model(kind, max_position_embeddings=20, pad_token_id=1, **sizes)
+    model, limit = AutoModel.from_config(config).eval(), context_limit(config)
+    with torch.no_grad():
+        model(input_ids=torch.full((1, limit), 5))
+        with pytest.raises((IndexError, RuntimeError)):
+            model(input_ids=torch.full((1, limit + 1), 5))
+
+
+def test_a_tokenizer_without_any_token_to_pad_with_is_refused(
+    llama_folder: Path, boolq: Any, short: Any, task_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copied = Path(shutil.copytree(llama_folder, tmp_path / "bare"))
+    settings = json.loads((copied / "tokenizer_config.json").read_text(encoding="utf-8"))
+    for name in ("pad_token", "eos_token", "unk_token"):
+        settings.pop(name, None)
+    (copied / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    tokenizer = load_processor(ModelSpec(path=str(copied)), make_task(TaskSpec(kind="causal_lm")))
+    with pytest.raises(UserError, match=r"no padding token.*tokenizer_config\.json"):
+        Generate(short, "legacy", boolq[1], tokenizer, None)
+    given = ["eval", "--model", str(copied), "--data-dir", str(task_data), "--out", str(tmp_path / "out"), "--task"]
+    assert cli.main([*given, "boolq"]) == 2 and not list(tmp_path.glob("out/*/*"))
+    assert capsys.readouterr().err.count("the tokenizer has no padding token") == 1
+
+
+def _gpu_is_full(*_: Any) -> Any:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def _computer_is_full(*_: Any) -> Any:
+    return torch.empty(1 << 60, dtype=torch.uint8)  # no address space has as much
+
+
+@pytest.mark.parametrize("full", [_gpu_is_full, _computer_is_full])
+def test_a_batch_that_does_not_fit_is_said(llama: Any, boolq: Any, short: Any, full: Any) -> None:
     predictor = Generate(short, "legacy", boolq[1], llama[1], None)
-
-    def full(*_: Any) -> Any:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
     predictor.predict = full
-    with pytest.raises(UserError, match=r"7 sequences of up to \d+ tokens do not fit.*--batch-size"):
+    with pytest.raises(DoesNotFit, match=r"7 sequences of up to \d+ tokens do not fit.*--batch-size"):
         _ask(llama[0], predictor, range(7))
+
+
+def test_another_error_of_torch_is_left_alone(llama: Any, boolq: Any, short: Any) -> None:
+    predictor = Generate(short, "legacy", boolq[1], llama[1], None)
+    predictor.predict = lambda *_: torch.ones(2) @ torch.ones(3)
+    with pytest.raises(RuntimeError, match="size") as error:
+        _ask(llama[0], predictor, range(7))
+    assert not isinstance(error.value, UserError)
+
+
+def _head(task: str) -> Head:
+    head = Head.__new__(Head)
+    head.protocol = benchmarks.get(task).protocol()
+    return head
+
+
+@pytest.mark.parametrize(
+    ("predictor", "answers"),
+    [
+        (Choices.__new__(Choices), [[{"log_probability": x}, {"log_probability": -1.0}] for x in (None, -2.0, -0.5)]),
+        (_head("mrpc"), [[{"logits": [x, 0.0]}] for x in (None, 1.0, -1.0)]),
+        (_head("stsb"), [[{"logits": [x]}] for x in (None, 1.0, 2.0)]),
+        (Perplexity.__new__(Perplexity), [[{"nll": x}] for x in (None, 1.0, 2.0)]),
+    ],
+    ids=["choices", "classes", "numbers", "perplexity"],
+)
+def test_no_answer_is_the_same_as_no_answer(predictor: Predictor, answers: list[Any]) -> None:
+    nothing, one, other = answers
+    assert predictor.differs(nothing, nothing) == (False, None)
+    for a, b in ((nothing, one), (one, nothing), (one, other)):
+        assert predictor.differs(a, b)[0] is True
+    assert predictor.differs(one, one) == (False, 0.0)
 
 
 def test_dropout_is_off_whatever_mode_the_model_came_in(llama_folder: Path, adapters: dict[str, Path]) -> None:

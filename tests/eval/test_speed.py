@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,10 @@ import pytest
 import torch
 
 from curvelora.errors import UserError
+from curvelora_eval import benchmarks
+from curvelora_eval.predict.generate import Generate
 from curvelora_eval.speed import command
+from curvelora_eval.speed.measure import measure
 from curvelora_eval.speed.table import markdown
 
 
@@ -75,6 +79,26 @@ def test_the_loop_and_the_engine_answer_alike(
 def test_bad_arguments(words: list[str], said: str) -> None:
     with pytest.raises(UserError, match=said):
         command.run(arguments(*words))
+
+
+@pytest.mark.usefixtures("offline")
+def test_a_batch_that_does_not_fit_keeps_no_other_from_being_timed(
+    llama: Any, task_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask = Generate.predict
+
+    def predict(self: Generate, model: Any, units: Any) -> Any:
+        if len(units) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return ask(self, model, units)
+
+    monkeypatch.setattr(Generate, "predict", predict)
+    boolq = benchmarks.get("boolq")
+    protocol = dataclasses.replace(boolq.protocol("llm-adapters"), max_new_tokens=2)
+    rows = benchmarks.load(boolq, task_data, limit=4)
+    found = measure(*llama, boolq, rows, protocol, "clean", original_rows=2, batch_sizes=[4, 2])["engine"]
+    assert found[0] == {"batch_size": 4, "out_of_memory": True}
+    assert (found[1]["batch_size"], found[1]["rows"]) == (2, 4)
 
 
 def test_a_batch_that_does_not_fit_is_a_line_of_the_table() -> None:

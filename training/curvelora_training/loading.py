@@ -70,7 +70,7 @@ def _load(spec: ModelSpec, task: Task, device: torch.device, trained: set[str]) 
         for name, buffer in buffer_owner.named_buffers(recurse=False):
             setattr(buffer_owner, name, buffer.to(device))
     keep_4bit_layout(model)
-    fill_in(model, task)
+    fill_in(model, spec, task)
     return model.eval(), shares
 
 

@@ -13,7 +13,7 @@ from curvelora.errors import UserError
 from curvelora.loading import check_fits
 from curvelora_eval import benchmarks
 from curvelora_eval.benchmarks import quirks
-from curvelora_eval.benchmarks.protocols import HeadProtocol
+from curvelora_eval.benchmarks.protocols import GenerateProtocol, HeadProtocol
 from curvelora_eval.evaluation.arms import BASELINE, Arm, labels, read_arm
 from curvelora_eval.evaluation.checkpoint_hash import checkpoint_folder, checkpoint_hash
 from curvelora_eval.evaluation.finished import labels_of, read_results
@@ -22,6 +22,7 @@ from curvelora_eval.evaluation.problems import Problems
 from curvelora_eval.evaluation.question import Question
 from curvelora_eval.files import check_folder
 from curvelora_eval.models import HEADS, load_config, load_processor, shape_model
+from curvelora_eval.predict.base import padding_token
 from curvelora_eval.spec import ModelSpec, TaskKind, TaskSpec
 from curvelora_eval.tasks import make_task
 
@@ -81,11 +82,10 @@ def _check_numbers(args: argparse.Namespace, problems: Problems) -> None:
 def _questions(args: argparse.Namespace, problems: Problems) -> list[Question]:
     chosen: tuple[str, ...] = ()
     with problems.collect():
-        names = args.legacy_quirks.split(",") if args.legacy_quirks else []
+        names = [name.strip() for name in args.legacy_quirks.split(",")] if args.legacy_quirks else []
         chosen = tuple(quirk.name for quirk in quirks.choose(names))
     questions = []
-    tasks = args.task.split(",")
-    for name in dict.fromkeys(tasks):
+    for name in dict.fromkeys(name.strip() for name in args.task.split(",")):
         with problems.collect():
             if name in get_args(TaskKind):
                 raise UserError(f"--task {name} is a task kind, for rows of your own: name their file with --data")
@@ -96,8 +96,11 @@ def _questions(args: argparse.Namespace, problems: Problems) -> list[Question]:
             limit = args.limit if args.limit and args.limit > 0 else None  # another number has been complained of
             loaded = benchmarks.load(benchmark, data, args.split, limit)
             protocol.check(loaded.rows)
-            length = args.max_length if isinstance(protocol, HeadProtocol) else None
-            questions.append(Question(benchmark, protocol, template, loaded, chosen, args.limit, length))
+            if args.max_length is not None and not isinstance(protocol, HeadProtocol):
+                raise UserError(
+                    f"--max-length is for heads, and protocol {protocol.name} of task {name} never cuts its inputs: leave it out"
+                )
+            questions.append(Question(benchmark, protocol, template, loaded, chosen, args.limit, args.max_length))
     return questions
 
 
@@ -167,7 +170,9 @@ def _check_models(spec: ModelSpec, arms: list[Arm], questions: list[Question], p
     """The checkpoint is there with its tokenizer, and every adapter fits every model class that it is asked in."""
     with problems.collect():
         load_config(spec, make_task(TaskSpec(kind="causal_lm")))
-        load_processor(spec, make_task(TaskSpec(kind="causal_lm")))
+        tokenizer = load_processor(spec, make_task(TaskSpec(kind="causal_lm")))
+        if any(isinstance(question.protocol, GenerateProtocol | HeadProtocol) for question in questions):
+            padding_token(tokenizer)
         seen = set()
         for arm in arms:
             for question in questions:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,13 +18,16 @@ from curvelora_eval.evaluation.ask import Plan
 from curvelora_eval.evaluation.finished import RESULT, identity, read_results
 from curvelora_eval.evaluation.problems import Problems
 from curvelora_eval.evaluation.question import Question
+from curvelora_eval.models import attention, default_device, load_config, storage_of
 from curvelora_eval.predict import journal
-from curvelora_eval.spec import TaskSpec
+from curvelora_eval.spec import ModelSpec, TaskSpec
+from curvelora_eval.tasks import make_task
 
 PREDICTIONS, MERGED = "predictions.jsonl", "merged"
 # libraries whose next version may compute otherwise
 DECIDING = ("torch", "transformers", "tokenizers", "peft", "curvelora", "curvelora-eval")
 CUTS = "batch_size"  # decides which rows share a batch, and so matters to a journal, but not to a finished result
+BITSANDBYTES = ("nf4", "fp4", "int8")  # storages that it computes with
 
 
 @dataclass(frozen=True)
@@ -75,12 +79,11 @@ def make_jobs(plan: Plan, out: Path, batch_size: int, model_hash: str | None) ->
         "dtype": plan.model.dtype,
         "quantization": plan.model.quantization,
         "double_quantization": plan.model.quantization == "nf4" and plan.model.double_quantization,
-        "attention": plan.model.attention,
         CUTS: batch_size,
         "device": "cuda" if torch.cuda.is_available() else "cpu",
-        "versions": {name: installed_version(name) for name in DECIDING},
     }
     rows = {question.name: question.rows_hash() for question in plan.questions}
+    computed = functools.cache(lambda kind: _computed_by(plan.model, TaskSpec(kind=kind)))
     jobs = []
     for arm in plan.arms:
         content = arm.content()
@@ -96,9 +99,22 @@ def make_jobs(plan: Plan, out: Path, batch_size: int, model_hash: str | None) ->
                 "head": [spec.labels, spec.max_length] if spec.kind != "causal_lm" else None,
                 "adapter": content,
                 **same,
+                **computed(spec.kind),
             }
             jobs.append(Job(arm, question, spec, out / arm.label / question.name, decided_by))
     return jobs
+
+
+def _computed_by(model: ModelSpec, spec: TaskSpec) -> dict[str, Any]:
+    """The attention that `auto` comes to on this machine, and the versions of all libraries that compute."""
+    task = make_task(spec)
+    chosen = attention(model, task, default_device()) or "sdpa where the architecture has it"
+    names = list(DECIDING)
+    if storage_of(model, load_config(model, task)) in BITSANDBYTES:
+        names.append("bitsandbytes")
+    if chosen == "flash_attention_2":
+        names.append("flash-attn")
+    return {"attention": chosen, "versions": {name: installed_version(name) for name in names}}
 
 
 def prepare(jobs: Sequence[Job], overwrite: bool) -> None:

@@ -33,8 +33,6 @@ def score_job(job: Job, records: Sequence[dict[str, Any]]) -> dict[str, Interval
         UserError: the records cannot be scored.
     """
     protocol = job.question.protocol
-    if isinstance(protocol, PerplexityProtocol) and any(record["nll"] is None for record in records):
-        raise UserError(f"{job.folder}: the loss of some windows is not a number, so there is no perplexity")
     try:
         return score_records(records, protocol.scores, LEVEL, RESAMPLES, INTERVAL_SEED)
     except ValueError as error:
@@ -130,7 +128,7 @@ def _environment() -> dict[str, Any]:
 def remarks(record: dict[str, Any]) -> list[str]:
     """What a reader of the score must know, in sentences."""
     found, rows = record["counts"], record["counts"]["rows"]
-    said = []
+    said = [f"{name} is undefined: {why['reason']}" for name, why in record["metrics"].items() if why.get("reason")]
     if (benchmark := record["benchmark"])["subset"]:
         first = f"the first {benchmark['limit']} only, " if benchmark["limit"] else ""
         said.append(first + benchmark["subset"])

@@ -20,6 +20,7 @@ from curvelora_eval.evaluation.finished import RESULT
 from curvelora_eval.evaluation.jobs import MERGED, PREDICTIONS, Job, make_jobs, prepare
 from curvelora_eval.evaluation.loaded_base import LoadedBase
 from curvelora_eval.evaluation.merged import merged_record, why_not_exact
+from curvelora_eval.evaluation.problems import Problems
 from curvelora_eval.evaluation.result import evaluation_record, lines, remarks, score_job
 from curvelora_eval.evaluation.summary import write_summary
 from curvelora_eval.evaluator import describe_interval
@@ -42,12 +43,15 @@ class Work:
     args: argparse.Namespace
     processes: Processes
     _predictors: dict[tuple[Any, ...], Predictor] = field(default_factory=dict)
+    _problems: Problems = field(default_factory=Problems)
+    """Of single results, on the first process; they keep no other result from being made."""
 
     def do(self) -> None:
         """Do all jobs that are not finished yet, and write the summary.
 
         Raises:
-            UserError: results of another evaluation are in the way, a model cannot be loaded, or another process has ended.
+            UserError: results of another evaluation are in the way, a model cannot be loaded, another process has ended, or (once
+                everything else is done) some predictions cannot be scored.
         """
         args, processes = self.args, self.processes
         for note in self.plan.notes:
@@ -60,7 +64,7 @@ class Work:
         if processes.first:
             write_summary(make_folder(args.out), [arm.label for arm in self.plan.arms])
         self._say(f"written: {args.out / 'summary.md'}")
-        processes.wait()
+        processes.on_first(self._problems.refuse)
 
     def _on_one_base(self, jobs: list[Job]) -> None:
         spec, trained = jobs[0].spec, jobs[0].arm.trained
@@ -79,7 +83,7 @@ class Work:
             model = base.put_on(arm.folder) if arm.folder else base.bare()
             for i in open_jobs:
                 self._one(own[i], model, tokenizer, title)
-            if merging:
+            if merging := self.processes.on_first(partial(self._scored, own, merging)):
                 self._merged(arm, [own[i] for i in merging], model, tokenizer, title)
             if (note := base.take_off()) is not None:
                 self._say(f"{arm.label}: {note}")
@@ -92,15 +96,16 @@ class Work:
         predicted = self._predict(job, model, predictor, title, job.folder, job.decided_by, check)
         if predicted is None:
             return
-        record = evaluation_record(
-            job, self.plan.model, self.model_hash, predictor, predicted, self.args.batch_size, self.processes.world
-        )
-        write_text(job.folder / PREDICTIONS, lines(predicted.records))
-        write_json(job.folder / RESULT, record)
-        journal.clear(job.folder)
-        self._report(f"{job.arm.label}, {job.question.name}", record["metrics"], record["counts"]["rows"])
-        for remark in remarks(record):
-            self._say(f"  {remark}")
+        with self._problems.collect():
+            record = evaluation_record(
+                job, self.plan.model, self.model_hash, predictor, predicted, self.args.batch_size, self.processes.world
+            )
+            write_text(job.folder / PREDICTIONS, lines(predicted.records))
+            write_json(job.folder / RESULT, record)
+            journal.clear(job.folder)
+            self._report(f"{job.arm.label}, {job.question.name}", record["metrics"], record["counts"]["rows"])
+            for remark in remarks(record):
+                self._say(f"  {remark}")
 
     def _predictor(self, job: Job, model: nn.Module, tokenizer: Any) -> Predictor:
         """The task's rows, tokenised once for all models that are asked in the same way."""
@@ -150,6 +155,10 @@ class Work:
             [i for i, found in enumerate(results) if merging and "merged" not in (found or {})],
         )
 
+    def _scored(self, jobs: list[Job], merging: list[int]) -> list[int]:
+        """Those of `merging` that have a result, beside which the merged model's can stand."""
+        return [i for i in merging if jobs[i].result() is not None]
+
     def _merged(self, arm: Arm, jobs: list[Job], model: nn.Module, tokenizer: Any, title: str) -> None:
         """Add the adapter to the weights, predict again, and put the scores beside the adapter's own."""
         why = why_not_exact(arm, self.plan.model, jobs[0].spec)
@@ -169,12 +178,15 @@ class Work:
             predicted = self._predict(job, model, predictor, f"{title}, merged", folder, decided_by)
             if predicted is None:
                 continue
-            metrics = score_job(job, predicted.records)
-            before = [json.loads(line) for line in (job.folder / PREDICTIONS).read_text(encoding="utf-8").splitlines()]
-            write_text(folder / PREDICTIONS, lines(predicted.records))
-            self._add(job, merged_record(metrics, predicted.records, before))
-            journal.clear(folder)
-            self._report(f"{job.arm.label}, {job.question.name}, merged", metrics, len(before))
+            with self._problems.collect():
+                metrics = score_job(job, predicted.records)
+                before = [
+                    json.loads(line) for line in (job.folder / PREDICTIONS).read_text(encoding="utf-8").splitlines()
+                ]
+                write_text(folder / PREDICTIONS, lines(predicted.records))
+                self._add(job, merged_record(metrics, predicted.records, before))
+                journal.clear(folder)
+                self._report(f"{job.arm.label}, {job.question.name}, merged", metrics, len(before))
 
     def _add(self, job: Job, merged: dict[str, Any]) -> None:
         if self.processes.first:

@@ -9,10 +9,27 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from curvelora.errors import UserError
+
 Output = dict[str, Any]
 """What the model said about one unit, as values that JSON can hold."""
 # position tables of these begin after the padding token's number
-OFFSET = ("roberta", "xlm-roberta", "camembert")
+OFFSET = (
+    "camembert",
+    "data2vec-text",
+    "esm",
+    "ibert",
+    "lilt",
+    "longformer",
+    "luke",
+    "markuplm",
+    "mpnet",
+    "roberta",
+    "roberta-prelayernorm",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "xmod",
+)
 
 
 class Predictor(ABC):
@@ -68,6 +85,20 @@ def context_limit(config: Any) -> int | None:
     if limit is not None and getattr(text, "model_type", None) in OFFSET:
         return limit - (text.pad_token_id or 0) - 1
     return limit
+
+
+def padding_token(tokenizer: Any) -> int:
+    """The token that a batch is padded with.
+
+    Raises:
+        UserError: the tokenizer has none.
+    """
+    if tokenizer.pad_token_id is None:
+        raise UserError(
+            "the tokenizer has no padding token, and no end-of-text or unknown token to take for one, so rows cannot share a "
+            "batch: name one as pad_token in its tokenizer_config.json"
+        )
+    return tokenizer.pad_token_id
 
 
 def largest_difference(first: Sequence[float | None], second: Sequence[float | None]) -> float | None:

@@ -93,8 +93,9 @@ class Choices(Predictor):
 
     def differs(self, first: Sequence[Output], second: Sequence[Output]) -> tuple[bool, float | None]:
         sides = [[output["log_probability"] for output in side] for side in (first, second)]
-        apart = largest_difference(*sides)
-        return apart is None or best(sides[0]) != best(sides[1]), apart
+        # a choice whose probability is not a number leaves no answer, which is the same as no answer
+        first_best, second_best = (None if None in side else best(side) for side in sides)
+        return first_best != second_best, largest_difference(*sides)
 
 
 def best(scores: Sequence[float]) -> int:

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import GenerationConfig
 
 from curvelora_eval.benchmarks.protocols import GenerateProtocol, Row
-from curvelora_eval.predict.base import Output, Predictor
+from curvelora_eval.predict.base import Output, Predictor, padding_token
 from curvelora_eval.tasks.base import device_of
 
 
@@ -28,6 +28,9 @@ class Generate(Predictor):
         tokenizer: of the model.
         limit: the most tokens that prompt and new tokens may have together; None for no limit.
         quirks: names of defects to reproduce (`curvelora_eval.benchmarks.quirks`).
+
+    Raises:
+        UserError: the tokenizer has no token to pad with.
     """
 
     counted = "new"
@@ -43,6 +46,7 @@ class Generate(Predictor):
     ) -> None:
         self.protocol, self.rows, self.tokenizer = protocol, rows, tokenizer
         self.quirks = frozenset(quirks)
+        self._own_pad = padding_token(tokenizer)
         prompts = tokenizer([protocol.prompt(row, template) for row in rows], verbose=False)["input_ids"]
         room = None if limit is None else limit - protocol.max_new_tokens
         self.over_limit = {i for i, ids in enumerate(prompts) if room is not None and len(ids) > room}
@@ -58,7 +62,7 @@ class Generate(Predictor):
 
     @property
     def pad(self) -> int:
-        return 0 if "pad-id-0" in self.quirks else self.tokenizer.pad_token_id
+        return 0 if "pad-id-0" in self.quirks else self._own_pad
 
     @property
     def skip_special_tokens(self) -> bool:

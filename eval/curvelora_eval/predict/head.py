@@ -69,8 +69,6 @@ class Head(Predictor):
     def differs(self, first: Sequence[Output], second: Sequence[Output]) -> tuple[bool, float | None]:
         a, b = first[0]["logits"], second[0]["logits"]
         apart = largest_difference(a, b)
-        if (
-            apart is None or not self.protocol.labels
-        ):  # a number is the same answer where it is the same to three digits
-            return apart is None or apart > SAME * max(1.0, abs(a[0])), apart
-        return self._read(a) != self._read(b), apart
+        if self.protocol.labels or apart is None:  # no answer is the same as no answer
+            return self._read(a) != self._read(b), apart
+        return apart > SAME * max(1.0, abs(a[0])), apart  # the same number to three digits

@@ -86,7 +86,7 @@ class Perplexity(Predictor):
     def differs(self, first: Sequence[Output], second: Sequence[Output]) -> tuple[bool, float | None]:
         a, b = first[0]["nll"], second[0]["nll"]
         apart = largest_difference([a], [b])
-        return apart is None or apart > SAME * abs(a), apart
+        return (a != b if apart is None else apart > SAME * abs(a)), apart  # no number is the same as no number
 
 
 def windows(length: int, window: int, stride: int) -> list[tuple[int, int, int]]:

@@ -40,6 +40,10 @@ PATIENCE = 2.0  # seconds between two running scores, at least
 RANDOM = {"adapter-dropout", "checkpoint-sampling"}  # quirks that draw random numbers
 
 
+class DoesNotFit(UserError):
+    """A batch is larger than the device's memory."""
+
+
 @dataclass(frozen=True)
 class Predicted:
     """What came out of one task with one model.
@@ -50,7 +54,7 @@ class Predicted:
         tokens: new tokens where text was generated, else tokens read.
         resumed: batches that earlier runs had done.
         repaired: sentences about half-written journals.
-        independence: whether rows that were predicted again alone gave the same; None where that was not asked.
+        independence: whether rows that were predicted again alone gave the same; None where that was not asked, or is random.
     """
 
     records: list[dict[str, Any]]
@@ -103,9 +107,10 @@ def predict(
         title: of the progress bar.
         scores: of the protocol; the first one is shown while it runs.
         quirks: those that are the engine's own are obeyed here.
-        check: so many units, spread over the lengths, are predicted again alone.
+        check: so many units, spread over the lengths, are predicted again alone; none under quirks that draw random numbers.
 
     Raises:
+        DoesNotFit: a batch is larger than the device's memory.
         UserError: the journals are of another evaluation or damaged, or another process has ended or writes here.
     """
     batches = plan(predictor.lengths, batch_size)
@@ -139,7 +144,9 @@ def predict(
             for number, entry in entries.items()
             for unit, output in zip(batches[number], entry["outputs"], strict=True)
         }
-        independence = _independence(model, predictor, batches, outputs, check) if check else None
+        # what is drawn anew says nothing of batches
+        checked = check and not RANDOM & set(quirks)
+        independence = _independence(model, predictor, batches, outputs, check) if checked else None
     return Predicted(
         records=predictor.records(outputs),
         seconds=journal.seconds(folder),
@@ -162,11 +169,18 @@ def _ask(model: nn.Module, predictor: Predictor, units: Sequence[int], seed: int
     try:
         with compute_context(model):
             return predictor.predict(model, units)
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if not _is_memory(error):
+            raise
         longest = max(predictor.lengths[unit] for unit in units)
-        raise UserError(
+        raise DoesNotFit(
             f"{len(units)} sequences of up to {longest} tokens do not fit into the device's memory: give a smaller --batch-size"
         ) from error
+
+
+def _is_memory(error: Exception) -> bool:
+    """Whether memory ran out: a GPU's, or (which torch says in words alone) the computer's."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 @contextlib.contextmanager

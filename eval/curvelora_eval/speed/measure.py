@@ -16,7 +16,7 @@ from curvelora_eval.benchmarks import Benchmark, LoadedRows, Row
 from curvelora_eval.benchmarks.protocols import GenerateProtocol
 from curvelora_eval.predict.batches import plan
 from curvelora_eval.predict.processes import Processes
-from curvelora_eval.predict.run import predict, predictor_for
+from curvelora_eval.predict.run import DoesNotFit, predict, predictor_for
 from curvelora_eval.spec import TaskSpec
 from curvelora_eval.speed.original import Answer, answer_rows
 from curvelora_eval.tasks import make_task
@@ -73,7 +73,7 @@ def measure(
     for size in batch_sizes:
         try:
             engine = _engine(model, tokenizer, loaded.rows, protocol, template, size)
-        except torch.OutOfMemoryError:
+        except DoesNotFit:
             torch.cuda.empty_cache()
             engines.append({"batch_size": size, "out_of_memory": True})
             continue

@@ -108,11 +108,17 @@ def test_rows_that_loglikelihood_cannot_read_are_said_before_any_model_is_loaded
         (Row("test-3", {"question": None, "options": None}, "option1"), "cannot be told apart"),
         (Row("test-3", fields, "option1"), "has no '_' in its sentence"),
         (Row("test-3", fields | {"options": ("He",)}, "option2"), "only 1 options"),
+        (Row("test-3", fields | {"question": "So said _ "}, "option1"), "nothing after the '_' of its sentence"),
     ):
         with pytest.raises(UserError, match=reason) as error:
             protocol.check([row])
         assert "1 of 1 rows" in str(error.value) and "test-3" in str(error.value)
     protocol.check([Row("0", fields | {"question": "_ said so."}, "option1")])
+    for task in ("piqa", "hellaswag"):  # a choice without text has no length to divide by
+        protocol = benchmarks.get(task).protocol("loglikelihood")
+        row = Row("test-3", {"question": "How?", "options": ("go", " ", "a", "b")}, protocol.answers[0])
+        with pytest.raises(UserError, match="an option without text, so there is nothing to score"):
+            protocol.check([row])
 
 
 def test_hellaswag_keeps_its_marks_in_the_prompt_and_loses_them_for_scoring() -> None:

@@ -60,7 +60,7 @@ class ChoiceProtocol(Protocol):
         }
 
     def check_rows(self, rows: Sequence[Row]) -> None:
-        """Every row's question and options are known, the right one is among them, and the mark is there."""
+        """Every row's question and options are known, the right one and the mark are there, and each choice has text to score."""
         problems = [(row.id, reason) for row in rows if (reason := self._fault(row))]
         if problems:
             raise UserError(
@@ -76,4 +76,9 @@ class ChoiceProtocol(Protocol):
             return f"has the answer {row.answer} and only {len(options)} options"
         if self.blank is not None and self.blank not in row.fields["question"]:
             return f"has no {self.blank!r} in its sentence"
+        if any(not continuation.strip() for _, continuation in self.pairs(row)):
+            where = (
+                "an option without text" if self.blank is None else f"nothing after the {self.blank!r} of its sentence"
+            )
+            return f"has {where}, so there is nothing to score"
         return None
