@@ -216,9 +216,11 @@ def check_belongs(evaluation: Evaluation) -> None:
     """
     folder, result, records = evaluation.folder, evaluation.result, list(evaluation.records.values())
     apart = f"{RESULT} and {PREDICTIONS} do not belong together: run `curvelora eval` again"
-    stated = (result.get("counts") or {}).get("rows") or (result.get("dataset") or {}).get("rows")
+    counts = result.get("counts") or {}
+    what = "windows" if "windows" in counts else "rows"  # a text has a record a window
+    stated = counts.get(what) or (result.get("dataset") or {}).get("rows")
     if stated is not None and stated != len(records):
-        raise UserError(f"{folder} has {len(records)} predictions and a result of {stated} rows, so {apart}")
+        raise UserError(f"{folder} has {len(records)} predictions and a result of {stated} {what}, so {apart}")
     for score in evaluation.scores:
         if (
             score.metric == PERPLEXITY and "nll" not in records[0]

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import stats
 
-from curvelora_eval.scoring import Statistic
+from curvelora_eval.scoring import FEWEST_ROWS, Statistic
 
 
 def resampled(statistic: Statistic, n_rows: int, resamples: int, seed: Sequence[int]) -> dict[str, np.ndarray]:
@@ -48,19 +48,22 @@ def difference_draws(a: np.ndarray, b: np.ndarray, seeds: tuple[np.ndarray, np.n
     return b[seeds[1], at].mean(axis=1) - a[seeds[0], at].mean(axis=1)
 
 
-def summarise(draws: np.ndarray, level: float) -> dict[str, float | int | None]:
+def summarise(draws: np.ndarray, level: float, rows: int) -> dict[str, float | int | None]:
     """Return `{"low", "high", "p"[, "dropped"]}`: the percentile interval of a difference and its two-sided p-value.
 
     p is the smallest 1 - level whose interval leaves 0 out, min(1, 2 (1 + min(#draws <= 0, #draws >= 0)) / (1 + #draws)):
     the percentile interval turned round, with one draw added so that it is never 0 (Davison and Hinkley, Bootstrap
     Methods and their Application, 1997, sections 4.4 and 5.2). Undefined draws are dropped and counted.
+
+    Of few `rows` the draws are the same ones again and again: p is at least 2^(1 - rows), the probability that all of them
+    favour one side by chance, and below `FEWEST_ROWS` all three are None.
     """
     kept = draws[np.isfinite(draws)]
     found: dict[str, float | int | None] = {"low": None, "high": None, "p": None}
-    if len(kept):
+    if len(kept) and rows >= FEWEST_ROWS:
         low, high = np.quantile(kept, [(1 - level) / 2, (1 + level) / 2]).tolist()
         tail = 1 + min(np.count_nonzero(kept <= 0), np.count_nonzero(kept >= 0))
-        found = {"low": low, "high": high, "p": min(1.0, 2 * tail / (1 + len(kept)))}
+        found = {"low": low, "high": high, "p": min(1.0, max(2 * tail / (1 + len(kept)), 2.0 ** (1 - rows)))}
     if len(kept) < len(draws):
         found["dropped"] = len(draws) - len(kept)
     return found

@@ -42,14 +42,15 @@ def score_job(job: Job, records: Sequence[dict[str, Any]]) -> dict[str, Interval
 
 
 def counts(job: Job, records: Sequence[dict[str, Any]], predictor: Predictor) -> dict[str, int]:
-    """Rows, and what happened to some of them."""
-    found = {"rows": len(records)}
+    """Rows, and what happened to some of them; of texts, how many windows and tokens they are."""
+    found = {"rows": len(job.question.loaded.rows)}
     if not isinstance(job.question.protocol, PerplexityProtocol):
         over = sum(record.get("over_limit", False) for record in records)
         found["unparsable"] = sum(record["prediction"] is None for record in records) - over
         found["truncated"] = sum(record.get("truncated", False) for record in records)
         found["over_limit"] = over
     else:
+        found["windows"] = len(records)
         found["tokens"] = sum(record["tokens"] for record in records)
     if isinstance(job.question.protocol, HeadProtocol):
         found["at_max_length"] = predictor.cut
@@ -68,7 +69,7 @@ def evaluation_record(
     """The content of evaluation.json (docs/results_format.md)."""
     question, protocol, loaded = job.question, job.question.protocol, job.question.loaded
     metrics = score_job(job, predicted.records)
-    rows = len(predicted.records)
+    rows, windows = len(loaded.rows), isinstance(protocol, PerplexityProtocol)
     seconds = predicted.seconds
     return {
         "schema": 1,
@@ -77,7 +78,7 @@ def evaluation_record(
         "metrics": metrics,
         "primary_metric": next(iter(metrics)),
         "interval": {
-            "method": "percentile bootstrap over rows",
+            "method": f"percentile bootstrap over {'windows' if windows else 'rows'}",
             "level": LEVEL,
             "resamples": RESAMPLES,
             "seed": INTERVAL_SEED,
@@ -130,6 +131,9 @@ def remarks(record: dict[str, Any]) -> list[str]:
     """What a reader of the score must know, in sentences."""
     found, rows = record["counts"], record["counts"]["rows"]
     said = []
+    primary = record["metrics"][record["primary_metric"]]
+    if primary["value"] is not None and primary.get("reason"):
+        said.append(primary["reason"])
     if (benchmark := record["benchmark"])["subset"]:
         first = f"the first {benchmark['limit']} only, " if benchmark["limit"] else ""
         said.append(first + benchmark["subset"])

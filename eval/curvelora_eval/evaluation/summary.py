@@ -105,7 +105,8 @@ def _page(record: Mapping[str, Any]) -> str:
         lines.append(_line([label, *cells, *means]))
     lines += [
         "",
-        "Primary metrics in percent (perplexity as it is) with 95 % intervals over rows. Means are unweighted.",
+        "Primary metrics in percent (perplexity as it is) with 95 % intervals over rows (windows of a text).",
+        "Means are unweighted.",
         "",
     ]
     for label in record["models"]:
@@ -119,7 +120,7 @@ def _cell(score: Mapping[str, Any]) -> str:
         return "undefined"
     scale = 1 if score["metric"] in PERCENT else 100
     value, low, high = (None if score[k] is None else f"{scale * score[k]:.2f}" for k in ("value", "low", "high"))
-    return f"{value} [{low}, {high}]" + ("" if score["subset"] is None else " (subset)")
+    return value + (f" [{low}, {high}]" if low else "") + ("" if score["subset"] is None else " (subset)")
 
 
 def _line(cells: Iterable[str]) -> str:
