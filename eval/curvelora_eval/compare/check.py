@@ -71,6 +71,12 @@ def _unlike(a: Evaluation, b: Evaluation, name: str) -> Iterator[str]:
             if value(a) != value(b):
                 yield f"the {what} differs, so another version wrote one of them: evaluate both with this version"
                 return
+    if _windows(a) != _windows(b):
+        yield (
+            f"the windows of the perplexity differ: A has {_windows(a)}, {name} has {_windows(b)}; more context before a token "
+            "makes it easier, so evaluate both in the same windows"
+        )
+        return  # the ids of the windows differ as well, which says nothing new
     yield from _rows(a, b, name)
 
 
@@ -94,6 +100,13 @@ def _rows(a: Evaluation, b: Evaluation, name: str) -> Iterator[str]:
                 else:
                     yield f"the references differ: {what}; evaluate both on the same rows"
                 return
+
+
+def _windows(evaluation: Evaluation) -> str | None:
+    """Tokens a window and from one to the next; None for what is no perplexity of windows. A protocol may leave them to the
+    model's limit, so its hash does not tell."""
+    window, stride = (_get(evaluation, "decoding", key) for key in ("window", "stride"))
+    return None if window is stride is None else f"{window} tokens, {stride} apart"
 
 
 def _get(evaluation: Evaluation, *keys: str) -> Any:

@@ -1,0 +1,47 @@
+"""What `curvelora compare` refuses although ids, references and hashes of the protocol agree; no models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from evaluation_files import write_evaluation
+
+from curvelora.cli import run_guarded, run_module
+from curvelora_eval import compare_command
+from curvelora_eval.scoring import Score
+
+pytestmark = pytest.mark.usefixtures("offline")
+
+LABEL = [Score("label_accuracy")]
+A = np.arange(20) % 3 > 0
+
+
+@pytest.fixture
+def said(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs the command, and returns what it said: to the terminal, or the refusal."""
+
+    def run(*arguments: object) -> str:
+        argv = [str(argument) for argument in ("--resamples", 100, *arguments)]
+        code = run_guarded(lambda: run_module(compare_command, "curvelora compare", argv), debug=False)
+        captured = capsys.readouterr()
+        assert (code, bool(captured.out), bool(captured.err)) in ((0, True, False), (2, False, True))
+        return captured.out or captured.err
+
+    return run
+
+
+def test_other_windows_are_another_perplexity(tmp_path: Path, said: Callable[..., str]) -> None:
+    """Also where every window counts as many tokens, and where the numbers of windows differ."""
+    sizes = {"a": (512, 256, 8), "same": (512, 256, 8), "window": (1024, 256, 8), "stride": (512, 128, 16)}
+    for name, (window, stride, n) in sizes.items():
+        records = [{"row": 0, "window": i, "id": f"t/{i}", "nll": 100.0 + i, "tokens": 256} for i in range(n)]
+        folder, counts = tmp_path / name, {"rows": 1, "windows": n}
+        decoding = {"window": window, "stride": stride}
+        write_evaluation(folder, records, [Score("perplexity")], "wikitext2", counts=counts, decoding=decoding)
+    assert "not distinguishable" in said(tmp_path / "a", tmp_path / "same")
+    error = said(tmp_path / "a", tmp_path / "window", tmp_path / "stride")
+    assert "A has 512 tokens, 256 apart, B has 1024 tokens, 256 apart" in error
+    assert "C has 512 tokens, 128 apart" in error and error.count("\n  - ") == 2
