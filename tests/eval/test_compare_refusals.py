@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from evaluation_files import write_evaluation
+from evaluation_files import labelled, write_evaluation
 
 from curvelora.cli import run_guarded, run_module
 from curvelora_eval import compare_command
@@ -28,7 +28,7 @@ def said(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
         code = run_guarded(lambda: run_module(compare_command, "curvelora compare", argv), debug=False)
         captured = capsys.readouterr()
         assert (code, bool(captured.out), bool(captured.err)) in ((0, True, False), (2, False, True))
-        return captured.out or captured.err
+        return " ".join((captured.out or captured.err).split())  # lines are broken at 100 columns
 
     return run
 
@@ -44,4 +44,15 @@ def test_other_windows_are_another_perplexity(tmp_path: Path, said: Callable[...
     assert "not distinguishable" in said(tmp_path / "a", tmp_path / "same")
     error = said(tmp_path / "a", tmp_path / "window", tmp_path / "stride")
     assert "A has 512 tokens, 256 apart, B has 1024 tokens, 256 apart" in error
-    assert "C has 512 tokens, 128 apart" in error and error.count("\n  - ") == 2
+    assert "C has 512 tokens, 128 apart" in error and error.count(" - wikitext2 ") == 2
+
+
+def test_other_questions_under_the_same_ids(tmp_path: Path, said: Callable[..., str]) -> None:
+    for name, rows in {"a": "aaa", "same": "aaa", "other": "bbb", "unknown": None}.items():
+        decided_by = {"decided_by": {"rows": rows}} if rows else {}
+        dataset = {"path": name, "sha256": name, "rows": len(A)}
+        write_evaluation(tmp_path / name, labelled(A), LABEL, "hellaswag", dataset=dataset, **decided_by)
+    error = said(tmp_path / "a", tmp_path / "other")
+    assert "hellaswag (llm-adapters): the questions differ" in error and "A was asked other texts than B" in error
+    assert "and so are the texts" in said(tmp_path / "a", tmp_path / "same")
+    assert "cannot be told" in said(tmp_path / "a", tmp_path / "unknown")  # rows of the user's own have no such hash

@@ -43,7 +43,9 @@ def notes(arms: list[Arm]) -> list[str]:
     for task in first:
         hashes = {_get(run[task], "dataset", "sha256") for arm in arms for run in arm.runs}
         if len(hashes) > 1:
-            found.append(f"{task}: ids and references are the same, read from files that differ (sha256).")
+            asked = {_get(run[task], "decided_by", "rows") for arm in arms for run in arm.runs}
+            doubt = "; whether the texts are the same cannot be told" if None in asked else ", and so are the texts"
+            found.append(f"{task}: ids and references are the same{doubt}; they were read from files that differ (sha256).")
         subset = _get(first[task], "benchmark", "subset")
         if subset:
             found.append(f"{task}: {subset} published rows.")
@@ -100,6 +102,12 @@ def _rows(a: Evaluation, b: Evaluation, name: str) -> Iterator[str]:
                 else:
                     yield f"the references differ: {what}; evaluate both on the same rows"
                 return
+    hashes = [_get(each, "decided_by", "rows") for each in (a, b)]
+    if None not in hashes and hashes[0] != hashes[1]:
+        yield (
+            f"the questions differ: ids and references are the same, but A was asked other texts than {name} (decided_by.rows, "
+            "their hash); evaluate both on the same rows"
+        )
 
 
 def _windows(evaluation: Evaluation) -> str | None:
