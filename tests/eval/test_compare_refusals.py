@@ -56,3 +56,17 @@ def test_other_questions_under_the_same_ids(tmp_path: Path, said: Callable[..., 
     assert "hellaswag (llm-adapters): the questions differ" in error and "A was asked other texts than B" in error
     assert "and so are the texts" in said(tmp_path / "a", tmp_path / "same")
     assert "cannot be told" in said(tmp_path / "a", tmp_path / "unknown")  # rows of the user's own have no such hash
+
+
+def test_names_of_tasks_that_nothing_holds(tmp_path: Path, said: Callable[..., str]) -> None:
+    for arm in "ab":
+        for task in ("boolq", "piqa", "siqa"):
+            write_evaluation(tmp_path / arm / task, labelled(A), LABEL, task)
+    arms = (tmp_path / "a", tmp_path / "b")
+    out = said(*arms, "--task", "boolq, siqa ,")
+    assert "boolq," in out and "siqa," in out and "piqa" not in out
+    error = said(*arms, "--task", "boolq,piqqa,nothing")
+    assert "no folder holds an evaluation of 'piqqa', which --task names; did you mean 'piqa'?" in error
+    assert "an evaluation of 'nothing', which" in error
+    for empty in (",", ""):
+        assert "--task names no task" in said(*arms, "--task", empty)

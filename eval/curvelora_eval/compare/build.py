@@ -38,7 +38,7 @@ def load_arms(texts: Sequence[str], only: list[str] | None = None) -> list[Arm]:
     loaded = [load_arm(letter, text, only) for letter, text in zip(LETTERS, texts, strict=False)]
     wrong = [sentence for _, sentences in loaded for sentence in sentences]
     arms = [arm for arm, _ in loaded]
-    if wrong := wrong or check.problems(arms):
+    if wrong := wrong or check.missing(arms, only) + check.problems(arms):
         raise UserError("these cannot be compared:\n" + "\n".join(f"  - {sentence}" for sentence in wrong))
     return arms
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from curvelora.errors import nearest
+from curvelora_eval.benchmarks import BENCHMARKS
 from curvelora_eval.compare.load import Arm, Evaluation
 
 
@@ -27,6 +29,16 @@ def problems(arms: list[Arm]) -> list[str]:
     return found
 
 
+def missing(arms: list[Arm], only: list[str] | None) -> list[str]:
+    """Return a sentence for each name of a task that was asked for and that no arm holds."""
+    there = {evaluation.result["task"] for arm in arms for run in arm.runs for evaluation in run.values()}
+    return [
+        f"no folder holds an evaluation of {name!r}, which --task names{nearest(name, BENCHMARKS)}"
+        for name in dict.fromkeys(only or ())
+        if name not in there
+    ]
+
+
 def notes(arms: list[Arm]) -> list[str]:
     """Return what a reader should know although the rows do compare: other base models, other files of the same rows."""
     first = arms[0].runs[0]
@@ -45,7 +57,9 @@ def notes(arms: list[Arm]) -> list[str]:
         if len(hashes) > 1:
             asked = {_get(run[task], "decided_by", "rows") for arm in arms for run in arm.runs}
             doubt = "; whether the texts are the same cannot be told" if None in asked else ", and so are the texts"
-            found.append(f"{task}: ids and references are the same{doubt}; they were read from files that differ (sha256).")
+            found.append(
+                f"{task}: ids and references are the same{doubt}; they were read from files that differ (sha256)."
+            )
         subset = _get(first[task], "benchmark", "subset")
         if subset:
             found.append(f"{task}: {subset} published rows.")
