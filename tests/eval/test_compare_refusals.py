@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -70,3 +71,25 @@ def test_names_of_tasks_that_nothing_holds(tmp_path: Path, said: Callable[..., s
     assert "an evaluation of 'nothing', which" in error
     for empty in (",", ""):
         assert "--task names no task" in said(*arms, "--task", empty)
+
+
+def test_scoring_that_this_version_cannot_read(tmp_path: Path, said: Callable[..., str]) -> None:
+    write_evaluation(tmp_path / "a", labelled(A), LABEL)
+    (good,) = json.loads((tmp_path / "a/evaluation.json").read_text())["scoring"]
+    broken = {
+        "newer": {"scoring": [good | {"weights": "tokens"}]},
+        "text": {"scoring": "label_accuracy"},
+        "item": {"scoring": ["label_accuracy"]},
+        "none": {"scoring": [{}]},
+        "metric": {"scoring": [good | {"metric": "acuracy"}]},
+        "type": {"scoring": [good | {"metric": ["a"]}]},
+        "options": {"scoring": [good | {"options": [1]}]},
+    }
+    for name, changes in broken.items():
+        write_evaluation(tmp_path / name, labelled(A), LABEL, **changes)
+    error = said(tmp_path / "a", *(tmp_path / name for name in broken))
+    assert error.count("another version of curvelora-eval wrote it, or it was changed by hand") == len(broken)
+    assert "'weights'" in error and "acuracy" in error
+    for name, metrics in {"list": [1], "number": {"accuracy": 0.5}}.items():
+        write_evaluation(tmp_path / name, labelled(A), LABEL, metrics=metrics)
+        assert "evaluation.json has metrics" in said(tmp_path / "a", tmp_path / name)
