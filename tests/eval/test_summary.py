@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from curvelora_eval.evaluation.summary import write_summary
+from curvelora_eval.evaluation.summary import GROUPS, write_summary
 
 
 def write(folder: Path, task: str, value: float, quirks: tuple[str, ...] = (), **metric: Any) -> None:
@@ -32,3 +32,18 @@ def test_a_value_without_interval_has_none_in_the_table(tmp_path: Path) -> None:
     write_summary(tmp_path)
     page = (tmp_path / "summary.md").read_text(encoding="utf-8")
     assert "| baseline | 12.50 |" in page and "baseline, wikitext2: no interval, since 1 row." in page
+
+
+def test_a_mean_with_quirks_does_not_take_the_place_of_the_clean_one(tmp_path: Path) -> None:
+    ways: dict[tuple[str, ...], float] = {(): 0.5, ("pad-0",): 0.25, ("pad-0", "adapter-dropout"): 0.75}
+    for quirks, value in ways.items():
+        for task in GROUPS["arithmetic"]:
+            write(tmp_path / "lora" / "-".join([task, *quirks]), task, value, quirks)
+    found = write_summary(tmp_path)["averages"]["lora"]
+    assert {name: mean["value"] for name, mean in found.items()} == {
+        "arithmetic, llm-adapters (legacy)": 0.5,
+        "arithmetic, llm-adapters (legacy) with pad-0": 0.25,
+        "arithmetic, llm-adapters (legacy) with pad-0, adapter-dropout": 0.75,
+    }
+    page = (tmp_path / "summary.md").read_text(encoding="utf-8")
+    assert "mean of arithmetic, llm-adapters (legacy) with pad-0 |" in page

@@ -43,7 +43,7 @@ def averages(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, An
             values = [_value(there[name]) for name in members if name in there]
             if len(values) == len(members) and None not in values:
                 subsets = [name for name in members if there[name]["benchmark"]["subset"]]
-                found[f"{group}, {way[0]}" + (f" ({way[1]})" if way[1] != "default" else "")] = {
+                found[f"{group}, {_in_words(way)}"] = {
                     "value": sum(values) / len(values),
                     "tasks": list(members),
                     "subsets": subsets,
@@ -54,6 +54,12 @@ def averages(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, An
 def _way(record: Mapping[str, Any]) -> tuple[str, str, tuple[str, ...]]:
     protocol = record["protocol"]
     return protocol["name"], protocol["template"], tuple(protocol["quirks"])
+
+
+def _in_words(way: tuple[str, str, tuple[str, ...]]) -> str:
+    """Different for ways that differ: two means must not take each other's place."""
+    name, template, quirks = way
+    return name + (f" ({template})" if template != "default" else "") + (f" with {', '.join(quirks)}" if quirks else "")
 
 
 def _value(record: Mapping[str, Any]) -> float | None:
