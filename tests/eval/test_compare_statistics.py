@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from curvelora_eval.compare import paired
-from curvelora_eval.compare.verdict import NOT_DISTINGUISHABLE, decide
+from curvelora_eval.compare.verdict import NOT_DISTINGUISHABLE, decide, rule
 
 pytestmark = pytest.mark.usefixtures("offline")
 
@@ -170,8 +170,16 @@ def test_the_test_over_seeds_is_scipys():
     assert paired.seeds_test(a, b, True)["p"] == pytest.approx(stats.ttest_rel(b, a).pvalue)
     assert paired.seeds_test(a, b, False)["p"] == pytest.approx(stats.ttest_ind(b, a, equal_var=False).pvalue)
     assert paired.seeds_test([0.5], b, False) is None
-    assert paired.seeds_test([0.5, 0.5], [0.5, 0.5], True)["p"] == 1.0
-    assert paired.seeds_test([0.5, 0.6], [0.6, 0.7], True)["p"] == 0.0
+
+
+def test_seeds_that_all_gain_the_same_are_no_certainty():
+    same = paired.seeds_test([0.5, 0.6], [0.6, 0.7], True)
+    assert same["test"] == "Welch t over seeds"
+    # t = 0.1 / sqrt(2 * 0.005 / 2) = sqrt(2) with 2 degrees of freedom: p = 1 - t / sqrt(2 + t^2)
+    assert same["p"] == pytest.approx(1 - np.sqrt(2) / 2)
+    assert paired.seeds_test([0.5, 0.6], [0.5, 0.6], True)["p"] == 1.0
+    for b in ([0.5, 0.5], [0.6, 0.6]):  # no run differs from another of its arm
+        assert paired.seeds_test([0.5, 0.5], b, True) is None and paired.seeds_test([0.5, 0.5], b, False) is None
 
 
 def found(difference, low, high, p, metric="accuracy", rows=100):
@@ -209,3 +217,9 @@ def test_the_rule():
     alone = [found(0.01, 0.001, 0.02, 0.04)]
     decide(alone, 0.95)
     assert alone[0]["verdict"] == "B is better"
+
+
+def test_the_rule_names_every_family_and_limit():
+    said = rule(0.95)
+    for word in ("primary metrics", "other metrics", "macro average", "Fewer than 6 rows", "2^(1 - n)"):
+        assert word in said

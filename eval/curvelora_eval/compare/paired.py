@@ -88,22 +88,23 @@ def mcnemar(a: np.ndarray, b: np.ndarray) -> dict[str, float | int]:
 
 
 def seeds_test(a: Sequence[float], b: Sequence[float], paired: bool) -> dict[str, float | str] | None:
-    """Return `{"test", "p"}` of the mean over runs, b against a; None where an arm has one run, which has no spread.
+    """Return `{"test", "p"}` of the mean over runs, b against a; None where nothing can be learnt from the spread over seeds:
+    an arm has one run, or all runs of each arm are the same.
 
-    Student's paired t where the runs share their seeds, Welch's t otherwise. Runs that do not scatter at all have p 0, or
-    1 where the means are equal.
+    Student's paired t where the runs share their seeds and their differences scatter, Welch's t otherwise: differences that
+    are all the same would have a paired p of 0, from two or three seeds.
     """
     if min(len(a), len(b)) < 2:
         return None
     x, y = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
     if not (np.isfinite(x).all() and np.isfinite(y).all()):
         return None
-    spread = np.std(y - x) if paired else np.std(x) + np.std(y)
-    if spread <= 1e-12 * max(1.0, float(np.abs([*x, *y]).max())):
-        p = float(math.isclose(x.mean(), y.mean(), abs_tol=1e-12))
-    else:
-        p = float((stats.ttest_rel(y, x) if paired else stats.ttest_ind(y, x, equal_var=False)).pvalue)
-    return {"test": "paired t over seeds" if paired else "Welch t over seeds", "p": p}
+    rounding = 1e-12 * max(1.0, float(np.abs([*x, *y]).max()))
+    if np.std(x) + np.std(y) <= rounding:
+        return None
+    if paired and np.std(y - x) > rounding:
+        return {"test": "paired t over seeds", "p": float(stats.ttest_rel(y, x).pvalue)}
+    return {"test": "Welch t over seeds", "p": float(stats.ttest_ind(y, x, equal_var=False).pvalue)}
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -20,8 +20,10 @@ def rule(level: float) -> str:
         f"An arm is better where the {100 * level:g} % paired bootstrap interval of the difference leaves 0 out and p, after "
         f"Holm's correction, is below {1 - level:g}; otherwise the two are {NOT_DISTINGUISHABLE}. p is McNemar's exact test "
         "where rows are right or wrong and each arm is one run, and the paired bootstrap's otherwise; where both arms have "
-        "several seeds, it is the larger one of the bootstrap's (over seeds and rows) and the t-test's over seeds. The "
-        "primary metrics of all tasks and arms are corrected together, and so are all other metrics among themselves. Fewer than "
+        "several seeds, it is the larger one of the bootstrap's (over seeds and rows) and, unless no run differs from another "
+        "of its arm, the t-test's over seeds. The "
+        "primary metrics of all tasks and arms are corrected together, so are all other metrics among themselves, and so is the "
+        "macro average over tasks, which is a family of its own (one test an arm). Fewer than "
         f"{FEWEST_ROWS} rows (windows of a text) are {TOO_FEW}, and p of n rows is never below 2^(1 - n), the chance that "
         "all of them point one way."
     )
