@@ -41,7 +41,10 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--seed must be at least 0, not {args.seed}")
     if args.out:
         check_folder(args.out)
-    arms = load_arms(args.arms, args.task.split(",") if args.task else None)
+    only = None if args.task is None else [name.strip() for name in args.task.split(",") if name.strip()]
+    if only == []:
+        raise UserError("--task names no task: write names with commas between them, or leave it out for all tasks")
+    arms = load_arms(args.arms, only)
     result = compare(arms, resamples=args.resamples, seed=args.seed)
     print(terminal(result))
     if args.out:

@@ -86,5 +86,5 @@ def describe_interval(value: Mapping[str, Any]) -> str:
     if value["value"] is None:
         return f"undefined ({value.get('reason', 'no reason given')})"
     if value["low"] is None:
-        return f"{value['value']:.4f}"
+        return f"{value['value']:.4f}" + (f" ({value['reason']})" if value.get("reason") else "")
     return f"{value['value']:.4f} [{value['low']:.4f}, {value['high']:.4f}]"

@@ -17,6 +17,10 @@ from curvelora_eval.intervals import Interval, bootstrap_interval, metric_option
 from curvelora_eval.metrics import KEYS, RIGHT_OR_WRONG, load_metric
 
 PERPLEXITY = "perplexity"
+FEWEST_ROWS = 6
+"""Rows below which there is no interval and no verdict. Were all rows to speak for one side, chance would still do that with
+probability 2^(1 - n) (a sign test): 0.063 of five rows, 0.031 of six. A bootstrap of so few draws the same rows again and
+again, and is far too sure of itself."""
 Statistic = Callable[[np.ndarray], Mapping[str, float | None]]
 
 
@@ -64,6 +68,8 @@ def score_records(
 ) -> dict[str, Interval]:
     """Return `{key: {"value", "low", "high"[, "reason"]}}`, the first score's keys first: the primary metric leads.
 
+    Below `FEWEST_ROWS` records low and high are None, and the reason says so.
+
     Args:
         records: prediction records, a row each.
         scores: what to compute; the first is the primary one.
@@ -87,6 +93,8 @@ def score_records(
         if twice := sorted(set(result) & set(found)):
             raise ValueError(f"two scores give {twice[0]!r}; name one of them otherwise with `keys`")
         found |= result
+    if len(records) < FEWEST_ROWS:
+        return {key: _without_interval(interval, len(records)) for key, interval in found.items()}
     return found
 
 
@@ -125,6 +133,11 @@ def columns(records: Sequence[Mapping[str, Any]], score: Score) -> tuple[list, l
     given, wanted = sides
     nothing = _NOTHING.get(score.metric)
     return [nothing if value is None else value for value in given], wanted
+
+
+def _without_interval(interval: Interval, n: int) -> Interval:
+    why = f"no interval, since {n} {'row is' if n == 1 else 'rows are'} fewer than {FEWEST_ROWS}"
+    return {"value": interval["value"], "low": None, "high": None, "reason": interval.get("reason", why)}
 
 
 def _no_perplexity(losses: Sequence[float | None], tokens: Sequence[int]) -> str:

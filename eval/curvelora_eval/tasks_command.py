@@ -26,6 +26,11 @@ def run(args: argparse.Namespace) -> int:
     from curvelora_eval import benchmarks
     from curvelora_eval.benchmarks.describe import describe, explanation, markdown, table
 
+    if args.markdown and (args.json or args.name):
+        what = "--json" if args.json else f"the name {args.name}"
+        raise UserError(
+            f"--markdown prints the whole list as a table and does not go with {what}: leave one of them out"
+        )
     if args.data_dir is not None and not args.data_dir.is_dir():
         raise UserError(f"--data-dir {args.data_dir} is no folder: name the folder that holds the tasks' data")
     chosen = [benchmarks.get(name) for name in ([args.name] if args.name else benchmarks.BENCHMARKS)]

@@ -130,6 +130,38 @@ def test_a_lower_perplexity_is_the_better_one(tmp_path):
     assert found["difference"] < 0 and found["verdict"] == "B is better"
 
 
+@pytest.mark.parametrize("n", [1, 5])
+def test_a_few_rows_never_tell(n, tmp_path, capsys):
+    """One text in one window, and five with the same sign, of which every bootstrap draw is above 0."""
+    for name, loss in {"a": 1000.0, "b": 999.0}.items():
+        records = [{"row": 0, "window": i, "id": f"t/{i}", "nll": loss + i, "tokens": 500} for i in range(n)]
+        counts = {"rows": 1, "windows": n, "tokens": 500 * n}
+        write_evaluation(tmp_path / name, records, [Score("perplexity")], task="text", counts=counts)
+    result = result_of(tmp_path / "a", tmp_path / "b")
+    found = result["tasks"][0]["metrics"][0]["comparisons"][0]
+    assert found["difference"] < 0 and found["verdict"] == "too few rows to tell" and found["rows"] == n
+    assert [found[key] for key in ("low", "high", "p", "p_corrected")] == [None] * 4
+    assert run(tmp_path / "a", tmp_path / "b", "--out", tmp_path / "out") == 0
+    out = capsys.readouterr().out
+    assert "too few rows to tell" in out and f"1 rows, {n} windows" in out and "is better" not in out
+    for name, right in {"c": [False] * n, "d": [True] * n}.items():
+        write_evaluation(tmp_path / name, labelled(right), LABEL)
+    (accuracy,) = result_of(tmp_path / "c", tmp_path / "d")["tasks"][0]["metrics"]
+    assert accuracy["comparisons"][0]["verdict"] == "too few rows to tell"
+    assert accuracy["comparisons"][0]["mcnemar"]["only_b"] == n
+
+
+def test_an_average_is_no_wiser_than_its_smallest_task(tmp_path):
+    for arm, right in {"a": A, "b": BETTER}.items():
+        write_evaluation(tmp_path / arm / "boolq", labelled(right), LABEL, "boolq")
+        write_evaluation(tmp_path / arm / "piqa", labelled([arm == "b"] * 5), LABEL, "piqa")
+    result = result_of(tmp_path / "a", tmp_path / "b")
+    said = [task["metrics"][0]["comparisons"][0]["verdict"] for task in result["tasks"]]
+    assert said == ["B is better", "too few rows to tell"]
+    assert result["tasks"][0]["metrics"][0]["comparisons"][0]["tests"] == 1
+    assert result["macro"]["comparisons"][0]["verdict"] == "too few rows to tell"
+
+
 def test_rows_of_the_users_own_compare_too(tmp_path, capsys):
     """No protocol, no ids, and a perplexity whose losses stand in the common fields, as `curvelora eval --data` writes them."""
     for name, loss in {"a": 2.0, "b": 1.9}.items():

@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from curvelora_eval.compare import paired
-from curvelora_eval.compare.verdict import NOT_DISTINGUISHABLE, decide
+from curvelora_eval.compare.verdict import NOT_DISTINGUISHABLE, decide, rule
 
 pytestmark = pytest.mark.usefixtures("offline")
 
@@ -63,7 +63,7 @@ def test_the_interval_is_scipys_paired_bootstrap():
     draws = paired.difference_draws(
         draws_of([a], 4000, 3), draws_of([b], 4000, 3), paired.draw_seeds(1, 1, False, 4000, [0])
     )
-    found = paired.summarise(draws, 0.95)
+    found = paired.summarise(draws, 0.95, 200)
     rows = np.random.default_rng([3, 1]).integers(0, 200, 200)
     assert draws[0] == pytest.approx((b - a)[rows].mean())  # the very rows, for both
     wanted = stats.bootstrap((b - a,), np.mean, n_resamples=4000, method="percentile", rng=np.random.default_rng(0))
@@ -73,17 +73,28 @@ def test_the_interval_is_scipys_paired_bootstrap():
 
 def test_p_turns_the_interval_round():
     draws = np.concatenate([np.full(30, -1.0), np.full(970, 1.0)])
-    found = paired.summarise(draws, 0.95)
+    found = paired.summarise(draws, 0.95, 100)
     assert found["p"] == pytest.approx(2 * 31 / 1001) and found["low"] < 0 < found["high"]
-    assert paired.summarise(draws, 0.9)["low"] > 0  # p = 0.062 lies between 1 - 0.95 and 1 - 0.9
-    assert paired.summarise(np.ones(99), 0.95)["p"] == pytest.approx(0.02)
-    assert paired.summarise(np.zeros(99), 0.95)["p"] == 1.0
+    assert paired.summarise(draws, 0.9, 100)["low"] > 0  # p = 0.062 lies between 1 - 0.95 and 1 - 0.9
+    assert paired.summarise(np.ones(99), 0.95, 100)["p"] == pytest.approx(0.02)
+    assert paired.summarise(np.zeros(99), 0.95, 100)["p"] == 1.0
+
+
+def test_few_rows_claim_no_more_than_a_sign_test_could():
+    """All draws of a few rows that point one way are above 0; Wilcoxon's and the sign test's exact p is 2 / 2^n."""
+    draws = np.ones(1999)
+    nothing = {"low": None, "high": None, "p": None}
+    assert [paired.summarise(draws, 0.95, n) for n in (1, 5)] == [nothing, nothing]
+    for n in (6, 8, 10):
+        wanted = stats.wilcoxon(np.arange(1.0, n + 1), method="exact").pvalue
+        assert paired.summarise(draws, 0.95, n)["p"] == pytest.approx(wanted)
+    assert paired.summarise(draws, 0.95, 40)["p"] == pytest.approx(2 / 2000)
 
 
 def test_undefined_draws_are_dropped_and_counted():
-    found = paired.summarise(np.array([np.nan, 1.0, 2.0, np.nan]), 0.95)
+    found = paired.summarise(np.array([np.nan, 1.0, 2.0, np.nan]), 0.95, 100)
     assert found["dropped"] == 2 and 1 <= found["low"] <= found["high"] <= 2
-    assert paired.summarise(np.array([np.nan]), 0.95) == {"low": None, "high": None, "p": None, "dropped": 1}
+    assert paired.summarise(np.array([np.nan]), 0.95, 100) == {"low": None, "high": None, "p": None, "dropped": 1}
 
 
 def test_two_equal_models_look_different_in_one_of_twenty_test_sets():
@@ -98,7 +109,7 @@ def test_two_equal_models_look_different_in_one_of_twenty_test_sets():
         hard = rng.random(200)
         a, b = ((hard + rng.normal(0, 0.25, 200) < 0.7).astype(float) for _ in "ab")
         draws = paired.difference_draws(draws_of([a], 200, trial), draws_of([b], 200, trial), one)
-        found = paired.summarise(draws, 0.95)
+        found = paired.summarise(draws, 0.95, 200)
         left_out += found["low"] > 0 or found["high"] < 0
         small += paired.mcnemar(a, b)["p"] < 0.05
     low, high = stats.binom.ppf([0.0005, 0.9995], 200, 0.05)
@@ -124,7 +135,7 @@ def test_seeds_that_scatter_are_no_difference():
             a, b = two_arms(rng, gain)
             seeds = paired.draw_seeds(3, 3, False, 100, [trial, 0])
             found = paired.summarise(
-                paired.difference_draws(draws_of(a, 100, trial), draws_of(b, 100, trial), seeds), 0.95
+                paired.difference_draws(draws_of(a, 100, trial), draws_of(b, 100, trial), seeds), 0.95, 150
             )
             over_seeds = paired.seeds_test(a.mean(axis=1), b.mean(axis=1), paired=False)
             if gain:
@@ -159,11 +170,19 @@ def test_the_test_over_seeds_is_scipys():
     assert paired.seeds_test(a, b, True)["p"] == pytest.approx(stats.ttest_rel(b, a).pvalue)
     assert paired.seeds_test(a, b, False)["p"] == pytest.approx(stats.ttest_ind(b, a, equal_var=False).pvalue)
     assert paired.seeds_test([0.5], b, False) is None
-    assert paired.seeds_test([0.5, 0.5], [0.5, 0.5], True)["p"] == 1.0
-    assert paired.seeds_test([0.5, 0.6], [0.6, 0.7], True)["p"] == 0.0
 
 
-def found(difference, low, high, p, metric="accuracy"):
+def test_seeds_that_all_gain_the_same_are_no_certainty():
+    same = paired.seeds_test([0.5, 0.6], [0.6, 0.7], True)
+    assert same["test"] == "Welch t over seeds"
+    # t = 0.1 / sqrt(2 * 0.005 / 2) = sqrt(2) with 2 degrees of freedom: p = 1 - t / sqrt(2 + t^2)
+    assert same["p"] == pytest.approx(1 - np.sqrt(2) / 2)
+    assert paired.seeds_test([0.5, 0.6], [0.5, 0.6], True)["p"] == 1.0
+    for b in ([0.5, 0.5], [0.6, 0.6]):  # no run differs from another of its arm
+        assert paired.seeds_test([0.5, 0.5], b, True) is None and paired.seeds_test([0.5, 0.5], b, False) is None
+
+
+def found(difference, low, high, p, metric="accuracy", rows=100):
     return {
         "metric": metric,
         "arms": ["A", "B"],
@@ -172,6 +191,7 @@ def found(difference, low, high, p, metric="accuracy"):
         "high": high,
         "p": p,
         "test": "t",
+        "rows": rows,
     }
 
 
@@ -183,9 +203,11 @@ def test_the_rule():
         found(0.01, -0.01, 0.03, 0.3),
         found(0.01, 0.001, 0.02, 0.04),  # alone it would do
         found(None, None, None, None),
+        found(0.5, None, None, None, rows=5),
     ]
     decide(family, 0.95)
-    verdicts = ["B is better", "A is better", "B is better", NOT_DISTINGUISHABLE, NOT_DISTINGUISHABLE, "undefined"]
+    verdicts = ["B is better", "A is better", "B is better", NOT_DISTINGUISHABLE, NOT_DISTINGUISHABLE]
+    verdicts += ["undefined", "too few rows to tell"]
     assert [each["verdict"] for each in family] == verdicts
     assert (
         family[4]["p_corrected"] == pytest.approx(0.08)
@@ -195,3 +217,9 @@ def test_the_rule():
     alone = [found(0.01, 0.001, 0.02, 0.04)]
     decide(alone, 0.95)
     assert alone[0]["verdict"] == "B is better"
+
+
+def test_the_rule_names_every_family_and_limit():
+    said = rule(0.95)
+    for word in ("primary metrics", "other metrics", "macro average", "Fewer than 6 rows", "2^(1 - n)"):
+        assert word in said

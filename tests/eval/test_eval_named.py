@@ -193,10 +193,13 @@ def test_perplexity_over_a_text(evaluate: Callable[..., Path], monkeypatch: pyte
     ask = Perplexity.predict
     monkeypatch.setattr(Perplexity, "predict", lambda s, m, u: windows.extend(u) or ask(s, m, u))
     out = evaluate("--task", "wikitext2", "--batch-check", 0)
-    (line,) = read_lines(out / "baseline/wikitext2/predictions.jsonl")
+    lines = read_lines(out / "baseline/wikitext2/predictions.jsonl")
     found = result(out / "baseline/wikitext2", "evaluation.json")
-    assert found["metrics"]["perplexity"]["value"] == pytest.approx(math.exp(line["nll"] / line["tokens"]))
-    assert found["counts"]["tokens"] == line["tokens"] and found["benchmark"]["lines"] == 7
+    nll, tokens = (sum(line[key] for line in lines) for key in ("nll", "tokens"))
+    assert found["metrics"]["perplexity"]["value"] == pytest.approx(math.exp(nll / tokens))
+    assert found["counts"] == {"rows": 1, "windows": len(lines), "tokens": tokens} and found["benchmark"]["lines"] == 7
+    assert found["benchmark"]["rows"] == found["dataset"]["rows"] == 1  # a text, in a line a window
+    assert [line["id"] for line in lines] == [f"{lines[0]['id'].split('/')[0]}/{i}" for i in range(len(windows))]
     assert sorted(windows) == list(range(len(windows)))
 
 

@@ -169,6 +169,19 @@ metadata: {version: 7}
 """.replace("[no, yes]", '["no", "yes"]')
 
 
+GENERATIVE = """
+task: told
+dataset_path: json
+dataset_kwargs: {data_files: {test: ROWS}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{q}}"
+doc_to_target: "{{a}}"
+generation_kwargs: {max_gen_toks: 8, until: ["b b b"]}
+metric_list: [{metric: exact_match}]
+"""
+
+
 @needs_lm_eval
 @pytest.mark.usefixtures("offline")
 def test_the_command_runs_our_tasks_and_the_users_own_on_an_adapter(
@@ -226,6 +239,34 @@ def test_what_the_model_cannot_hold_is_counted(tmp_path: Path, tiny_models: dict
     write_task(tmp_path, PLAINLY, {"test": LoadedRows(QUESTIONS, "test", "here", None, len(QUESTIONS), 9)})
     harness.evaluate(wrapped, ["curvelora_plainly"], harness.find_tasks(["curvelora_plainly"], [tmp_path]))
     assert wrapped.cut == len(QUESTIONS[-1].fields["options"])  # the long row, once a choice
+
+
+@needs_lm_eval
+def test_prompts_to_generate_from_are_counted_where_they_are_cut(
+    tmp_path: Path, tiny_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from curvelora_eval.harness import run as harness
+    from curvelora_eval.harness.model import AdaptedModel
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_models["llama"], max_position_embeddings=64)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_models["llama"])
+    room = 64 - 8  # for the prompt
+    words = tokenizer(" a" * 200)["input_ids"]
+    prompts = [tokenizer.decode(words[:n]) for n in (3, room - 1, room, room + 1, 90, 5)]
+    lengths = [len(tokenizer(prompt)["input_ids"]) for prompt in prompts]
+    assert sorted(lengths)[-3:] == [room, room + 1, 90]
+    lines = "".join(json.dumps({"q": prompt, "a": "b"}) + "\n" for prompt in prompts)
+    (tmp_path / "rows.jsonl").write_text(lines, encoding="utf-8")
+    (tmp_path / "told.yaml").write_text(GENERATIVE.replace("ROWS", str(tmp_path / "rows.jsonl")), encoding="utf-8")
+    shown: list[torch.Tensor] = []
+    generate = AdaptedModel._model_generate
+    keep = lambda self, context, **options: shown.append(context) or generate(self, context, **options)  # noqa: E731
+    monkeypatch.setattr(AdaptedModel, "_model_generate", keep)
+    wrapped = AdaptedModel(model, tokenizer, 4, {})
+    harness.evaluate(wrapped, ["told"], harness.find_tasks(["told"], [tmp_path]))
+    assert wrapped.cut == 2  # shorter rows of their batch are padded to the same width, and are whole
+    assert [tuple(context.shape) for context in shown] == [(4, room), (2, 5)]
+    assert shown[0][0].tolist() == tokenizer(prompts[4])["input_ids"][-room:]
 
 
 @pytest.mark.parametrize(

@@ -275,21 +275,24 @@ def test_perplexity_is_that_of_plain_windows(llama: Any, stride: int) -> None:
     protocol = PerplexityProtocol(window=16, stride=stride)
     predictor = Perplexity(protocol, "default", rows, tokenizer, None)
     step = stride or 8
-    wanted, counts = [], []
+    wanted, counts, ids_of = [], [], []
     for row in rows:
         ids = tokenizer(row.fields["text"])["input_ids"]
-        total, counted = 0.0, 1
+        counted, number = 1, 0
         for begin in range(0, len(ids), min(step, 15)):
             end = min(begin + 16, len(ids))
             if counted < end:
-                total -= log_probability(model, ids[begin:counted], ids[counted:end])
-                counted = end
-        wanted.append(total)
-        counts.append(len(ids) - 1)
+                ids_of.append(f"{row.id}/{number}")
+                wanted.append(-log_probability(model, ids[begin:counted], ids[counted:end]))
+                counts.append(end - counted)
+                counted, number = end, number + 1
+        assert counted == len(ids)
     for batch_size in (1, 3, 32):
         records = answers(model, predictor, batch_size)
         assert [record["nll"] for record in records] == pytest.approx(wanted, rel=1e-4)
         assert [record["tokens"] for record in records] == counts
+        assert [record["id"] for record in records] == ids_of and len(set(ids_of)) == len(ids_of) > 6
+        assert [f"{rows[r['row']].id}/{r['window']}" for r in records] == ids_of
     assert Perplexity(PerplexityProtocol(), "default", rows, tokenizer, 12).window == 12
 
 

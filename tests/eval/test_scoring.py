@@ -8,7 +8,8 @@ import math
 import numpy as np
 import pytest
 
-from curvelora_eval.scoring import Score, score_records, statistic
+from curvelora_eval.evaluator import describe_interval
+from curvelora_eval.scoring import FEWEST_ROWS, Score, score_records, statistic
 
 pytestmark = pytest.mark.usefixtures("offline")
 
@@ -33,7 +34,7 @@ def test_all_metrics_come_first_score_first_and_under_their_own_names():
         Score("accuracy"),
         Score("matthews"),
     ]
-    found = score_records(records, scores, resamples=50)
+    found = score_records(records * 2, scores, resamples=50)
     assert list(found) == ["accuracy_norm", "accuracy", "matthews"]
     assert found["accuracy_norm"]["value"] == found["accuracy"]["value"] == 0.75
     # TP 2, TN 1, FP 1, FN 0
@@ -66,9 +67,24 @@ def test_scores_agree_with_scikit_learn_and_scipy():
 def test_perplexity_weighs_records_by_their_tokens():
     # 3 nats over 3 tokens and 1 nat over 5: exp(4 / 8), not the mean of exp(1) and exp(1 / 5)
     records = [{"row": 0, "nll": 3.0, "tokens": 3}, {"row": 1, "nll": 1.0, "tokens": 5}]
-    found = score_records(records, [Score("perplexity")], resamples=200)["perplexity"]
+    found = score_records(records * 3, [Score("perplexity")], resamples=200)["perplexity"]
     assert found["value"] == pytest.approx(math.exp(0.5))
-    assert found["low"] == pytest.approx(math.exp(0.2)) and found["high"] == pytest.approx(math.e)
+    assert math.exp(0.2) <= found["low"] < found["value"] < found["high"] <= math.e
+
+
+@pytest.mark.parametrize("n", [1, FEWEST_ROWS - 1])
+def test_a_few_rows_have_a_value_and_no_interval(n):
+    found = score_records([{"nll": 1.0, "tokens": 2}] * n, [Score("perplexity")])["perplexity"]
+    assert (found["value"], found["low"], found["high"]) == (pytest.approx(math.exp(0.5)), None, None)
+    assert f"{n} row" in found["reason"] and str(FEWEST_ROWS) in found["reason"]
+    assert found["reason"] in describe_interval(found)
+    enough = score_records([{"nll": 1.0, "tokens": 2}] * FEWEST_ROWS, [Score("perplexity")])["perplexity"]
+    assert enough["low"] is not None and "reason" not in enough
+
+
+def test_why_a_metric_of_a_few_rows_is_undefined_stays():
+    found = score_records(records_of([1.0, 1.0], [1.0, 2.0]), [Score("pearson_spearman")], resamples=5)["pearson"]
+    assert found["value"] is None and "interval" not in found["reason"]
 
 
 @pytest.mark.parametrize(("nll", "reason"), [(None, "1 of 2 records have no finite loss"), (1e5, "beyond the largest")])

@@ -1,9 +1,10 @@
-"""MiniLM fine-tuned on small tasks of GLUE with LoRA and LoRAN, then scored and compared through `curvelora eval`.
+"""MiniLM fine-tuned on small tasks of GLUE with LoRA and LoRAN, then scored side by side through `curvelora eval`.
 
     python -m curvelora_training.minilm_glue --data-dir data --out runs/minilm_glue
 
 Every run is the recipe minilm_glue.yaml with another task or method, in a process of its own. A run in --out that is complete is
-not trained again, whatever its settings were, and one that was stopped begins anew: the command goes on where it was.
+not trained again, whatever its settings were, and one that was stopped begins anew: the command goes on where it was. Scores that
+lie side by side are no comparison: `curvelora compare` with two folders of OUT/scores/TASK says whether the rows tell them apart.
 """
 
 from __future__ import annotations

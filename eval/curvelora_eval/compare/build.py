@@ -16,7 +16,7 @@ from curvelora_eval.compare.load import Arm, Evaluation, load_arm
 from curvelora_eval.compare.verdict import decide, rule
 from curvelora_eval.metrics import load_metric
 from curvelora_eval.report.table import is_share
-from curvelora_eval.scoring import Score, columns, statistic
+from curvelora_eval.scoring import FEWEST_ROWS, Score, columns, statistic
 
 LETTERS = "ABCDEFGH"
 MACRO = "macro average"
@@ -38,7 +38,7 @@ def load_arms(texts: Sequence[str], only: list[str] | None = None) -> list[Arm]:
     loaded = [load_arm(letter, text, only) for letter, text in zip(LETTERS, texts, strict=False)]
     wrong = [sentence for _, sentences in loaded for sentence in sentences]
     arms = [arm for arm, _ in loaded]
-    if wrong := wrong or check.problems(arms):
+    if wrong := wrong or check.missing(arms, only) + check.problems(arms):
         raise UserError("these cannot be compared:\n" + "\n".join(f"  - {sentence}" for sentence in wrong))
     return arms
 
@@ -107,6 +107,7 @@ class _Measured:
         example = arms[0].runs[0][task]
         ids = list(example.records)
         self.keys: dict[str, Score] = {}
+        self.n = len(ids)
         self.rows = {arm.letter: [[run[task].records[i] for i in ids] for run in arm.runs] for arm in arms}
         points: dict[tuple[str, str], list[float]] = {}
         draws: dict[tuple[str, str], list[np.ndarray]] = {}
@@ -138,7 +139,7 @@ def _metric(
     comparisons = []
     for pair, drawn in zip(pairs, seeds, strict=True):
         a, b = (found.values[key, arm.letter] for arm in pair)
-        comparisons.append(_comparison(key, pair, a, b, drawn, level, found.mcnemar(key, pair)))
+        comparisons.append(_comparison(key, pair, a, b, drawn, level, found.n, found.mcnemar(key, pair)))
     return {
         "metric": key,
         "primary": primary,
@@ -148,19 +149,20 @@ def _metric(
 
 
 def _comparison(
-    key: str, pair: Pair, a: _Values, b: _Values, drawn: tuple, level: float, table: dict[str, Any] | None
+    key: str, pair: Pair, a: _Values, b: _Values, drawn: tuple, level: float, rows: int, table: dict[str, Any] | None
 ) -> dict[str, Any]:
     draws = paired.difference_draws(a.draws, b.draws, drawn)
-    interval = paired.summarise(draws, level)
+    interval = paired.summarise(draws, level, rows)
     over_seeds = paired.seeds_test(a.runs, b.runs, _same_seeds(pair))
     p, test = interval["p"], "paired bootstrap"
-    if table is not None:
+    if table is not None and rows >= FEWEST_ROWS:
         p, test = table["p"], "exact McNemar test"
     elif over_seeds and p is not None and over_seeds["p"] > p:
         p, test = over_seeds["p"], over_seeds["test"]
     return {
         "metric": key,
         "arms": [arm.letter for arm in pair],
+        "rows": rows,
         "difference": _finite(b.runs.mean() - a.runs.mean()),
         **interval,
         "p_bootstrap": interval["p"],
@@ -176,6 +178,7 @@ def _macro(measured: list[_Measured], pairs: list[Pair], seeds: list[tuple], lev
     keys = {next(iter(found.keys)) for found in measured}
     if len(measured) < 2 or len(keys) > 1 or not is_share(key := keys.pop()):
         return None
+    fewest = min(found.n for found in measured)
     mean = {
         arm.letter: _Values(
             np.mean([found.values[key, arm.letter].runs for found in measured], axis=0),
@@ -188,7 +191,7 @@ def _macro(measured: list[_Measured], pairs: list[Pair], seeds: list[tuple], lev
         "tasks": len(measured),
         "arms": {letter: _spread(values.runs) for letter, values in mean.items()},
         "comparisons": [
-            _comparison(key, pair, mean[pair[0].letter], mean[pair[1].letter], drawn, level, None)
+            _comparison(key, pair, mean[pair[0].letter], mean[pair[1].letter], drawn, level, fewest, None)
             for pair, drawn in zip(pairs, seeds, strict=True)
         ],
     }
@@ -250,7 +253,8 @@ def _describe(evaluation: Evaluation) -> dict[str, Any]:
         "quirks": protocol.get("quirks") or [],
         "split": benchmark.get("split") or (result.get("dataset") or {}).get("split"),
         "subset": benchmark.get("subset"),
-        "rows": len(evaluation.records),
+        "rows": len({record.get("row", name) for name, record in evaluation.records.items()}),
+        "windows": len(evaluation.records) if any("window" in r for r in evaluation.records.values()) else None,
     }
 
 

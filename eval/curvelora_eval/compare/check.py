@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from curvelora.errors import nearest
+from curvelora_eval.benchmarks import BENCHMARKS
 from curvelora_eval.compare.load import Arm, Evaluation
 
 
@@ -27,6 +29,16 @@ def problems(arms: list[Arm]) -> list[str]:
     return found
 
 
+def missing(arms: list[Arm], only: list[str] | None) -> list[str]:
+    """Return a sentence for each name of a task that was asked for and that no arm holds."""
+    there = {evaluation.result["task"] for arm in arms for run in arm.runs for evaluation in run.values()}
+    return [
+        f"no folder holds an evaluation of {name!r}, which --task names{nearest(name, BENCHMARKS)}"
+        for name in dict.fromkeys(only or ())
+        if name not in there
+    ]
+
+
 def notes(arms: list[Arm]) -> list[str]:
     """Return what a reader should know although the rows do compare: other base models, other files of the same rows."""
     first = arms[0].runs[0]
@@ -43,7 +55,11 @@ def notes(arms: list[Arm]) -> list[str]:
     for task in first:
         hashes = {_get(run[task], "dataset", "sha256") for arm in arms for run in arm.runs}
         if len(hashes) > 1:
-            found.append(f"{task}: ids and references are the same, read from files that differ (sha256).")
+            asked = {_get(run[task], "decided_by", "rows") for arm in arms for run in arm.runs}
+            doubt = "; whether the texts are the same cannot be told" if None in asked else ", and so are the texts"
+            found.append(
+                f"{task}: ids and references are the same{doubt}; they were read from files that differ (sha256)."
+            )
         subset = _get(first[task], "benchmark", "subset")
         if subset:
             found.append(f"{task}: {subset} published rows.")
@@ -71,6 +87,12 @@ def _unlike(a: Evaluation, b: Evaluation, name: str) -> Iterator[str]:
             if value(a) != value(b):
                 yield f"the {what} differs, so another version wrote one of them: evaluate both with this version"
                 return
+    if _windows(a) != _windows(b):
+        yield (
+            f"the windows of the perplexity differ: A has {_windows(a)}, {name} has {_windows(b)}; more context before a token "
+            "makes it easier, so evaluate both in the same windows"
+        )
+        return  # the ids of the windows differ as well, which says nothing new
     yield from _rows(a, b, name)
 
 
@@ -94,6 +116,19 @@ def _rows(a: Evaluation, b: Evaluation, name: str) -> Iterator[str]:
                 else:
                     yield f"the references differ: {what}; evaluate both on the same rows"
                 return
+    hashes = [_get(each, "decided_by", "rows") for each in (a, b)]
+    if None not in hashes and hashes[0] != hashes[1]:
+        yield (
+            f"the questions differ: ids and references are the same, but A was asked other texts than {name} (decided_by.rows, "
+            "their hash); evaluate both on the same rows"
+        )
+
+
+def _windows(evaluation: Evaluation) -> str | None:
+    """Tokens a window and from one to the next; None for what is no perplexity of windows. A protocol may leave them to the
+    model's limit, so its hash does not tell."""
+    window, stride = (_get(evaluation, "decoding", key) for key in ("window", "stride"))
+    return None if window is stride is None else f"{window} tokens, {stride} apart"
 
 
 def _get(evaluation: Evaluation, *keys: str) -> Any:

@@ -35,7 +35,7 @@ class Evaluation:
     @cached_property
     def scores(self) -> list[Score]:
         """What the result says that it computed, primary metric first."""
-        return [Score(**each) for each in self.result["scoring"]]
+        return _scores(self.result, self.folder / RESULT)
 
     @property
     def protocol(self) -> dict[str, Any]:
@@ -172,7 +172,28 @@ def read_result(folder: Path) -> dict[str, Any]:
         raise UserError(
             f"{path} lacks {' and '.join(missing)}, as results of older versions do: run `curvelora eval` again"
         )
+    if not isinstance(result["metrics"], dict) or not all(
+        isinstance(each, dict) for each in result["metrics"].values()
+    ):
+        raise UserError(f"{path} has metrics that are no values by name: run `curvelora eval` again with --overwrite")
+    _scores(result, path)
     return result
+
+
+def _scores(result: dict[str, Any], path: Path) -> list[Score]:
+    try:
+        scores = [Score(**each) for each in result["scoring"]]
+        for score in scores:
+            own = score.results  # of a metric that is known
+            names = [score.metric, *score.fields, *own.values()]
+            if not all(isinstance(name, str) for name in names) or not isinstance(score.options, dict):
+                raise TypeError("names must be texts and options an object")
+    except (TypeError, KeyError, AttributeError) as error:
+        raise UserError(
+            f"{path} has a `scoring` that cannot be read ({error}): another version of curvelora-eval wrote it, or it was "
+            "changed by hand; run `curvelora eval` again"
+        ) from error
+    return scores
 
 
 def read_records(folder: Path) -> dict[str, dict[str, Any]]:
@@ -216,9 +237,11 @@ def check_belongs(evaluation: Evaluation) -> None:
     """
     folder, result, records = evaluation.folder, evaluation.result, list(evaluation.records.values())
     apart = f"{RESULT} and {PREDICTIONS} do not belong together: run `curvelora eval` again"
-    stated = (result.get("counts") or {}).get("rows") or (result.get("dataset") or {}).get("rows")
+    counts = result.get("counts") or {}
+    what = "windows" if "windows" in counts else "rows"  # a text has a record a window
+    stated = counts.get(what) or (result.get("dataset") or {}).get("rows")
     if stated is not None and stated != len(records):
-        raise UserError(f"{folder} has {len(records)} predictions and a result of {stated} rows, so {apart}")
+        raise UserError(f"{folder} has {len(records)} predictions and a result of {stated} {what}, so {apart}")
     for score in evaluation.scores:
         if (
             score.metric == PERPLEXITY and "nll" not in records[0]

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import stats
 
-from curvelora_eval.scoring import Statistic
+from curvelora_eval.scoring import FEWEST_ROWS, Statistic
 
 
 def resampled(statistic: Statistic, n_rows: int, resamples: int, seed: Sequence[int]) -> dict[str, np.ndarray]:
@@ -48,19 +48,22 @@ def difference_draws(a: np.ndarray, b: np.ndarray, seeds: tuple[np.ndarray, np.n
     return b[seeds[1], at].mean(axis=1) - a[seeds[0], at].mean(axis=1)
 
 
-def summarise(draws: np.ndarray, level: float) -> dict[str, float | int | None]:
+def summarise(draws: np.ndarray, level: float, rows: int) -> dict[str, float | int | None]:
     """Return `{"low", "high", "p"[, "dropped"]}`: the percentile interval of a difference and its two-sided p-value.
 
     p is the smallest 1 - level whose interval leaves 0 out, min(1, 2 (1 + min(#draws <= 0, #draws >= 0)) / (1 + #draws)):
     the percentile interval turned round, with one draw added so that it is never 0 (Davison and Hinkley, Bootstrap
     Methods and their Application, 1997, sections 4.4 and 5.2). Undefined draws are dropped and counted.
+
+    Of few `rows` the draws are the same ones again and again: p is at least 2^(1 - rows), the probability that all of them
+    favour one side by chance, and below `FEWEST_ROWS` all three are None.
     """
     kept = draws[np.isfinite(draws)]
     found: dict[str, float | int | None] = {"low": None, "high": None, "p": None}
-    if len(kept):
+    if len(kept) and rows >= FEWEST_ROWS:
         low, high = np.quantile(kept, [(1 - level) / 2, (1 + level) / 2]).tolist()
         tail = 1 + min(np.count_nonzero(kept <= 0), np.count_nonzero(kept >= 0))
-        found = {"low": low, "high": high, "p": min(1.0, 2 * tail / (1 + len(kept)))}
+        found = {"low": low, "high": high, "p": min(1.0, max(2 * tail / (1 + len(kept)), 2.0 ** (1 - rows)))}
     if len(kept) < len(draws):
         found["dropped"] = len(draws) - len(kept)
     return found
@@ -85,22 +88,23 @@ def mcnemar(a: np.ndarray, b: np.ndarray) -> dict[str, float | int]:
 
 
 def seeds_test(a: Sequence[float], b: Sequence[float], paired: bool) -> dict[str, float | str] | None:
-    """Return `{"test", "p"}` of the mean over runs, b against a; None where an arm has one run, which has no spread.
+    """Return `{"test", "p"}` of the mean over runs, b against a; None where nothing can be learnt from the spread over seeds:
+    an arm has one run, or all runs of each arm are the same.
 
-    Student's paired t where the runs share their seeds, Welch's t otherwise. Runs that do not scatter at all have p 0, or
-    1 where the means are equal.
+    Student's paired t where the runs share their seeds and their differences scatter, Welch's t otherwise: differences that
+    are all the same would have a paired p of 0, from two or three seeds.
     """
     if min(len(a), len(b)) < 2:
         return None
     x, y = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
     if not (np.isfinite(x).all() and np.isfinite(y).all()):
         return None
-    spread = np.std(y - x) if paired else np.std(x) + np.std(y)
-    if spread <= 1e-12 * max(1.0, float(np.abs([*x, *y]).max())):
-        p = float(math.isclose(x.mean(), y.mean(), abs_tol=1e-12))
-    else:
-        p = float((stats.ttest_rel(y, x) if paired else stats.ttest_ind(y, x, equal_var=False)).pvalue)
-    return {"test": "paired t over seeds" if paired else "Welch t over seeds", "p": p}
+    rounding = 1e-12 * max(1.0, float(np.abs([*x, *y]).max()))
+    if np.std(x) + np.std(y) <= rounding:
+        return None
+    if paired and np.std(y - x) > rounding:
+        return {"test": "paired t over seeds", "p": float(stats.ttest_rel(y, x).pvalue)}
+    return {"test": "Welch t over seeds", "p": float(stats.ttest_ind(y, x, equal_var=False).pvalue)}
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -135,7 +135,8 @@ def _title(task: dict[str, Any]) -> str:
     protocol = " ".join(str(part) for part in (task["protocol"], task["template"]) if part)
     quirks = f"quirks {' '.join(task['quirks'])}" if task["quirks"] else ""
     size = task["subset"] or f"{task['rows']:,} rows"
-    return ", ".join(part for part in (task["task"], protocol, quirks, task["split"], size) if part)
+    windows = f"{task['windows']:,} windows" if task["windows"] else ""
+    return ", ".join(part for part in (task["task"], protocol, quirks, task["split"], size, windows) if part)
 
 
 def _arm(arm: dict[str, Any]) -> str:

@@ -7,9 +7,11 @@ from typing import Any
 
 from curvelora_eval.compare.paired import holm
 from curvelora_eval.report.verdict import lower_is_better
+from curvelora_eval.scoring import FEWEST_ROWS
 
 NOT_DISTINGUISHABLE = "not distinguishable"
 UNDEFINED = "undefined"
+TOO_FEW = "too few rows to tell"
 
 
 def rule(level: float) -> str:
@@ -18,8 +20,12 @@ def rule(level: float) -> str:
         f"An arm is better where the {100 * level:g} % paired bootstrap interval of the difference leaves 0 out and p, after "
         f"Holm's correction, is below {1 - level:g}; otherwise the two are {NOT_DISTINGUISHABLE}. p is McNemar's exact test "
         "where rows are right or wrong and each arm is one run, and the paired bootstrap's otherwise; where both arms have "
-        "several seeds, it is the larger one of the bootstrap's (over seeds and rows) and the t-test's over seeds. The "
-        "primary metrics of all tasks and arms are corrected together, and so are all other metrics among themselves."
+        "several seeds, it is the larger one of the bootstrap's (over seeds and rows) and, unless no run differs from another "
+        "of its arm, the t-test's over seeds. The "
+        "primary metrics of all tasks and arms are corrected together, so are all other metrics among themselves, and so is the "
+        "macro average over tasks, which is a family of its own (one test an arm). Fewer than "
+        f"{FEWEST_ROWS} rows (windows of a text) are {TOO_FEW}, and p of n rows is never below 2^(1 - n), the chance that "
+        "all of them point one way."
     )
 
 
@@ -28,7 +34,7 @@ def decide(comparisons: Sequence[dict[str, Any]], level: float) -> None:
 
     Args:
         comparisons: each with `metric`, `arms` (the two letters, first the one that is subtracted), `difference`, `low`,
-            `high`, `p` and `test`.
+            `high`, `p`, `test` and `rows` (how many there were; of a macro average, in the smallest task).
         level: of the intervals; 1 - level is the share of false claims that the family may have.
     """
     tested = [each for each in comparisons if each["p"] is not None]
@@ -42,6 +48,8 @@ def decide(comparisons: Sequence[dict[str, Any]], level: float) -> None:
 
 
 def _verdict(found: dict[str, Any], level: float) -> str:
+    if found["rows"] < FEWEST_ROWS:
+        return TOO_FEW
     if found["low"] is None or found["p"] is None:
         return UNDEFINED
     if not _leaves_zero_out(found) or found["p_corrected"] >= 1 - level:

@@ -40,14 +40,15 @@ def score_job(job: Job, records: Sequence[dict[str, Any]]) -> dict[str, Interval
 
 
 def counts(job: Job, records: Sequence[dict[str, Any]], predictor: Predictor) -> dict[str, int]:
-    """Rows, and what happened to some of them."""
-    found = {"rows": len(records)}
+    """Rows, and what happened to some of them; of texts, how many windows and tokens they are."""
+    found = {"rows": len(job.question.loaded.rows)}
     if not isinstance(job.question.protocol, PerplexityProtocol):
         over = sum(record.get("over_limit", False) for record in records)
         found["unparsable"] = sum(record["prediction"] is None for record in records) - over
         found["truncated"] = sum(record.get("truncated", False) for record in records)
         found["over_limit"] = over
     else:
+        found["windows"] = len(records)
         found["tokens"] = sum(record["tokens"] for record in records)
     if isinstance(job.question.protocol, HeadProtocol):
         found["at_max_length"] = predictor.cut
@@ -66,7 +67,7 @@ def evaluation_record(
     """The content of evaluation.json (docs/results_format.md)."""
     question, protocol, loaded = job.question, job.question.protocol, job.question.loaded
     metrics = score_job(job, predicted.records)
-    rows = len(predicted.records)
+    rows, windows = len(loaded.rows), isinstance(protocol, PerplexityProtocol)
     seconds = predicted.seconds
     return {
         "schema": 1,
@@ -75,7 +76,7 @@ def evaluation_record(
         "metrics": metrics,
         "primary_metric": next(iter(metrics)),
         "interval": {
-            "method": "percentile bootstrap over rows",
+            "method": f"percentile bootstrap over {'windows' if windows else 'rows'}",
             "level": LEVEL,
             "resamples": RESAMPLES,
             "seed": INTERVAL_SEED,
@@ -128,7 +129,9 @@ def _environment() -> dict[str, Any]:
 def remarks(record: dict[str, Any]) -> list[str]:
     """What a reader of the score must know, in sentences."""
     found, rows = record["counts"], record["counts"]["rows"]
-    said = [f"{name} is undefined: {why['reason']}" for name, why in record["metrics"].items() if why.get("reason")]
+    reasons = [(name, value) for name, value in record["metrics"].items() if value.get("reason")]
+    said = [v["reason"] if v["value"] is not None else f"{name} is undefined: {v['reason']}" for name, v in reasons]
+    said = list(dict.fromkeys(said))  # several metrics may have one reason
     if (benchmark := record["benchmark"])["subset"]:
         first = f"the first {benchmark['limit']} only, " if benchmark["limit"] else ""
         said.append(first + benchmark["subset"])

@@ -29,7 +29,7 @@ def averages(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, An
             values = [_value(there[name]) for name in members if name in there]
             if len(values) == len(members) and None not in values:
                 subsets = [name for name in members if there[name]["benchmark"]["subset"]]
-                found[f"{group}, {way[0]}" + (f" ({way[1]})" if way[1] != "default" else "")] = {
+                found[f"{group}, {_in_words(way)}"] = {
                     "value": sum(values) / len(values),
                     "tasks": list(members),
                     "subsets": subsets,
@@ -40,6 +40,12 @@ def averages(results: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, An
 def _way(record: Mapping[str, Any]) -> tuple[str, str, tuple[str, ...]]:
     protocol = record["protocol"]
     return protocol["name"], protocol["template"], tuple(protocol["quirks"])
+
+
+def _in_words(way: tuple[str, str, tuple[str, ...]]) -> str:
+    """Different for ways that differ: two means must not take each other's place."""
+    name, template, quirks = way
+    return name + (f" ({template})" if template != "default" else "") + (f" with {', '.join(quirks)}" if quirks else "")
 
 
 def _value(record: Mapping[str, Any]) -> float | None:
@@ -94,7 +100,8 @@ def _page(record: Mapping[str, Any]) -> str:
         lines.append(_line([label, *cells, *means]))
     lines += [
         "",
-        "Primary metrics in percent (perplexity as it is) with 95 % intervals over rows. Means are unweighted.",
+        "Primary metrics in percent (perplexity as it is) with 95 % intervals over rows (windows of a text).",
+        "Means are unweighted.",
         "",
     ]
     for label in record["models"]:
@@ -108,7 +115,7 @@ def _cell(score: Mapping[str, Any]) -> str:
         return "undefined"
     scale = 1 if score["metric"] in PERCENT else 100
     value, low, high = (None if score[k] is None else f"{scale * score[k]:.2f}" for k in ("value", "low", "high"))
-    return f"{value} [{low}, {high}]" + ("" if score["subset"] is None else " (subset)")
+    return value + (f" [{low}, {high}]" if low else "") + ("" if score["subset"] is None else " (subset)")
 
 
 def _line(cells: Iterable[str]) -> str:

@@ -103,7 +103,7 @@ class Work:
             write_text(job.folder / PREDICTIONS, lines(predicted.records))
             write_json(job.folder / RESULT, record)
             journal.clear(job.folder)
-            self._report(f"{job.arm.label}, {job.question.name}", record["metrics"], record["counts"]["rows"])
+            self._report(f"{job.arm.label}, {job.question.name}", record["metrics"], predictor, predicted)
             for remark in remarks(record):
                 self._say(f"  {remark}")
 
@@ -186,15 +186,17 @@ class Work:
                 write_text(folder / PREDICTIONS, lines(predicted.records))
                 self._add(job, merged_record(metrics, predicted.records, before))
                 journal.clear(folder)
-                self._report(f"{job.arm.label}, {job.question.name}, merged", metrics, len(before))
+                self._report(f"{job.arm.label}, {job.question.name}, merged", metrics, predictor, predicted)
 
     def _add(self, job: Job, merged: dict[str, Any]) -> None:
         if self.processes.first:
             write_json(job.folder / RESULT, job.result() | {"merged": merged})
 
-    def _report(self, title: str, metrics: dict[str, Interval], rows: int) -> None:
+    def _report(self, title: str, metrics: dict[str, Interval], predictor: Predictor, predicted: Predicted) -> None:
+        number = len(predicted.records)
+        what = "windows" if predictor.unit == "window" else "rows"
         for name, value in metrics.items():
-            self._say(f"{title}: {name} {describe_interval(value)}  ({rows} rows)")
+            self._say(f"{title}: {name} {describe_interval(value)}  ({number} {what})")
 
     def _say(self, sentence: str) -> None:
         if self.processes.first:

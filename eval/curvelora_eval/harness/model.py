@@ -43,6 +43,17 @@ class AdaptedModel(HFLM):
         self.cut += sum(len(context) + len(ending) > self.max_length + 1 for _, context, ending in requests)
         return super()._loglikelihood_tokens(requests, *arguments, **options)
 
+    def tok_batch_encode(
+        self, strings: Any, padding_side: str = "left", left_truncate_len: int | None = None, truncation: bool = False
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """lm-eval's own, called for prompts of generative tasks; those that are longer than `left_truncate_len` are counted."""
+        # Encoded whole first, with the same special tokens: padding must not count, and what is cut cannot be counted later.
+        ids, mask = super().tok_batch_encode(strings, padding_side, None, truncation)
+        if left_truncate_len:
+            self.cut += int((mask.sum(dim=1) > left_truncate_len).sum())
+            ids, mask = ids[:, -left_truncate_len:], mask[:, -left_truncate_len:]
+        return ids, mask
+
     def get_model_info(self) -> dict[str, Any]:
         """What is known of the model; lm-eval's own version asks the hub."""
         return self.about

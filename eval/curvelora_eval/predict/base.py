@@ -54,7 +54,8 @@ class Predictor(ABC):
 
     @abstractmethod
     def records(self, outputs: dict[int, Output]) -> list[dict[str, Any]]:
-        """A prediction record of every row that is over the limit, or whose units are all in `outputs` (unit -> output)."""
+        """A prediction record of every row that is over the limit, or whose units are all in `outputs` (unit -> output); of a
+        text, a record a window."""
 
     @property
     def decoding(self) -> dict[str, Any] | None:

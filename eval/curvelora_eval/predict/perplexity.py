@@ -18,7 +18,8 @@ WINDOW = 1024  # tokens, for models that say no limit
 
 
 class Perplexity(Predictor):
-    """One sequence a window.
+    """One sequence and one record a window, so that a bootstrap over records has something to draw from: a benchmark may be one
+    text.
 
     Args:
         protocol: gives the text, the window and the stride.
@@ -42,11 +43,11 @@ class Perplexity(Predictor):
         self.window = min(protocol.window or limit or WINDOW, limit or protocol.window or WINDOW)
         self.stride = min(protocol.stride or max(1, self.window // 2), self.window)
         texts = tokenizer([protocol.text(row) for row in rows], verbose=False)["input_ids"]
-        self.row_of: list[int] = []
+        self.places: list[tuple[int, int]] = []  # of a unit: the row, and which of its windows
         self.windows: list[tuple[list[int], int]] = []
         for i, ids in enumerate(texts):
-            for begin, counted, end in windows(len(ids), self.window, self.stride):
-                self.row_of.append(i)
+            for number, (begin, counted, end) in enumerate(windows(len(ids), self.window, self.stride)):
+                self.places.append((i, number))
                 self.windows.append((ids[begin:end], end - counted))
         self.lengths = [len(ids) for ids, _ in self.windows]
 
@@ -70,18 +71,11 @@ class Perplexity(Predictor):
         return [{"nll": finite(-s), "tokens": n} for s, n in zip(torch.stack(sums).tolist(), counts, strict=True)]
 
     def records(self, outputs: dict[int, Output]) -> list[dict[str, Any]]:
-        said: dict[int, list[Output | None]] = {i: [] for i in range(len(self.rows))}
-        for unit, row in enumerate(self.row_of):
-            said[row].append(outputs.get(unit))
-        records = []
-        for i, row in enumerate(self.rows):
-            if None in said[i]:
-                continue
-            losses = [output["nll"] for output in said[i]]
-            nll = float("nan") if None in losses else sum(losses)
-            tokens = sum(output["tokens"] for output in said[i])
-            records.append({"row": i, "id": row.id, "nll": finite(nll), "tokens": tokens})
-        return records
+        return [
+            {"row": row, "window": window, "id": f"{self.rows[row].id}/{window}", **outputs[unit]}
+            for unit, (row, window) in enumerate(self.places)
+            if unit in outputs
+        ]
 
     def differs(self, first: Sequence[Output], second: Sequence[Output]) -> tuple[bool, float | None]:
         a, b = first[0]["nll"], second[0]["nll"]

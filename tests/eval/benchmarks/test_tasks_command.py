@@ -29,6 +29,15 @@ def test_the_list_names_every_task_and_what_is_there(samples: Path, capsys: pyte
     assert "train - of 16,113, test subset 12 of 1838" in lines[2]
 
 
+@pytest.mark.parametrize(
+    ("words", "said"), [(["--json"], "--json"), (["boolq"], "boolq"), (["boolq", "--json"], "--json")]
+)
+def test_forms_that_exclude_each_other(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match=f"--markdown .* does not go with .*{said}"):
+        run(*words, "--markdown")
+    assert capsys.readouterr().out == ""
+
+
 def test_one_task_is_explained_with_a_prompt(samples: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("boolq", "--data-dir", str(samples)) == 0
     out = capsys.readouterr().out

@@ -14,10 +14,12 @@ class PerplexityProtocol(Protocol):
     """Windows slide over each text; every token but the first of a text is predicted exactly once, nothing is cut.
 
     A window begins `stride` tokens after the last one; of its tokens only those count that no earlier window has counted, so
-    that (window - stride) tokens of context stand before each.
+    that (window - stride) tokens of context stand before each. A record is a window (version 1 recorded whole texts, and
+    a benchmark of one text had no spread to speak of).
     """
 
     name: str = "perplexity"
+    version: int = 2
     scores: tuple[Score, ...] = (Score("perplexity", prediction="nll", reference="tokens"),)
     window: int = 0
     """Tokens a window; 0 takes the model's own limit."""
