@@ -6,6 +6,7 @@ a model, a tokenizer or torch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,9 @@ Kind = Literal[
 ]
 # other names that people use for a split
 ALIASES = {"dev": "validation", "val": "validation", "valid": "validation"}
+
+
+ANY_NUMBER = (-math.inf, math.inf)
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,8 @@ class Benchmark:
     """Raised whenever the same files give other rows."""
     answers: tuple[str, ...] | None = None
     """The answers that a row may have; None where they are numbers or free text."""
+    numbers: tuple[float, float] | None = None
+    """(smallest, largest) where answers are numbers, which must be finite; None where they are none."""
     unit: str = "rows"
     """What `published` counts: rows, or lines of a text."""
     count: Callable[[list[Row]], int] = len
@@ -129,4 +135,4 @@ class LoadedRows:
         return f"subset {self.n} of {self.published}" if self.n < self.published else None
 
 
-__all__ = ["ALIASES", "Benchmark", "Kind", "LoadedRows", "Row", "Split"]
+__all__ = ["ALIASES", "ANY_NUMBER", "Benchmark", "Kind", "LoadedRows", "Row", "Split"]

@@ -18,6 +18,8 @@ HUB = "nyu-mll/glue"
 NO_LABELS = "its labels are not public"
 PAIR = ("sentence1", "sentence2")
 ENTAILMENT = ("entailment", "not_entailment")
+SIMILARITY = (0.0, 5.0)
+"""Of STS-B, the one task whose answers are numbers."""
 ACCURACY = (Score("accuracy"),)
 F1 = (Score("f1", options={"labels": [0, 1]}),)
 
@@ -129,6 +131,7 @@ def benchmark(
         hub=(HUB, name),
         from_hub=_hub_row(hub_texts, labels),
         answers=labels,
+        numbers=None if labels else SIMILARITY,
         protocols={protocol.name: protocol},
         notes=notes,
     )

@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import io
 import lzma
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -153,8 +154,23 @@ def check_rows(benchmark: Benchmark, rows: Sequence[Row], path: str) -> None:
                 f"{len(wrong)} rows have an answer that {benchmark.name} does not know ({shown}): "
                 f"it knows {', '.join(benchmark.answers)}"
             )
+    if benchmark.numbers is not None:
+        low, high = benchmark.numbers
+        wrong = [row for row in rows if row.answer is not None and not _is_number(row.answer, low, high)]
+        if wrong:
+            shown = ", ".join(f"{row.id} has {row.answer!r}" for row in wrong[:SHOWN])
+            wanted = f"no number from {low:g} to {high:g}" if math.isfinite(low) else "no number"
+            problems.append(f"{len(wrong)} rows have an answer that is {wanted} ({shown})")
     if problems:
         raise UserError(f"{path}: " + "; ".join(problems))
+
+
+def _is_number(text: str, low: float, high: float) -> bool:
+    try:
+        value = float(text)
+    except ValueError:
+        return False
+    return math.isfinite(value) and low <= value <= high
 
 
 def _sha256(path: Path) -> str:

@@ -130,6 +130,24 @@ BAD = {
         "1 ids occur more than once .7.",
     ),
     "mark": ("gsm8k", "gsm8k/test.jsonl", '{"question": "a", "answer": "3"}', "test-0 has no '####'"),
+    "solution": (
+        "gsm8k",
+        "gsm8k/test.jsonl",
+        '{"question": "a", "answer": "b #### twelve"}',
+        "no number .test-0 has 'twelve'",
+    ),
+    "infinite": (
+        "addsub",
+        "AddSub/test.json",
+        json.dumps([ROWS[0] | {"answer": "1e999"}]),
+        "no number .test-0 has '1e999'",
+    ),
+    "similarity": (
+        "stsb",
+        "stsb/dev.tsv",
+        "sentence1\tsentence2\tscore\na\tb\tabc\na\tb\t2.5\na\tb\tnan\na\tb\t99\na\tb\t5.000\n",
+        "3 rows have an answer that is no number from 0 to 5 .validation-0 has 'abc', validation-2 has 'nan', validation-3 has",
+    ),
     "fields": ("mrpc", "mrpc/dev.tsv", f"{MRPC}1\t2\t3\ta\n", "row 0 has 4 fields and not 5"),
     "header": ("mrpc", "mrpc/dev.tsv", "label\ta\tb\n1\ta\tb\n", "no column #1 String"),
     "class": (
@@ -221,3 +239,17 @@ def test_some_of_the_training_files_are_not_the_training_set(samples: Path, tmp_
     assert "piqa, siqa, hellaswag, winogrande are missing as well, and the others have 17,754 of its 170,420" in str(
         error.value
     )
+
+
+@pytest.mark.parametrize(
+    ("task", "answer"), [("gsm8k", "twelve"), ("stsb", "inf"), ("rte", "maybe"), ("piqa", "solution9")]
+)
+def test_an_answer_that_cannot_be_compared_with_is_said_before_any_model_is_loaded(task: str, answer: str) -> None:
+    """However the rows came about: here past every check of files."""
+    fields = {"instruction": "", "question": "a", "options": ("b", "c"), "text": "a", "text_pair": "b"}
+    good = {"gsm8k": "1", "stsb": "2.5", "rte": "entailment", "piqa": "solution1"}[task]
+    rows = [benchmarks.Row("test-6", fields, good), benchmarks.Row("test-7", fields, answer)]
+    for name, protocol in benchmarks.get(task).protocols.items():
+        if (task, name) != ("piqa", "llm-adapters"):  # whose reference is any text
+            with pytest.raises(UserError, match=f"1 of 2 rows have an answer that .* test-7 has '{answer}'"):
+                protocol.check(rows)

@@ -81,6 +81,13 @@ def test_a_damaged_file_does_not_hide_the_others(tmp_path: Path, capsys: pytest.
     assert "neither a JSON list nor JSON lines" in " ".join(capsys.readouterr().out.split())
 
 
+def test_an_answer_that_is_no_number_is_said_and_not_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "gsm8k").mkdir()
+    (tmp_path / "gsm8k/test.jsonl").write_text('{"question": "a", "answer": "b #### twelve"}')
+    assert run("gsm8k", "--data-dir", str(tmp_path)) == 0
+    assert "that is no number (test-0 has 'twelve')" in " ".join(capsys.readouterr().out.split())
+
+
 def test_bad_arguments() -> None:
     with pytest.raises(UserError, match="did you mean 'winogrande'"):
         run("winogrand")
