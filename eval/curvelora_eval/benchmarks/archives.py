@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import tarfile
 from collections.abc import Iterator
-from lzma import LZMAError
 from pathlib import Path, PurePosixPath
 
 from curvelora.errors import UserError
+from curvelora_eval.benchmarks.loading import DAMAGE
 
 MOST_BYTES = 1 << 30
 
@@ -38,5 +38,7 @@ def read_members(path: Path, most: int = MOST_BYTES) -> Iterator[tuple[PurePosix
                         f"{path} unpacks to more than {most >> 20} MiB, which this data set does not: not read"
                     )
                 yield inside, archive.extractfile(member).read()
-    except (tarfile.TarError, OSError, EOFError, LZMAError) as error:
+    except UserError:
+        raise
+    except (tarfile.TarError, ValueError, *DAMAGE) as error:  # ValueError: numbers and names in a header
         raise UserError(f"{path} cannot be read as a tar archive ({error}): copy it again") from error

@@ -8,6 +8,7 @@ import hashlib
 import io
 import lzma
 import math
+import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +18,8 @@ from curvelora.errors import UserError
 from curvelora_eval.benchmarks.base import Benchmark, LoadedRows, Row, Split
 
 PACKED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+DAMAGE = (OSError, EOFError, lzma.LZMAError, zlib.error)
+"""What unpacking a damaged file raises."""
 MOST_BYTES = 2 << 30
 """No file of these tasks unpacks to more; one that does is not what it claims to be."""
 SHOWN = 3  # faulty rows in one message
@@ -60,7 +63,7 @@ def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
     try:
         with opener(path) as stream:
             content = stream.read(most + 1)
-    except (OSError, EOFError, lzma.LZMAError) as error:
+    except DAMAGE as error:
         raise UserError(f"{path} cannot be read ({error}): copy it again") from error
     if len(content) > most:
         raise UserError(

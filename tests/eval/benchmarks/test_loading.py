@@ -67,6 +67,17 @@ def test_packed_files_are_read(ending: str, pack: Callable[[bytes], bytes], tmp_
         load("addsub", tmp_path)
 
 
+def test_a_packed_file_that_is_damaged_inside_is_said(tmp_path: Path) -> None:
+    """The beginning is whole, so that gzip knows the format, and zlib finds the fault."""
+    file = tmp_path / "AddSub" / "test.json.gz"
+    file.parent.mkdir()
+    content = bytearray(gzip.compress(json.dumps(ROWS * 50).encode()))
+    content[12:40] = b"\xff" * 28
+    file.write_bytes(content)
+    with pytest.raises(UserError, match="cannot be read"):
+        load("addsub", tmp_path)
+
+
 def test_a_file_that_unpacks_to_too_much_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "AddSub" / "test.json.gz"
     file.parent.mkdir()
@@ -108,6 +119,7 @@ BAD = {
     "no rows": ("addsub", "AddSub/test.json", "[]", "has no rows"),
     "empty": ("addsub", "AddSub/test.json", " \n", "is empty"),
     "not JSON": ("addsub", "AddSub/test.json", "[{", "neither a JSON list nor JSON lines"),
+    "depth": ("addsub", "AddSub/test.json", "[" * 100_000, "is nested too deeply"),
     "not objects": ("addsub", "AddSub/test.json", "[1]", "record 0 is no object"),
     "column": (
         "addsub",

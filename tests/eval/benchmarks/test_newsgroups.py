@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import random
 import tarfile
 from pathlib import Path
 
@@ -67,3 +68,18 @@ def test_size_damage_and_foreign_archives(tmp_path: Path) -> None:
         benchmarks.load(
             benchmarks.get("newsgroups20"), archive(tmp_path / "20news-bydate.tar", "x-test/alt.cats/1").parent
         )
+
+
+@pytest.mark.parametrize(("ending", "mode"), [(".gz", "w:gz"), (".bz2", "w:bz2"), (".xz", "w:xz")])
+def test_a_packed_archive_that_is_damaged_is_said(ending: str, mode: str, tmp_path: Path) -> None:
+    path = tmp_path / f"a.tar{ending}"
+    with tarfile.open(path, mode) as tar:
+        member = tarfile.TarInfo("folder/a")
+        member.size = 1 << 14
+        tar.addfile(member, io.BytesIO(random.Random(0).randbytes(1 << 14)))
+    assert [str(name) for name, _ in read_members(path)] == ["folder/a"]
+    content = path.read_bytes()
+    for damaged in (content[: len(content) // 2], content[:60] + b"\xff" * 200 + content[260:]):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match="cannot be read as a tar archive"):
+            list(read_members(path))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
@@ -77,6 +78,15 @@ def test_a_damaged_file_does_not_hide_the_others(tmp_path: Path, capsys: pytest.
     (tmp_path / "boolq/test.json").write_text("[{")
     assert run("--data-dir", str(tmp_path)) == 0
     assert "test damaged" in capsys.readouterr().out.splitlines()[1]
+    packed = gzip.compress(json.dumps(list(range(999))).encode())
+    for name, content in {
+        "piqa": packed[:20] + b"\xff" * 40 + packed[60:],
+        "social_i_qa": gzip.compress(b"[" * 100_000),
+    }.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "test.json.gz").write_bytes(content)
+    assert run("--data-dir", str(tmp_path)) == 0
+    assert capsys.readouterr().out.count("test damaged") == 3
     assert run("boolq", "--data-dir", str(tmp_path)) == 0
     assert "neither a JSON list nor JSON lines" in " ".join(capsys.readouterr().out.split())
 
