@@ -45,6 +45,12 @@ class Split:
     note: str = ""
 
 
+class Rows(list[Row]):
+    """Rows of a file of which `left_out` lines could not be read and were not counted."""
+
+    left_out: int = 0
+
+
 @dataclass(frozen=True)
 class Benchmark:
     """A named task."""
@@ -57,7 +63,7 @@ class Benchmark:
     splits: Mapping[str, Split]
     default_split: str
     read: Callable[[Path, str], list[Row]]
-    """(file, split) -> rows. Raises UserError for a damaged file."""
+    """(file, split) -> rows, as `Rows` where broken lines may be left out. Raises UserError for a damaged file."""
     protocols: Mapping[str, Protocol]
     """By name; the first is the default."""
     training: Protocol | None = None
@@ -128,6 +134,8 @@ class LoadedRows:
     n: int
     published: int
     unit: str = "rows"
+    left_out: int = 0
+    """Broken lines of the file, which are no rows."""
 
     @property
     def subset(self) -> str | None:
@@ -135,4 +143,4 @@ class LoadedRows:
         return f"subset {self.n} of {self.published}" if self.n < self.published else None
 
 
-__all__ = ["ALIASES", "ANY_NUMBER", "Benchmark", "Kind", "LoadedRows", "Row", "Split"]
+__all__ = ["ALIASES", "ANY_NUMBER", "Benchmark", "Kind", "LoadedRows", "Row", "Rows", "Split"]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from curvelora.errors import UserError
-from curvelora_eval.benchmarks.base import Benchmark, LoadedRows, Row, Split
+from curvelora_eval.benchmarks.base import Benchmark, LoadedRows, Row, Rows, Split
 
 PACKED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 DAMAGE = (OSError, EOFError, lzma.LZMAError, zlib.error)
@@ -111,9 +111,10 @@ def load(
         file = find_file(benchmark, name, data_dir)
         path, sha256, rows = str(file), _sha256(file), benchmark.read(file, name)
     check_rows(benchmark, rows, path)
+    left_out = rows.left_out if isinstance(rows, Rows) else 0
     if limit is not None:
         rows = benchmark.take(rows, limit)
-    return LoadedRows(rows, name, path, sha256, benchmark.count(rows), described.published, benchmark.unit)
+    return LoadedRows(rows, name, path, sha256, benchmark.count(rows), described.published, benchmark.unit, left_out)
 
 
 def load_all(

@@ -90,6 +90,7 @@ def evaluation_record(
             "published": loaded.published,
             "limit": question.limit,
             "subset": loaded.subset,
+            "left_out": loaded.left_out,
             "version": question.benchmark.version,
         },
         "protocol": {
@@ -133,6 +134,8 @@ def remarks(record: dict[str, Any]) -> list[str]:
     if (benchmark := record["benchmark"])["subset"]:
         first = f"the first {benchmark['limit']} only, " if benchmark["limit"] else ""
         said.append(first + benchmark["subset"])
+    if left_out := benchmark.get("left_out"):
+        said.append(f"{left_out} broken {'line' if left_out == 1 else 'lines'} of the file left out")
     if found.get("over_limit"):
         said.append(
             f"{found['over_limit']} rows are longer than the model's limit: they were not asked, and count as wrong"

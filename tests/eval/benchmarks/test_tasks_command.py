@@ -65,6 +65,7 @@ def test_json_holds_everything(samples: Path, capsys: pytest.CaptureFixture[str]
         "note": "",
         "found": 14,
         "subset": "subset 14 of 2376",
+        "left_out": 0,
         "path": "",
         "problem": None,
     }
