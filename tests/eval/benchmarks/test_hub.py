@@ -14,9 +14,9 @@ from curvelora_eval import benchmarks
 # the columns of the hub's data sets, with the content of the first local row of each task
 ROWS: dict[str, dict[str, Any]] = {
     "boolq": {
-        "question": "does ethanol take more energy make that produces",
+        "question": "is a lighthouse lamp always lit by electricity",
         "answer": False,
-        "passage": "All biomass goes through at least some of these steps.",
+        "passage": "Early lighthouses burnt wood, coal or oil.",
     },
     "siqa": {
         "context": "Tracy didn't go home that evening and resisted Riley's attacks.",
@@ -56,19 +56,19 @@ ROWS: dict[str, dict[str, Any]] = {
         "answerKey": "B",
     },
     "arc_challenge": {
-        "id": "Mercury_7175875",
-        "question": "An astronomer observes that a planet rotates faster after a meteorite impact. Which is the most likely "
-        "effect of this increase in rotation?",
+        "id": "Own_1",
+        "question": "Two cups hold the same tea, one with a lid. After ten minutes the tea with the lid is warmer. What is the "
+        "best reason?",
         "choices": {
             "text": [
-                "Planetary density will decrease.",
-                "Planetary years will become longer.",
-                "Planetary days will become shorter.",
-                "Planetary gravity will become stronger.",
+                "The lid makes heat.",
+                "The lid keeps warm vapour from leaving.",
+                "The lid cools the air.",
+                "The lid makes the tea heavier.",
             ],
             "label": ["1", "2", "3", "4"],
         },
-        "answerKey": "3",
+        "answerKey": "2",
     },
 }
 
