@@ -61,3 +61,21 @@ def test_what_the_reader_of_a_score_must_know(known_by: str, left_out: int, said
         "repaired": [],
     }
     assert remarks(record) == said
+
+
+@pytest.mark.parametrize(
+    ("task", "protocol", "expected"),
+    [
+        ("gsm8k", "metamath", ("adapter-dropout", "pad-id-0", "metamath-hundredfold")),
+        ("gsm8k", "llm-adapters", ("adapter-dropout", "pad-id-0")),
+        ("boolq", "loglikelihood", ("adapter-dropout",)),
+    ],
+)
+def test_quirks_that_matter(task: str, protocol: str, expected: tuple[str, ...], task_data: Path) -> None:
+    benchmark = benchmarks.get(task)
+    chosen = ("adapter-dropout", "pad-id-0", "metamath-hundredfold")
+    question = Question(
+        benchmark, benchmark.protocol(protocol), "default", benchmarks.load(benchmark, task_data), quirks=chosen
+    )
+    assert question.quirks_for(Arm("a", Path("a"))) == expected
+    assert question.quirks_for(Arm("baseline")) == expected[1:]

@@ -38,7 +38,7 @@ GENERATE = (
     NumberProtocol(description="LLM-Adapters' evaluate.py: 4 beams, 256 new tokens, the last number in the text"),
     MetaMathProtocol(
         description="PiSSA and MiLoRA: greedy, 1,024 new tokens, the number after the last 'The answer is: '; unlike there, an "
-        "answer a hundred times too large or too small is wrong"
+        "answer a hundred times too large or too small is wrong (quirk metamath-hundredfold)"
     ),
 )
 BENCHMARK = Benchmark(

@@ -11,6 +11,8 @@ from typing import Any
 from curvelora.errors import UserError
 from curvelora_eval.benchmarks import Benchmark, LoadedRows
 from curvelora_eval.benchmarks.protocols import GenerateProtocol, HeadProtocol, Protocol
+from curvelora_eval.benchmarks.protocols.answers import MetaMathProtocol
+from curvelora_eval.benchmarks.quirks import HUNDREDFOLD
 from curvelora_eval.evaluation.arms import Arm
 from curvelora_eval.spec import TaskSpec
 
@@ -47,7 +49,8 @@ class Question:
     def quirks_for(self, arm: Arm) -> tuple[str, ...]:
         """The quirks that can matter for this protocol and model."""
         generates = isinstance(self.protocol, GenerateProtocol)
-        return tuple(q for q in self.quirks if (arm.folder is not None if q == ANYWHERE else generates))
+        matters = {ANYWHERE: arm.folder is not None, HUNDREDFOLD: isinstance(self.protocol, MetaMathProtocol)}
+        return tuple(quirk for quirk in self.quirks if matters.get(quirk, generates))
 
     def rows_hash(self) -> str:
         """SHA-256 over the rows that are asked, in order."""
