@@ -110,7 +110,7 @@ def test_other_columns_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
         benchmarks.load(benchmarks.get("gsm8k"))
 
 
-def test_offline_says_what_to_do(offline: None) -> None:
+def test_offline_says_what_to_do() -> None:
     with pytest.raises(UserError) as error:
         benchmarks.load(benchmarks.get("boolq"))
     assert str(error.value) == (
