@@ -136,6 +136,8 @@ class LoadedRows:
     unit: str = "rows"
     left_out: int = 0
     """Broken lines of the file, which are no rows."""
+    hub_version: str | None = None
+    """Commit (or fingerprint) of the hub's data set; None for a file."""
 
     @property
     def subset(self) -> str | None:

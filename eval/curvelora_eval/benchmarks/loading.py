@@ -106,15 +106,27 @@ def load(
     if data_dir is None:
         from curvelora_eval.benchmarks.hub import load_hub
 
-        path, sha256, rows = load_hub(benchmark, name)
+        sha256 = None
+        path, version, rows = load_hub(benchmark, name)
     else:
         file = find_file(benchmark, name, data_dir)
+        version = None
         path, sha256, rows = str(file), _sha256(file), benchmark.read(file, name)
     check_rows(benchmark, rows, path)
     left_out = rows.left_out if isinstance(rows, Rows) else 0
     if limit is not None:
         rows = benchmark.take(rows, limit)
-    return LoadedRows(rows, name, path, sha256, benchmark.count(rows), described.published, benchmark.unit, left_out)
+    return LoadedRows(
+        rows,
+        name,
+        path,
+        sha256,
+        benchmark.count(rows),
+        described.published,
+        benchmark.unit,
+        left_out=left_out,
+        hub_version=version,
+    )
 
 
 def load_all(

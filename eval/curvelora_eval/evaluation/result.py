@@ -116,7 +116,13 @@ def evaluation_record(
         "model": asdict(model) | model_hash,
         "adapter": job.arm.identity(),
         "classes": question.classes(job.arm),
-        "dataset": {"path": loaded.path, "split": loaded.split, "sha256": loaded.sha256, "rows": rows},
+        "dataset": {
+            "path": loaded.path,
+            "split": loaded.split,
+            "sha256": loaded.sha256,
+            "hub_version": loaded.hub_version,
+            "rows": rows,
+        },
         "decided_by": dict(job.decided_by),
         **_environment(),
     }
