@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import shutil
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import pytest
 import torch
@@ -16,16 +16,40 @@ from safetensors.torch import load_file, save_file
 torch.set_num_threads(1)  # tiny models gain nothing from threads, and one thread makes runs repeatable bit for bit
 
 
-@pytest.fixture
-def offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Any attempt to look up or reach another machine fails the test."""
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """Any attempt to look up or reach another machine fails the test, in whatever thread; gives the addresses that were asked.
 
-    def refuse(*arguments: Any, **_: Any) -> NoReturn:
-        pytest.fail(f"the network was asked: {arguments[-1]}")
+    This machine may be talked to: processes that share work meet there. Child processes have HF_HUB_OFFLINE.
+    """
+    asked: list[Any] = []
+
+    def guard(owner: Any, name: str, place: int) -> None:
+        ask = getattr(owner, name)
+
+        def guarded(*arguments: Any, **named: Any) -> Any:
+            address = arguments[place]
+            if not is_here(address):
+                asked.append(address)
+                pytest.fail(f"the network was asked: {address}")
+            return ask(*arguments, **named)
+
+        monkeypatch.setattr(owner, name, guarded)
 
     for name in ("connect", "connect_ex", "sendto"):
-        monkeypatch.setattr(socket.socket, name, refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+        guard(socket.socket, name, -1)
+    for name in ("getaddrinfo", "gethostbyname"):
+        guard(socket, name, 0)
+    yield asked
+    assert not asked, f"the network was asked: {asked}"
+
+
+def is_here(address: Any) -> bool:
+    """Whether an address, or a host's name, is this machine's own; so is a path, and no host at all."""
+    host = address[0] if isinstance(address, tuple) else address
+    if not isinstance(address, tuple) and isinstance(host, str) and host.startswith("/"):
+        return True
+    return host in (None, "", b"", "localhost", "127.0.0.1", "::1", socket.gethostname())
 
 
 @pytest.fixture(scope="session")

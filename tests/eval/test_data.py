@@ -17,8 +17,6 @@ from curvelora.errors import UserError
 from curvelora_eval.data import FORMATS, columns_of, fingerprint, load_rows, render
 from curvelora_eval.spec import DataSpec
 
-pytestmark = pytest.mark.usefixtures("offline")
-
 # Words that readers of tables like to take for missing values or numbers, quotation marks, a comma and another script
 ROWS = [
     {"text": "null", "label": 0},

@@ -19,8 +19,6 @@ from curvelora import cli
 from curvelora_eval.spec import read_task, write_task
 from run_files import result
 
-pytestmark = pytest.mark.usefixtures("offline")
-
 
 @pytest.fixture
 def unseen(root: Path) -> Path:

@@ -12,7 +12,6 @@ import pytest
 from curvelora import cli
 from run_files import result
 
-pytestmark = pytest.mark.usefixtures("offline")
 LAUNCHERS = {"torchrun", "accelerate"}
 
 

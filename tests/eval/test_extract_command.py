@@ -29,7 +29,6 @@ from curvelora_eval.tasks import make_task
 from run_files import result
 from world import WEIGHTS, check_message, edited
 
-pytestmark = pytest.mark.usefixtures("offline")
 EXACT = 1e-5  # relative, of logits in fp32
 LLAMA, BERT = ["q_proj", "v_proj"], ["query", "value"]
 NARROW = ["k_proj", "v_proj"]  # 32 x 64 in the tiny llama; q_proj is 64 x 64

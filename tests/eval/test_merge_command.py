@@ -44,7 +44,6 @@ from curvelora_eval.tasks import make_task
 from run_files import result
 from world import WEIGHTS, check_message
 
-pytestmark = pytest.mark.usefixtures("offline")
 EXACT = 1e-5  # relative, fp32
 BERT, LLAMA = ["query", "value"], ["q_proj", "v_proj"]
 TASKS: dict[str, dict[str, Any]] = {

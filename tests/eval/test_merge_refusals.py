@@ -17,8 +17,6 @@ from curvelora import cli
 from curvelora_eval import merge
 from world import WEIGHTS, World, check_message, edited, truncated, without
 
-pytestmark = pytest.mark.usefixtures("offline")
-
 
 @pytest.fixture
 def world(tmp_path: Path, tiny_models: dict[str, Path], root: Path) -> World:

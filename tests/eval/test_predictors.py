@@ -26,6 +26,7 @@ from curvelora_eval.predict.generate import Generate
 from curvelora_eval.predict.head import Head
 from curvelora_eval.predict.perplexity import Perplexity, windows
 from curvelora_eval.predict.run import DoesNotFit, _ask, _mode
+from curvelora_eval.scoring import score_records
 from curvelora_eval.spec import ModelSpec, TaskSpec
 from curvelora_eval.tasks import make_task
 from named_tasks import QUESTIONS
@@ -404,3 +405,25 @@ def test_dropout_is_off_whatever_mode_the_model_came_in(llama_folder: Path, adap
         assert torch.equal(logits([]), still)
         assert not torch.equal(logits(["adapter-dropout"]), logits(["adapter-dropout"]))
         assert torch.equal(logits([]), still)
+
+
+@pytest.mark.parametrize("protocol", ["metamath", "llm-adapters"])
+@pytest.mark.parametrize("quirks", [(), ("metamath-hundredfold",)])
+def test_answers_a_hundred_times_off_count_with_the_quirk_alone(protocol: str, quirks: tuple[str, ...]) -> None:
+    """MiLoRA's comparison: 1,200 and 12 for 1,200; 12,000 is wrong in any case, and only where its protocol is asked."""
+    gsm8k = benchmarks.get("gsm8k")
+    chosen = gsm8k.protocol(protocol)
+    rows = [Row(str(i), {"instruction": "?"}, "1200") for i in range(5)]
+    said = ["12", "120000", "1200", "12000", "none"]
+    asked = Generate(
+        chosen, chosen.template(), rows, lambda texts, **_: {"input_ids": [[1] for _ in texts]}, None, quirks
+    )
+    outputs = {
+        i: {"text": f"The answer is: {text}", "new_tokens": 1, "truncated": False} for i, text in enumerate(said)
+    }
+    records = asked.records(outputs)
+    right = [1200.0, 1200.0] if quirks and protocol == "metamath" else [12.0, 120000.0]
+    assert [record["prediction"] for record in records] == [*right, 1200.0, 12000.0, None]
+    assert score_records(records, chosen.scores, resamples=20)["accuracy"]["value"] == (
+        0.6 if 12.0 not in right else 0.2
+    )

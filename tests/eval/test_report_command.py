@@ -13,7 +13,6 @@ import pytest
 from curvelora import cli
 from run_files import result
 
-pytestmark = pytest.mark.usefixtures("offline")
 LOADING = {"src", "srcset", "data", "poster", "action", "background", "manifest", "ping", "xlink:href"}
 
 

@@ -25,7 +25,6 @@ def arguments(*words: str) -> Any:
     return parser.parse_args(words)
 
 
-@pytest.mark.usefixtures("offline")
 def test_the_loop_and_the_engine_answer_alike(
     tmp_path: Path, tiny_models: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from curvelora.errors import UserError
-from curvelora_eval.benchmarks.base import Benchmark, Row, Split
-from curvelora_eval.benchmarks.llm_adapters import SOURCE, read_records
+from curvelora_eval.benchmarks.base import ANY_NUMBER, Benchmark, Row, Split
+from curvelora_eval.benchmarks.llm_adapters import SOURCE, reader
 from curvelora_eval.benchmarks.protocols.answers import NumberProtocol
 from curvelora_eval.benchmarks.protocols.generate import GenerateProtocol
 
@@ -24,25 +21,7 @@ def make_row(name: str, record: Mapping[str, Any]) -> Row:
     return Row(name, {"instruction": record["instruction"], "output": record["output"]}, record["answer"])
 
 
-def read_numbers(path: Path, split: str) -> list[Row]:
-    """Rows whose answers are numbers.
-
-    Raises:
-        UserError: an answer is none.
-    """
-    rows = [make_row(f"{split}-{i}", record) for i, record in enumerate(read_records(path))]
-    if wrong := [row for row in rows if not _is_number(row.answer)]:
-        raise UserError(
-            f"{path}: {len(wrong)} rows have an answer that is no number (the first: {wrong[0].id} has {wrong[0].answer!r})"
-        )
-    return rows
-
-
-def _is_number(text: str) -> bool:
-    try:
-        return math.isfinite(float(text))
-    except ValueError:
-        return False
+read = reader(make_row)
 
 
 def benchmark(name: str, folder: str, title: str, paper: str, published: int) -> Benchmark:
@@ -57,7 +36,8 @@ def benchmark(name: str, folder: str, title: str, paper: str, published: int) ->
         source=f"{paper}; file of {SOURCE}",
         splits={"test": Split((f"math/{folder}/test.json", f"{folder}/test.json"), published)},
         default_split="test",
-        read=read_numbers,
+        read=read,
+        numbers=ANY_NUMBER,
         protocols={protocol.name: protocol},
         notes=(RATIONALES,),
     )

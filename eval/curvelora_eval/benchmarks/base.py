@@ -6,6 +6,7 @@ a model, a tokenizer or torch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,9 @@ Kind = Literal[
 ALIASES = {"dev": "validation", "val": "validation", "valid": "validation"}
 
 
+ANY_NUMBER = (-math.inf, math.inf)
+
+
 @dataclass(frozen=True)
 class Split:
     """One split of a task."""
@@ -41,6 +45,12 @@ class Split:
     note: str = ""
 
 
+class Rows(list[Row]):
+    """Rows of a file of which `left_out` lines could not be read and were not counted."""
+
+    left_out: int = 0
+
+
 @dataclass(frozen=True)
 class Benchmark:
     """A named task."""
@@ -53,7 +63,7 @@ class Benchmark:
     splits: Mapping[str, Split]
     default_split: str
     read: Callable[[Path, str], list[Row]]
-    """(file, split) -> rows. Raises UserError for a damaged file."""
+    """(file, split) -> rows, as `Rows` where broken lines may be left out. Raises UserError for a damaged file."""
     protocols: Mapping[str, Protocol]
     """By name; the first is the default."""
     training: Protocol | None = None
@@ -66,6 +76,8 @@ class Benchmark:
     """Raised whenever the same files give other rows."""
     answers: tuple[str, ...] | None = None
     """The answers that a row may have; None where they are numbers or free text."""
+    numbers: tuple[float, float] | None = None
+    """(smallest, largest) where answers are numbers, which must be finite; None where they are none."""
     unit: str = "rows"
     """What `published` counts: rows, or lines of a text."""
     count: Callable[[list[Row]], int] = len
@@ -122,6 +134,10 @@ class LoadedRows:
     n: int
     published: int
     unit: str = "rows"
+    left_out: int = 0
+    """Broken lines of the file, which are no rows."""
+    hub_version: str | None = None
+    """Commit (or fingerprint) of the hub's data set; None for a file."""
 
     @property
     def subset(self) -> str | None:
@@ -129,4 +145,4 @@ class LoadedRows:
         return f"subset {self.n} of {self.published}" if self.n < self.published else None
 
 
-__all__ = ["ALIASES", "Benchmark", "Kind", "LoadedRows", "Row", "Split"]
+__all__ = ["ALIASES", "ANY_NUMBER", "Benchmark", "Kind", "LoadedRows", "Row", "Rows", "Split"]

@@ -97,7 +97,13 @@ def _found(benchmark: Benchmark, split: str, data_dir: Path) -> dict[str, Any]:
         except UserError:
             return {"found": None, "problem": None}
         return {"found": None, "problem": str(error)}
-    return {"found": loaded.n, "subset": loaded.subset, "path": loaded.path, "problem": None}
+    return {
+        "found": loaded.n,
+        "subset": loaded.subset,
+        "left_out": loaded.left_out,
+        "path": loaded.path,
+        "problem": None,
+    }
 
 
 def _split_words(name: str, split: dict[str, Any]) -> str:
@@ -147,6 +153,8 @@ def explanation(benchmark: Benchmark, described: dict[str, Any], loaded: LoadedR
         unit = "" if split["unit"] == "rows" else f" {split['unit']}"
         lines.append(f"  {_split_words(name, split)}{unit}{default}{': ' + split['note'] if split['note'] else ''}")
         lines.append(f"    {split.get('path') or ' or '.join(split['files'])}")
+        if split.get("left_out"):
+            lines.append(f"    broken lines left out: {split['left_out']}")
         if split.get("problem"):
             lines += _wrapped(split["problem"], "    ")
     for name, protocol in described["protocols"].items():
@@ -202,6 +210,10 @@ def page() -> str:
     parts.append(
         "Below `--data-dir`; the first name that exists counts, each also with `.gz`, `.bz2` or `.xz`. Without `--data-dir` the "
         "hub is asked.\n"
+    )
+    parts.append(
+        "The default tests read the few rows in `tests/data/benchmarks`. With the whole sets below D, `make test-data DATA=D` "
+        "reads every row of every file that is there, checks ids, answers and what each protocol needs, and skips what is missing.\n"
     )
     parts += ["| task | split | files | hub |", "|---|---|---|---|"]
     for _, described in everything:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from curvelora.errors import UserError
-from curvelora_eval.benchmarks.base import Benchmark, Row, Split
+from curvelora_eval.benchmarks.base import Benchmark, Row, Rows, Split
 from curvelora_eval.benchmarks.loading import read_text
 from curvelora_eval.benchmarks.protocols.head import HeadProtocol
 from curvelora_eval.scoring import Score
@@ -18,6 +18,10 @@ HUB = "nyu-mll/glue"
 NO_LABELS = "its labels are not public"
 PAIR = ("sentence1", "sentence2")
 ENTAILMENT = ("entailment", "not_entailment")
+SIMILARITY = (0.0, 5.0)
+"""Of STS-B, the one task whose answers are numbers."""
+MOST_BROKEN = 1e-3
+"""Share of lines that may be left out; of the published QQP it is about one in 100,000."""
 ACCURACY = (Score("accuracy"),)
 F1 = (Score("f1", options={"labels": [0, 1]}),)
 
@@ -37,11 +41,13 @@ class Table:
     skip_broken: bool = False
     """Leave out lines with another number of fields, which GLUE's own QQP has, instead of refusing the file."""
 
-    def read(self, path: Path) -> list[dict[str, str]]:
-        """The lines as column -> text; quotation marks are text, and only a line feed ends a line.
+    def read(self, path: Path) -> tuple[list[dict[str, str]], int]:
+        """The lines as column -> text, and how many were left out.
+
+        Quotation marks are text, and only a line feed ends a line.
 
         Raises:
-            UserError: a column is missing, or a line has too few or too many fields.
+            UserError: a column is missing, or a line has too few or too many fields; with `skip_broken`, too many lines have.
         """
         lines = [line.removesuffix("\r") for line in read_text(path).removesuffix("\n").split("\n")]
         names = list(self.header) if self.header else lines.pop(0).split("\t")
@@ -61,7 +67,13 @@ class Table:
                     f"{path}: row {i} has {len(fields)} fields and not {len(names)} ({', '.join(names)}): fields are separated "
                     "by tabs, without quoting"
                 )
-        return rows
+        left_out = len(lines) - len(rows)
+        if left_out > max(1, len(lines) * MOST_BROKEN):
+            raise UserError(
+                f"{path}: {left_out} of {len(lines)} lines have not {len(names)} fields ({', '.join(names)}), and the published "
+                "file has a few such lines at most: copy it again"
+            )
+        return rows, left_out
 
 
 def benchmark(
@@ -97,10 +109,12 @@ def benchmark(
     """
     tables = {split: (special or {}).get(split, table) for split in splits}
 
-    def read(path: Path, split: str) -> list[Row]:
+    def read(path: Path, split: str) -> Rows:
         layout = tables[split]
-        rows = []
-        for i, record in enumerate(layout.read(path)):
+        records, left_out = layout.read(path)
+        rows = Rows()
+        rows.left_out = left_out
+        for i, record in enumerate(records):
             value = record[layout.label] if layout.label else None
             rows.append(
                 _row(f"{split}-{record.get('index', i)}", record, layout.texts, (written or {}).get(value, value))
@@ -129,6 +143,7 @@ def benchmark(
         hub=(HUB, name),
         from_hub=_hub_row(hub_texts, labels),
         answers=labels,
+        numbers=None if labels else SIMILARITY,
         protocols={protocol.name: protocol},
         notes=notes,
     )

@@ -9,7 +9,7 @@ from typing import Any
 
 from curvelora.errors import UserError
 from curvelora_eval.benchmarks import arithmetic
-from curvelora_eval.benchmarks.base import Benchmark, Row, Split
+from curvelora_eval.benchmarks.base import ANY_NUMBER, Benchmark, Row, Split
 from curvelora_eval.benchmarks.llm_adapters import read_records
 from curvelora_eval.benchmarks.protocols.answers import MetaMathProtocol, NumberProtocol
 
@@ -30,7 +30,7 @@ def make_row(name: str, record: Mapping[str, Any]) -> Row:
 def read(path: Path, split: str) -> list[Row]:
     """JSON lines of question and answer, or LLM-Adapters' JSON list (the same questions, answers as "18.0")."""
     if ".json" in path.suffixes:
-        return arithmetic.read_numbers(path, split)
+        return arithmetic.read(path, split)
     return [make_row(f"{split}-{i}", row) for i, row in enumerate(read_records(path, ("question", "answer")))]
 
 
@@ -38,7 +38,7 @@ GENERATE = (
     NumberProtocol(description="LLM-Adapters' evaluate.py: 4 beams, 256 new tokens, the last number in the text"),
     MetaMathProtocol(
         description="PiSSA and MiLoRA: greedy, 1,024 new tokens, the number after the last 'The answer is: '; unlike there, an "
-        "answer a hundred times too large or too small is wrong"
+        "answer a hundred times too large or too small is wrong (quirk metamath-hundredfold)"
     ),
 )
 BENCHMARK = Benchmark(
@@ -52,6 +52,7 @@ BENCHMARK = Benchmark(
     },
     default_split="test",
     read=read,
+    numbers=ANY_NUMBER,
     hub=("openai/gsm8k", "main"),
     from_hub=lambda row, name: make_row(name, row),
     protocols={protocol.name: protocol for protocol in GENERATE},

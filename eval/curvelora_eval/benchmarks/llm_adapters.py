@@ -90,6 +90,8 @@ def read_records(path: Path, columns: Sequence[str] = COLUMNS) -> list[dict[str,
             records = json.loads(text)
         else:
             records = [json.loads(line) for line in text.split("\n") if line.strip()]
+    except RecursionError as error:
+        raise UserError(f"{path} is nested too deeply to be this task's records: copy it again") from error
     except ValueError as error:
         raise UserError(f"{path} is neither a JSON list nor JSON lines ({error}): copy it again") from error
     for i, record in enumerate(records):

@@ -7,15 +7,19 @@ import gzip
 import hashlib
 import io
 import lzma
+import math
+import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 from curvelora.errors import UserError
-from curvelora_eval.benchmarks.base import Benchmark, LoadedRows, Row, Split
+from curvelora_eval.benchmarks.base import Benchmark, LoadedRows, Row, Rows, Split
 
 PACKED = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+DAMAGE = (OSError, EOFError, lzma.LZMAError, zlib.error)
+"""What unpacking a damaged file raises."""
 MOST_BYTES = 2 << 30
 """No file of these tasks unpacks to more; one that does is not what it claims to be."""
 SHOWN = 3  # faulty rows in one message
@@ -59,7 +63,7 @@ def read_bytes(path: Path, most: int = MOST_BYTES) -> bytes:
     try:
         with opener(path) as stream:
             content = stream.read(most + 1)
-    except (OSError, EOFError, lzma.LZMAError) as error:
+    except DAMAGE as error:
         raise UserError(f"{path} cannot be read ({error}): copy it again") from error
     if len(content) > most:
         raise UserError(
@@ -102,14 +106,27 @@ def load(
     if data_dir is None:
         from curvelora_eval.benchmarks.hub import load_hub
 
-        path, sha256, rows = load_hub(benchmark, name)
+        sha256 = None
+        path, version, rows = load_hub(benchmark, name)
     else:
         file = find_file(benchmark, name, data_dir)
+        version = None
         path, sha256, rows = str(file), _sha256(file), benchmark.read(file, name)
     check_rows(benchmark, rows, path)
+    left_out = rows.left_out if isinstance(rows, Rows) else 0
     if limit is not None:
         rows = benchmark.take(rows, limit)
-    return LoadedRows(rows, name, path, sha256, benchmark.count(rows), described.published, benchmark.unit)
+    return LoadedRows(
+        rows,
+        name,
+        path,
+        sha256,
+        benchmark.count(rows),
+        described.published,
+        benchmark.unit,
+        left_out=left_out,
+        hub_version=version,
+    )
 
 
 def load_all(
@@ -153,8 +170,23 @@ def check_rows(benchmark: Benchmark, rows: Sequence[Row], path: str) -> None:
                 f"{len(wrong)} rows have an answer that {benchmark.name} does not know ({shown}): "
                 f"it knows {', '.join(benchmark.answers)}"
             )
+    if benchmark.numbers is not None:
+        low, high = benchmark.numbers
+        wrong = [row for row in rows if row.answer is not None and not _is_number(row.answer, low, high)]
+        if wrong:
+            shown = ", ".join(f"{row.id} has {row.answer!r}" for row in wrong[:SHOWN])
+            wanted = f"no number from {low:g} to {high:g}" if math.isfinite(low) else "no number"
+            problems.append(f"{len(wrong)} rows have an answer that is {wanted} ({shown})")
     if problems:
         raise UserError(f"{path}: " + "; ".join(problems))
+
+
+def _is_number(text: str, low: float, high: float) -> bool:
+    try:
+        value = float(text)
+    except ValueError:
+        return False
+    return math.isfinite(value) and low <= value <= high
 
 
 def _sha256(path: Path) -> str:

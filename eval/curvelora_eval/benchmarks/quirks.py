@@ -21,6 +21,8 @@ class Quirk:
     """What it does to scores."""
 
 
+HUNDREDFOLD = "metamath-hundredfold"
+
 _ALL = (
     Quirk(
         "adapter-dropout",
@@ -51,6 +53,12 @@ _ALL = (
         "keys and values are computed again for every new token",
         "LLM-Adapters evaluate.py: use_cache=False",
         "slow, the same text up to rounding",
+    ),
+    Quirk(
+        HUNDREDFOLD,
+        "an answer a hundred times too large or too small counts as right; only for protocol metamath",
+        "MiLoRA gsm8k_inference.py: the comparison of the extracted number with the right one",
+        "scores are equal or higher; the prediction in such a row is the right number, and the text what was said",
     ),
 )
 QUIRKS: dict[str, Quirk] = {quirk.name: quirk for quirk in _ALL}

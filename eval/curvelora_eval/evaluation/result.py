@@ -89,6 +89,7 @@ def evaluation_record(
             "published": loaded.published,
             "limit": question.limit,
             "subset": loaded.subset,
+            "left_out": loaded.left_out,
             "version": question.benchmark.version,
         },
         "protocol": {
@@ -114,7 +115,14 @@ def evaluation_record(
         "repaired": predicted.repaired,
         "model": asdict(model) | model_hash,
         "adapter": job.arm.identity(),
-        "dataset": {"path": loaded.path, "split": loaded.split, "sha256": loaded.sha256, "rows": rows},
+        "classes": question.classes(job.arm),
+        "dataset": {
+            "path": loaded.path,
+            "split": loaded.split,
+            "sha256": loaded.sha256,
+            "hub_version": loaded.hub_version,
+            "rows": rows,
+        },
         "decided_by": dict(job.decided_by),
         **_environment(),
     }
@@ -135,6 +143,13 @@ def remarks(record: dict[str, Any]) -> list[str]:
     if (benchmark := record["benchmark"])["subset"]:
         first = f"the first {benchmark['limit']} only, " if benchmark["limit"] else ""
         said.append(first + benchmark["subset"])
+    if left_out := benchmark.get("left_out"):
+        said.append(f"{left_out} broken {'line' if left_out == 1 else 'lines'} of the file left out")
+    if (classes := record.get("classes")) and classes["known_by"] != "name":
+        why = (
+            "the adapter numbers its classes" if classes["known_by"] == "number" else "nothing names the head's classes"
+        )
+        said.append(f"{why}: they are taken in the task's own order")
     if found.get("over_limit"):
         said.append(
             f"{found['over_limit']} rows are longer than the model's limit: they were not asked, and count as wrong"

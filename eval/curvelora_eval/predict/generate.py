@@ -15,6 +15,8 @@ from torch import nn
 from transformers import GenerationConfig
 
 from curvelora_eval.benchmarks.protocols import GenerateProtocol, Row
+from curvelora_eval.benchmarks.protocols.answers import MetaMathProtocol
+from curvelora_eval.benchmarks.quirks import HUNDREDFOLD
 from curvelora_eval.predict.base import Output, Predictor, padding_token
 from curvelora_eval.tasks.base import device_of
 
@@ -134,8 +136,14 @@ class Generate(Predictor):
             if said is None:
                 records.append(record | {"text": None, "new_tokens": 0, "truncated": False, "over_limit": True})
             else:
-                records.append(record | {"prediction": self.protocol.extract(said["text"], row)} | said)
+                records.append(record | {"prediction": self._extract(said["text"], row)} | said)
         return records
+
+    def _extract(self, text: str, row: Row) -> str | float | None:
+        found = self.protocol.extract(text, row)
+        if HUNDREDFOLD in self.quirks and isinstance(self.protocol, MetaMathProtocol):
+            return self.protocol.forgiven(found, row)
+        return found
 
     def differs(self, first: Sequence[Output], second: Sequence[Output]) -> tuple[bool, float | None]:
         return first[0]["text"] != second[0]["text"], None

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from curvelora_eval import benchmarks
+from curvelora.cli import run_module
+from curvelora.errors import UserError
+from curvelora_eval import benchmarks, tasks_command
 from curvelora_eval.benchmarks.protocols import HeadProtocol
 from curvelora_eval.scoring import score_records
 
@@ -42,14 +45,38 @@ def test_ids_are_the_source_s_own_where_it_has_some(tmp_path: Path) -> None:
     assert benchmarks.load(benchmarks.get("rte"), tmp_path).rows[0].id == "validation-17"
 
 
-def test_qqp_leaves_out_the_lines_that_are_cut_off(tmp_path: Path) -> None:
-    (tmp_path / "QQP").mkdir()
-    header = "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n"
-    (tmp_path / "QQP/dev.tsv").write_text(f"{header}0\t1\t2\ta?\tb?\t1\n1\t3\t4\tcut off\n2\t5\t6\tc?\td?\t0\n")
-    assert [row.answer for row in benchmarks.load(benchmarks.get("qqp"), tmp_path).rows] == [
-        "duplicate",
-        "not_duplicate",
-    ]
+@pytest.fixture
+def qqp(tmp_path: Path) -> Callable[[int, int], Path]:
+    """`qqp(good, broken)`: a folder with a file of so many lines."""
+
+    def write(good: int, broken: int) -> Path:
+        lines = ["id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate"]
+        lines += [f"{i}\t{i}\t{i}\ta?\tb?\t{i % 2}" for i in range(good)] + ["7\t1\t2\tcut off"] * broken
+        (tmp_path / "QQP").mkdir(exist_ok=True)
+        (tmp_path / "QQP/dev.tsv").write_text("\n".join(lines) + "\n")
+        return tmp_path
+
+    return write
+
+
+def test_qqp_leaves_out_the_lines_that_are_cut_off_and_counts_them(
+    qqp: Callable[[int, int], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    loaded = benchmarks.load(benchmarks.get("qqp"), qqp(2, 1))
+    assert [row.answer for row in loaded.rows] == ["not_duplicate", "duplicate"] and loaded.left_out == 1
+    assert benchmarks.load(benchmarks.get("qqp"), qqp(4000, 4), limit=3).left_out == 4
+    assert benchmarks.load(benchmarks.get("qqp"), qqp(2, 0)).left_out == 0
+    folder = qqp(2000, 2)
+    assert run_module(tasks_command, "curvelora tasks", ["qqp", "--data-dir", str(folder)]) == 0
+    assert "broken lines left out: 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("good", "broken"), [(2, 2), (1900, 2), (0, 3)])
+def test_a_qqp_file_with_many_broken_lines_is_another_file(
+    good: int, broken: int, qqp: Callable[[int, int], Path]
+) -> None:
+    with pytest.raises(UserError, match=f"{broken} of {good + broken} lines have not 6 fields"):
+        benchmarks.load(benchmarks.get("qqp"), qqp(good, broken))
 
 
 METRICS = {

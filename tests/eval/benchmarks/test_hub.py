@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,9 @@ from curvelora_eval import benchmarks
 # the columns of the hub's data sets, with the content of the first local row of each task
 ROWS: dict[str, dict[str, Any]] = {
     "boolq": {
-        "question": "does ethanol take more energy make that produces",
+        "question": "is a lighthouse lamp always lit by electricity",
         "answer": False,
-        "passage": "All biomass goes through at least some of these steps.",
+        "passage": "Early lighthouses burnt wood, coal or oil.",
     },
     "siqa": {
         "context": "Tracy didn't go home that evening and resisted Riley's attacks.",
@@ -56,19 +57,19 @@ ROWS: dict[str, dict[str, Any]] = {
         "answerKey": "B",
     },
     "arc_challenge": {
-        "id": "Mercury_7175875",
-        "question": "An astronomer observes that a planet rotates faster after a meteorite impact. Which is the most likely "
-        "effect of this increase in rotation?",
+        "id": "Own_1",
+        "question": "Two cups hold the same tea, one with a lid. After ten minutes the tea with the lid is warmer. What is the "
+        "best reason?",
         "choices": {
             "text": [
-                "Planetary density will decrease.",
-                "Planetary years will become longer.",
-                "Planetary days will become shorter.",
-                "Planetary gravity will become stronger.",
+                "The lid makes heat.",
+                "The lid keeps warm vapour from leaving.",
+                "The lid cools the air.",
+                "The lid makes the tea heavier.",
             ],
             "label": ["1", "2", "3", "4"],
         },
-        "answerKey": "3",
+        "answerKey": "2",
     },
 }
 
@@ -101,7 +102,37 @@ def test_rows_come_through_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = benchmarks.load(benchmarks.get("gsm8k"), None, "test", limit=3)
     assert asked == [("openai/gsm8k", "main", "test")]
     assert [row.id for row in loaded.rows] == ["test-0", "test-1", "test-2"]
+    assert re.fullmatch("fingerprint [0-9a-f]{16}", loaded.hub_version)
     assert loaded.subset == "subset 3 of 1319" and loaded.sha256 is None and loaded.path == "openai/gsm8k (main) test"
+
+
+@pytest.mark.parametrize(("other", "said"), [("a" * 40, "commit"), ("b" * 40, "fingerprint")])
+def test_the_commit_is_kept_where_it_is_known(other: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = datasets.Dataset.from_list([{"question": "1?", "answer": "x\n#### 1"}])
+    urls = [f"hf://datasets/openai/gsm8k@{commit}/main/{i}.parquet" for i, commit in enumerate(("a" * 40, other))]
+    rows.info.download_checksums = {url: {"num_bytes": 1, "checksum": None} for url in urls}
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows)
+    found = benchmarks.load(benchmarks.get("gsm8k")).hub_version
+    assert found == {"commit": f"commit {other}", "fingerprint": f"fingerprint {rows._fingerprint}"}[said]
+
+
+def test_a_file_has_its_hash_and_no_version_on_the_hub(samples: Path) -> None:
+    loaded = benchmarks.load(benchmarks.get("gsm8k"), samples)
+    assert loaded.hub_version is None and len(loaded.sha256) == 64
+
+
+@pytest.mark.parametrize("offline_is_set", [True, False])
+def test_the_real_reason_is_said(offline_is_set: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not every failure is about the cache: also offline, a damaged cache or a full disk is what it is."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1" if offline_is_set else "0")
+    with pytest.raises(UserError, match="No space left on device") as error:
+        benchmarks.load(benchmarks.get("boolq"))
+    assert ("HF_HUB_OFFLINE is set" in str(error.value)) is offline_is_set
 
 
 def test_other_columns_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,12 +141,14 @@ def test_other_columns_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
         benchmarks.load(benchmarks.get("gsm8k"))
 
 
-def test_offline_says_what_to_do(offline: None) -> None:
+def test_offline_says_what_to_do() -> None:
     with pytest.raises(UserError) as error:
         benchmarks.load(benchmarks.get("boolq"))
-    assert str(error.value) == (
-        "boolq cannot be had from the hub as google/boolq (HF_HUB_OFFLINE is set and it is not in the cache): give --data-dir "
-        "with the folder that holds commonsense/boolq/test.json or boolq/test.json"
+    said = str(error.value)
+    assert said.startswith("boolq cannot be had from the hub as google/boolq (Couldn't reach")
+    assert said.endswith(
+        "; HF_HUB_OFFLINE is set, so only the cache was looked at): give --data-dir with the folder that holds "
+        "commonsense/boolq/test.json or boolq/test.json"
     )
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import io
+import random
 import tarfile
+import tracemalloc
 from pathlib import Path
 
 import pytest
 
 from curvelora.errors import UserError
 from curvelora_eval import benchmarks
+from curvelora_eval.benchmarks import loading
 from curvelora_eval.benchmarks.archives import read_members
 from curvelora_eval.benchmarks.newsgroups20 import body
 
@@ -67,3 +70,52 @@ def test_size_damage_and_foreign_archives(tmp_path: Path) -> None:
         benchmarks.load(
             benchmarks.get("newsgroups20"), archive(tmp_path / "20news-bydate.tar", "x-test/alt.cats/1").parent
         )
+
+
+@pytest.mark.parametrize(("ending", "mode"), [(".gz", "w:gz"), (".bz2", "w:bz2"), (".xz", "w:xz")])
+def test_a_packed_archive_that_is_damaged_is_said(ending: str, mode: str, tmp_path: Path) -> None:
+    path = tmp_path / f"a.tar{ending}"
+    with tarfile.open(path, mode) as tar:
+        member = tarfile.TarInfo("folder/a")
+        member.size = 1 << 14
+        tar.addfile(member, io.BytesIO(random.Random(0).randbytes(1 << 14)))
+    assert [str(name) for name, _ in read_members(path)] == ["folder/a"]
+    content = path.read_bytes()
+    for damaged in (content[: len(content) // 2], content[:60] + b"\xff" * 200 + content[260:]):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match="cannot be read as a tar archive"):
+            list(read_members(path))
+
+
+LONG = tarfile.GNUTYPE_LONGNAME
+
+
+@pytest.mark.parametrize(
+    ("kind", "ending"),
+    [
+        (LONG, ""),
+        (LONG, ".gz"),
+        (LONG, ".bz2"),
+        (LONG, ".xz"),
+        (tarfile.GNUTYPE_LONGLINK, ".gz"),
+        (tarfile.XHDTYPE, ".gz"),
+    ],
+)
+def test_headers_count_as_well(kind: bytes, ending: str, tmp_path: Path) -> None:
+    """A header of 16 MiB packs to next to nothing, and no file's size tells of it."""
+    size = 16 << 20
+    header = tarfile.TarInfo("././@LongLink")
+    header.type, header.size = kind, size
+    path = tmp_path / f"a.tar{ending}"
+    with loading.PACKED.get(ending, open)(path, "wb") as stream:
+        stream.write(header.tobuf(tarfile.GNU_FORMAT))
+        for _ in range(16):
+            stream.write(bytes(1 << 20))
+        stream.write(archive(tmp_path / "b.tar", "folder/a").read_bytes())
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match="unpacks to more than 1 MiB"):
+            list(read_members(path, most=1 << 20))
+        assert tracemalloc.get_traced_memory()[1] < 12 << 20
+    finally:
+        tracemalloc.stop()

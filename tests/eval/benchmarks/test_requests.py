@@ -24,7 +24,7 @@ REQUESTS = {
 
 
 @pytest.mark.parametrize("task", REQUESTS)
-def test_real_instructions_are_read_and_written_again(task: str, samples: Path) -> None:
+def test_instructions_are_read_and_written_again(task: str, samples: Path) -> None:
     for row in benchmarks.load(benchmarks.get(task), samples).rows:
         question, options = REQUESTS[task].read(row.fields["instruction"])
         assert question and all(option.strip() for option in options)
@@ -52,8 +52,8 @@ def test_what_is_not_of_the_form_is_not_guessed() -> None:
 
 PAIRS = {
     "boolq": [
-        ("Question: does ethanol take more energy make that produces?\nAnswer:", " no"),
-        ("Question: does ethanol take more energy make that produces?\nAnswer:", " yes"),
+        ("Question: is a lighthouse lamp always lit by electricity?\nAnswer:", " no"),
+        ("Question: is a lighthouse lamp always lit by electricity?\nAnswer:", " yes"),
     ],
     "winogrande": [
         ("Sarah was a much better surgeon than Maria so Sarah", " always got the easier cases."),

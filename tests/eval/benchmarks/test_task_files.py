@@ -67,6 +67,17 @@ def test_packed_files_are_read(ending: str, pack: Callable[[bytes], bytes], tmp_
         load("addsub", tmp_path)
 
 
+def test_a_packed_file_that_is_damaged_inside_is_said(tmp_path: Path) -> None:
+    """The beginning is whole, so that gzip knows the format, and zlib finds the fault."""
+    file = tmp_path / "AddSub" / "test.json.gz"
+    file.parent.mkdir()
+    content = bytearray(gzip.compress(json.dumps(ROWS * 50).encode()))
+    content[12:40] = b"\xff" * 28
+    file.write_bytes(content)
+    with pytest.raises(UserError, match="cannot be read"):
+        load("addsub", tmp_path)
+
+
 def test_a_file_that_unpacks_to_too_much_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "AddSub" / "test.json.gz"
     file.parent.mkdir()
@@ -108,6 +119,7 @@ BAD = {
     "no rows": ("addsub", "AddSub/test.json", "[]", "has no rows"),
     "empty": ("addsub", "AddSub/test.json", " \n", "is empty"),
     "not JSON": ("addsub", "AddSub/test.json", "[{", "neither a JSON list nor JSON lines"),
+    "depth": ("addsub", "AddSub/test.json", "[" * 100_000, "is nested too deeply"),
     "not objects": ("addsub", "AddSub/test.json", "[1]", "record 0 is no object"),
     "column": (
         "addsub",
@@ -130,6 +142,24 @@ BAD = {
         "1 ids occur more than once .7.",
     ),
     "mark": ("gsm8k", "gsm8k/test.jsonl", '{"question": "a", "answer": "3"}', "test-0 has no '####'"),
+    "solution": (
+        "gsm8k",
+        "gsm8k/test.jsonl",
+        '{"question": "a", "answer": "b #### twelve"}',
+        "no number .test-0 has 'twelve'",
+    ),
+    "infinite": (
+        "addsub",
+        "AddSub/test.json",
+        json.dumps([ROWS[0] | {"answer": "1e999"}]),
+        "no number .test-0 has '1e999'",
+    ),
+    "similarity": (
+        "stsb",
+        "stsb/dev.tsv",
+        "sentence1\tsentence2\tscore\na\tb\tabc\na\tb\t2.5\na\tb\tnan\na\tb\t99\na\tb\t5.000\n",
+        "3 rows have an answer that is no number from 0 to 5 .validation-0 has 'abc', validation-2 has 'nan', validation-3 has",
+    ),
     "fields": ("mrpc", "mrpc/dev.tsv", f"{MRPC}1\t2\t3\ta\n", "row 0 has 4 fields and not 5"),
     "header": ("mrpc", "mrpc/dev.tsv", "label\ta\tb\n1\ta\tb\n", "no column #1 String"),
     "class": (
@@ -221,3 +251,17 @@ def test_some_of_the_training_files_are_not_the_training_set(samples: Path, tmp_
     assert "piqa, siqa, hellaswag, winogrande are missing as well, and the others have 17,754 of its 170,420" in str(
         error.value
     )
+
+
+@pytest.mark.parametrize(
+    ("task", "answer"), [("gsm8k", "twelve"), ("stsb", "inf"), ("rte", "maybe"), ("piqa", "solution9")]
+)
+def test_an_answer_that_cannot_be_compared_with_is_said_before_any_model_is_loaded(task: str, answer: str) -> None:
+    """However the rows came about: here past every check of files."""
+    fields = {"instruction": "", "question": "a", "options": ("b", "c"), "text": "a", "text_pair": "b"}
+    good = {"gsm8k": "1", "stsb": "2.5", "rte": "entailment", "piqa": "solution1"}[task]
+    rows = [benchmarks.Row("test-6", fields, good), benchmarks.Row("test-7", fields, answer)]
+    for name, protocol in benchmarks.get(task).protocols.items():
+        if (task, name) != ("piqa", "llm-adapters"):  # whose reference is any text
+            with pytest.raises(UserError, match=f"1 of 2 rows have an answer that .* test-7 has '{answer}'"):
+                protocol.check(rows)

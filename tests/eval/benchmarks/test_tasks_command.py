@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 
@@ -46,7 +47,7 @@ def test_one_task_is_explained_with_a_prompt(samples: Path, capsys: pytest.Captu
         "arXiv 1905.10044",
         "closed book",
         benchmarks.get("boolq").protocol().hash("legacy"),
-        "  | ### Instruction:\n  | Please answer the following question with true or false, question: does ethanol",
+        "  | ### Instruction:\n  | Please answer the following question with true or false, question: is a lighthouse lamp",
         "Answer:' -> ' yes'",
         "not comparable with BoolQ scores that read it",
         *quirks.QUIRKS,
@@ -71,8 +72,9 @@ def test_json_holds_everything(samples: Path, capsys: pytest.CaptureFixture[str]
         "unit": "rows",
         "labelled": True,
         "note": "",
-        "found": 14,
-        "subset": "subset 14 of 2376",
+        "found": 8,
+        "subset": "subset 8 of 2376",
+        "left_out": 0,
         "path": "",
         "problem": None,
     }
@@ -86,8 +88,24 @@ def test_a_damaged_file_does_not_hide_the_others(tmp_path: Path, capsys: pytest.
     (tmp_path / "boolq/test.json").write_text("[{")
     assert run("--data-dir", str(tmp_path)) == 0
     assert "test damaged" in capsys.readouterr().out.splitlines()[1]
+    packed = gzip.compress(json.dumps(list(range(999))).encode())
+    for name, content in {
+        "piqa": packed[:20] + b"\xff" * 40 + packed[60:],
+        "social_i_qa": gzip.compress(b"[" * 100_000),
+    }.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "test.json.gz").write_bytes(content)
+    assert run("--data-dir", str(tmp_path)) == 0
+    assert capsys.readouterr().out.count("test damaged") == 3
     assert run("boolq", "--data-dir", str(tmp_path)) == 0
     assert "neither a JSON list nor JSON lines" in " ".join(capsys.readouterr().out.split())
+
+
+def test_an_answer_that_is_no_number_is_said_and_not_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "gsm8k").mkdir()
+    (tmp_path / "gsm8k/test.jsonl").write_text('{"question": "a", "answer": "b #### twelve"}')
+    assert run("gsm8k", "--data-dir", str(tmp_path)) == 0
+    assert "that is no number (test-0 has 'twelve')" in " ".join(capsys.readouterr().out.split())
 
 
 def test_bad_arguments() -> None:

@@ -98,7 +98,8 @@ class MetaMathProtocol(GenerateProtocol):
     """PiSSA and MiLoRA, GSM8K: greedy; the number after the last "The answer is: ", rounded (gsm8k_inference.py).
 
     The number's pattern is the original's: of 1,234,567 it takes 1,234, and a fraction a/b is divided. The original counts an
-    answer a hundred times too large or too small as right as well; here it is wrong.
+    answer a hundred times too large or too small as right as well; here it is wrong, except with the quirk
+    `metamath-hundredfold`.
     """
 
     name: str = "metamath"
@@ -127,6 +128,11 @@ class MetaMathProtocol(GenerateProtocol):
     def reference(self, row: Row) -> float:
         """The number."""
         return float(row.answer)
+
+    def forgiven(self, found: float | None, row: Row) -> float | None:
+        """The right number where `found` is a hundred times too large or too small, otherwise `found`."""
+        right = self.reference(row)
+        return right if found is not None and (found == 100 * right or 100 * found == right) else found
 
     def completion(self, row: Row) -> str:
         """The solution, closed by the sentence that `extract` looks for."""

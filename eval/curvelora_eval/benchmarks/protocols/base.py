@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -94,7 +95,20 @@ class Protocol(ABC):
                 f"{len(missing)} of {len(rows)} rows have no answer (the first is {missing[0]}), so {self.name} has nothing "
                 "to compare with: choose a labelled split"
             )
+        unreadable = [row for row in rows if not self._has_reference(row)]
+        if unreadable:
+            raise UserError(
+                f"{len(unreadable)} of {len(rows)} rows have an answer that {self.name} cannot compare with (the first: "
+                f"{unreadable[0].id} has {unreadable[0].answer!r}): correct these rows"
+            )
         self.check_rows(rows)
+
+    def _has_reference(self, row: Row) -> bool:
+        try:
+            found = self.reference(row)
+        except ValueError:
+            return False
+        return not isinstance(found, float) or math.isfinite(found)
 
     def check_rows(self, rows: Sequence[Row]) -> None:  # noqa: B027 - most protocols have nothing to add
         """What `check` looks at beyond the answers."""
