@@ -8,13 +8,14 @@ STAMP := $(VENV)/.installed
 WORKERS ?= 2
 export HF_HUB_OFFLINE = 1
 
-.PHONY: help demo lab test test-slow test-slurm test-slurm-all lint clean
+.PHONY: help demo lab test test-slow test-data test-slurm test-slurm-all lint clean
 
 help:
 	@echo "make demo       LoRAN, RanLoRA and AuroRA against QLoRA on real sentences (runs/demo/report.html)"
 	@echo "make lab        what Sinter costs, whether it is stable and whether it is there (runs/lab/report.html)"
 	@echo "make test       the test suite (about 15 minutes on 2 cores)"
 	@echo "make test-slow  the tests that take minutes each"
+	@echo "make test-data DATA=D   every row of the whole data sets below D, in the layout of docs/tasks.md (a minute)"
 	@echo "make test-slurm the job script on a SLURM of three nodes, which it installs and starts; root, Debian (4 minutes)"
 	@echo "make test-slurm-all   the same, with everything that can happen to a job"
 	@echo "make lint       style"
@@ -39,6 +40,10 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m "slow and not gpu and not slurm"
+
+test-data: $(STAMP)
+	@test -d "$(DATA)" || { echo "error: say DATA=D with the folder that holds the tasks' data (layout: docs/tasks.md)"; exit 1; }
+	CURVELORA_DATA_DIR="$(DATA)" $(BIN)/python -m pytest tests/eval/benchmarks/test_real_data.py tests/eval/benchmarks/test_samples.py
 
 test-slurm: $(STAMP)
 	$(BIN)/python -m pytest -m "slurm and not slow" tests/slurm

@@ -211,6 +211,11 @@ def page() -> str:
         "Below `--data-dir`; the first name that exists counts, each also with `.gz`, `.bz2` or `.xz`. Without `--data-dir` the "
         "hub is asked.\n"
     )
+    parts.append(
+        "The default tests read the few rows in `tests/data/benchmarks`. With the whole sets below D, `make test-data DATA=D` "
+        "reads every row of every file that is there, checks ids, answers and what each protocol needs, and skips what is "
+        "missing.\n"
+    )
     parts += ["| task | split | files | hub |", "|---|---|---|---|"]
     for _, described in everything:
         for name, split in described["splits"].items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -53,3 +54,20 @@ def test_own_rows_are_none_of_the_real_ones(task: str, samples: Path, real_data:
             for rows in (mine, real)
         ]
         assert asked[0] and not asked[0] & asked[1]
+
+
+def test_the_whole_sets_are_tested_by_one_command(root: Path, tmp_path: Path) -> None:
+    said = subprocess.run(
+        ["make", "-n", "test-data", f"DATA={tmp_path}"],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    command = said.stdout.strip().splitlines()[-1]
+    assert f'CURVELORA_DATA_DIR="{tmp_path}"' in command
+    named = {root / word for word in command.split() if word.endswith(".py")}
+    tests = (root / "tests").rglob("test_*.py")
+    assert named == {path for path in tests if "real_data: Path" in path.read_text(encoding="utf-8")}
+    assert "make test-data DATA=D" in (root / "docs/tasks.md").read_text(encoding="utf-8")
