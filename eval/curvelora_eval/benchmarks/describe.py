@@ -212,8 +212,9 @@ def page() -> str:
         "hub is asked.\n"
     )
     parts.append(
-        "The default tests read the few rows in `tests/data/benchmarks`. With the whole sets below D, "
-        "`make test-data DATA=D` reads every row of every file that is there, checks ids, answers and what each protocol needs, and skips what is missing.\n"
+        "The default tests read the few rows in `tests/data/benchmarks`. With the whole sets below D, `make test-data DATA=D` "
+        "reads every row of every file that is there, checks ids, answers and what each protocol needs, and skips what is "
+        "missing.\n"
     )
     parts += ["| task | split | files | hub |", "|---|---|---|---|"]
     for _, described in everything:
