@@ -70,7 +70,7 @@ def test_logits_are_in_the_benchmarks_order_and_the_head_in_its_own(
             inputs = tokenizer(row.fields["text"], row.fields["text_pair"], return_tensors="pt")
             contradiction, neutral, entailment = model(**inputs).logits[0].tolist()
         assert line["logits"] == pytest.approx([entailment, neutral, contradiction], abs=1e-4)
-    assert result(folder, "evaluation.json")["notes"] == []
+    assert result(folder, "evaluation.json")["classes"]["known_by"] == "name"
     config = classifier / "config.json"
     content = config.read_text()
     try:
@@ -80,8 +80,10 @@ def test_logits_are_in_the_benchmarks_order_and_the_head_in_its_own(
         folder = bare("unnamed")
     finally:
         config.write_text(content)
-    (note,) = result(folder, "evaluation.json")["notes"]
-    assert "taken as entailment, neutral, contradiction" in note and note in capsys.readouterr().out
+    order = ["entailment", "neutral", "contradiction"]
+    assert result(folder, "evaluation.json")["classes"] == {"order": order, "known_by": "position"}
+    note = "nothing names the head's classes: they are taken in the task's own order"
+    assert note in capsys.readouterr().out
     assert note in (folder.parent.parent / "summary.md").read_text()
     assert [line["logits"][::-1] for line in read_lines(folder / "predictions.jsonl")] == [
         pytest.approx(line["logits"], abs=1e-4) for line in lines

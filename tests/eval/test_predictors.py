@@ -269,18 +269,17 @@ def test_windows_count_every_token_but_the_first_once(length: int, window: int, 
     assert counted == list(range(1, length))
 
 
-@pytest.mark.parametrize("stride", [0, 16])
+@pytest.mark.parametrize("stride", [8, 16])
 def test_perplexity_is_that_of_plain_windows(llama: Any, stride: int) -> None:
     model, tokenizer = llama
     rows = [Row("long", {"text": " ".join(QUESTIONS)}, None), Row("short", {"text": QUESTIONS[0]}, None)]
     protocol = PerplexityProtocol(window=16, stride=stride)
     predictor = Perplexity(protocol, "default", rows, tokenizer, None)
-    step = stride or 8
     wanted, counts, ids_of = [], [], []
     for row in rows:
         ids = tokenizer(row.fields["text"])["input_ids"]
         counted, number = 1, 0
-        for begin in range(0, len(ids), min(step, 15)):
+        for begin in range(0, len(ids), min(stride, 15)):
             end = min(begin + 16, len(ids))
             if counted < end:
                 ids_of.append(f"{row.id}/{number}")
@@ -294,7 +293,9 @@ def test_perplexity_is_that_of_plain_windows(llama: Any, stride: int) -> None:
         assert [record["tokens"] for record in records] == counts
         assert [record["id"] for record in records] == ids_of and len(set(ids_of)) == len(ids_of) > 6
         assert [f"{rows[r['row']].id}/{r['window']}" for r in records] == ids_of
-    assert Perplexity(PerplexityProtocol(), "default", rows, tokenizer, 12).window == 12
+    for limit, window in ((12, 12), (4096, 2048), (None, 2048)):
+        predictor = Perplexity(PerplexityProtocol(), "default", rows, tokenizer, limit)
+        assert predictor.decoding == {"window": window, "stride": window // 2}
 
 
 def test_the_limit_is_that_of_the_position_table(llama: Any) -> None:
@@ -415,9 +416,14 @@ def test_answers_a_hundred_times_off_count_with_the_quirk_alone(protocol: str, q
     chosen = gsm8k.protocol(protocol)
     rows = [Row(str(i), {"instruction": "?"}, "1200") for i in range(5)]
     said = ["12", "120000", "1200", "12000", "none"]
-    asked = Generate(
-        chosen, chosen.template(), rows, lambda texts, **_: {"input_ids": [[1] for _ in texts]}, None, quirks
-    )
+
+    class Tokenizer:
+        pad_token_id = 0
+
+        def __call__(self, texts: list[str], **_: Any) -> dict[str, list[list[int]]]:
+            return {"input_ids": [[1] for _ in texts]}
+
+    asked = Generate(chosen, chosen.template(), rows, Tokenizer(), None, quirks)
     outputs = {
         i: {"text": f"The answer is: {text}", "new_tokens": 1, "truncated": False} for i, text in enumerate(said)
     }

@@ -54,6 +54,7 @@ def test_a_head_for_other_classes_is_refused(labels: list[str], task_data: Path)
 def test_what_the_reader_of_a_score_must_know(known_by: str, left_out: int, said: list[str]) -> None:
     record = {
         "counts": {"rows": 9},
+        "metrics": {},
         "benchmark": {"subset": None, "left_out": left_out},
         "classes": {"order": ["a", "b"], "known_by": known_by},
         "batch_independence": None,

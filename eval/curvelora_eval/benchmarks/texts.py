@@ -11,7 +11,8 @@ from curvelora_eval.benchmarks.protocols.perplexity import PerplexityProtocol
 
 PROTOCOLS = {
     "perplexity": PerplexityProtocol(
-        description="windows of the model's limit, half a window apart, over the whole text; no token is left out"
+        description="windows of 2,048 tokens (or the model's limit, where that is lower), half a window apart, over the whole "
+        "text; no token is left out"
     )
 }
 

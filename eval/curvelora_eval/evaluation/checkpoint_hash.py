@@ -11,6 +11,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import snapshot_download
 from transformers.utils import cached_file
 
 from curvelora_eval.spec import ModelSpec
@@ -18,6 +19,7 @@ from curvelora_eval.spec import ModelSpec
 WHOLE = 4 << 30  # bytes of weights
 BLOCK = 1 << 20
 BLOCKS = 64
+SMALL = (".json", ".txt", ".model", ".jinja")  # config, tokenizer and the like
 
 
 def checkpoint_folder(spec: ModelSpec) -> Path | None:
@@ -32,14 +34,20 @@ def checkpoint_folder(spec: ModelSpec) -> Path | None:
 
 
 def checkpoint_hash(spec: ModelSpec) -> dict[str, Any]:
-    """`sha256` over config, tokenizer and weights, and `sha256_of`: "contents", or "headers and samples" of large weights."""
+    """`sha256` over config, tokenizer and weights, and `sha256_of`: "contents", or "headers and samples" of large weights.
+
+    Weights that are still on the hub are fetched first: a hash without them would be another one when they are here. Both are None
+    where there are none.
+    """
     folder = checkpoint_folder(spec)
-    if folder is None:
+    if not Path(spec.path).is_dir() and not (folder and any(folder.glob("*.safetensors"))):
+        folder = _fetched(spec)
+    weights = sorted(folder.glob("*.safetensors")) if folder else []
+    if not weights:
         return {"sha256": None, "sha256_of": None}
-    weights = sorted(folder.glob("*.safetensors"))
     whole = sum(path.stat().st_size for path in weights) <= WHOLE
     digest = hashlib.sha256()
-    small = [p for p in folder.iterdir() if p.suffix in (".json", ".txt", ".model", ".jinja") and p.is_file()]
+    small = [p for p in folder.iterdir() if p.suffix in SMALL and p.is_file()]
     for path in sorted(small) + weights:
         size = path.stat().st_size
         digest.update(f"{path.name}\0{size}\0".encode())
@@ -50,6 +58,21 @@ def checkpoint_hash(spec: ModelSpec) -> dict[str, Any]:
                 while block := stream.read(BLOCK):
                     digest.update(block)
     return {"sha256": digest.hexdigest(), "sha256_of": "contents" if whole else "headers and samples"}
+
+
+def _fetched(spec: ModelSpec) -> Path | None:
+    """The checkpoint's files in the hub's cache, as loading will want them; None without network."""
+    try:
+        return Path(
+            snapshot_download(
+                spec.path,
+                revision=spec.revision,
+                allow_patterns=["*.safetensors", *(f"*{suffix}" for suffix in SMALL)],
+                ignore_patterns="*/*",
+            )
+        )
+    except (OSError, ValueError):  # loading says what is wrong
+        return None
 
 
 def _sample(path: Path, size: int, digest: Any) -> None:

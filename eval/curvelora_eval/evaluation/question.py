@@ -53,14 +53,6 @@ class Question:
         matters = {ANYWHERE: arm.folder is not None, HUNDREDFOLD: isinstance(self.protocol, MetaMathProtocol)}
         return tuple(quirk for quirk in self.quirks if matters.get(quirk, generates))
 
-    def notes(self, arm: Arm) -> list[str]:
-        """What had to be assumed to ask this model, in sentences."""
-        if isinstance(self.protocol, HeadProtocol) and self.protocol.labels and arm.classes and unnamed(arm.classes):
-            return [
-                f"the checkpoint does not name its head's classes, which were taken as {', '.join(self.protocol.labels)}"
-            ]
-        return []
-
     def rows_hash(self) -> str:
         """SHA-256 over the rows that are asked, in order."""
         rows = [[row.id, row.fields, row.answer] for row in self.loaded.rows]

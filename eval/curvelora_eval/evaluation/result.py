@@ -104,7 +104,7 @@ def evaluation_record(
         "scoring": [asdict(score) for score in protocol.scores],
         "counts": counts(job, predicted.records, predictor),
         "batch_independence": predicted.independence,
-        "notes": [*job.arm.notes, *question.notes(job.arm)],
+        "notes": list(job.arm.notes),
         "seconds": seconds,
         "rows_per_second": rows / seconds if seconds else None,
         "tokens_per_second": predicted.tokens / seconds if seconds else None,

@@ -14,7 +14,6 @@ from curvelora_eval.predict.choices import logits_from, summed_log_probabilities
 from curvelora_eval.tasks.base import device_of
 
 SAME = 1e-3  # losses of a window that are relatively no further apart count as the same answer
-WINDOW = 1024  # tokens, for models that say no limit
 
 
 class Perplexity(Predictor):
@@ -40,8 +39,9 @@ class Perplexity(Predictor):
         self.protocol, self.rows = protocol, rows
         self.over_limit: set[int] = set()
         self.pad = tokenizer.pad_token_id or 0
-        self.window = min(protocol.window or limit or WINDOW, limit or protocol.window or WINDOW)
-        self.stride = min(protocol.stride or max(1, self.window // 2), self.window)
+        self.window = min(protocol.window, limit or protocol.window)
+        # half a window of context at least, also where the model's limit makes windows smaller than the protocol's
+        self.stride = protocol.stride if self.window == protocol.window else min(protocol.stride, max(1, self.window // 2))
         texts = tokenizer([protocol.text(row) for row in rows], verbose=False)["input_ids"]
         self.places: list[tuple[int, int]] = []  # of a unit: the row, and which of its windows
         self.windows: list[tuple[list[int], int]] = []

@@ -21,10 +21,10 @@ class PerplexityProtocol(Protocol):
     name: str = "perplexity"
     version: int = 2
     scores: tuple[Score, ...] = (Score("perplexity", prediction="nll", reference="tokens"),)
-    window: int = 0
-    """Tokens a window; 0 takes the model's own limit."""
-    stride: int = 0
-    """Tokens between the beginnings of two windows; 0 takes half a window."""
+    window: int = 2048
+    """Tokens a window; a model with a lower limit has its own."""
+    stride: int = 1024
+    """Tokens between the beginnings of two windows; at most half of the model's own."""
 
     def text(self, row: Row) -> str:
         """The text whose tokens are predicted."""
