@@ -36,8 +36,8 @@ def checkpoint_folder(spec: ModelSpec) -> Path | None:
 def checkpoint_hash(spec: ModelSpec) -> dict[str, Any]:
     """`sha256` over config, tokenizer and weights, and `sha256_of`: "contents", or "headers and samples" of large weights.
 
-    Weights that are still on the hub are fetched first: a hash without them would be another one when they are here. Both are None
-    where there are none.
+    Weights that are still on the hub are fetched first: a hash without them would be another one when they are here. Both are
+    None where there are none.
     """
     folder = checkpoint_folder(spec)
     if not Path(spec.path).is_dir() and not (folder and any(folder.glob("*.safetensors"))):
