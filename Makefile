@@ -15,7 +15,7 @@ help:
 	@echo "make lab        what Sinter costs, whether it is stable and whether it is there (runs/lab/report.html)"
 	@echo "make test       the test suite (about 15 minutes on 2 cores)"
 	@echo "make test-slow  the tests that take minutes each"
-	@echo "make test-data DATA=D   every row of the whole data sets below D, in the layout of docs/tasks.md (a minute)"
+	@echo "make test-data DATA=D   every row of the whole data sets below D, in the layout of docs/tasks.md (half a minute)"
 	@echo "make test-slurm the job script on a SLURM of three nodes, which it installs and starts; root, Debian (4 minutes)"
 	@echo "make test-slurm-all   the same, with everything that can happen to a job"
 	@echo "make lint       style"
