@@ -57,6 +57,7 @@ def test_the_demo_shortened(root: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1260)  # ten minutes of training on a slow pair of cores, beside the limit of run_demo
 def test_adapters_beat_the_head_by_more_than_its_interval(root: Path, tmp_path: Path) -> None:
     run_demo(root, tmp_path)
     scores = {folder: result(tmp_path / folder, "evaluation.json")["metrics"]["accuracy"] for folder in ARMS}
