@@ -2,7 +2,8 @@
 
 A layer's backward pass needs much that is cheap to make again (norms, activations, sums) from what is dear: products with weights
 and attention. Keeping only the dear part costs less than half of the memory that keeping everything does, and what is left of the
-second forward pass takes a small part of its time. The numbers are those of plain checkpointing, bit for bit.
+second forward pass takes a small part of its time. On a CPU the numbers are those of plain checkpointing, bit
+for bit; on GPUs losses of 23 steps lay 0.006 apart on average (of 12), as engines do there among themselves.
 """
 
 from __future__ import annotations

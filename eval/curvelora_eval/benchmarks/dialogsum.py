@@ -41,6 +41,7 @@ BENCHMARK = Benchmark(
     from_hub=lambda row, name: summaries.make_row(row["id"], row),
     protocols={"rouge": summaries.PROTOCOL},
     notes=(
-        "A test row scores the mean of ROUGE over its three summaries, as the paper's baselines do; not the best of them.",
+        "A test row scores the mean of ROUGE over its three summaries, not the best; the authors' baseline scores the first "
+        "alone.",
     ),
 )

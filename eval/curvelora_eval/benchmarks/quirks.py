@@ -27,7 +27,7 @@ _ALL = (
     Quirk(
         "adapter-dropout",
         "the adapters' dropout stays live: the model is never put into eval mode on a GPU",
-        "LLM-Adapters commonsense_evaluate.py and evaluate.py, load_model: .eval() stands in the CPU branch only",
+        "LLM-Adapters commonsense_evaluate.py, load_model (its evaluate.py calls .eval() in one version at least)",
         "scores are drawn anew in every run and lie a little lower",
     ),
     Quirk(
@@ -51,7 +51,7 @@ _ALL = (
     Quirk(
         "no-cache",
         "keys and values are computed again for every new token",
-        "LLM-Adapters evaluate.py: use_cache=False",
+        "LLM-Adapters evaluate.py: use_cache=False, not in every version",
         "slow, the same text up to rounding",
     ),
     Quirk(

@@ -94,7 +94,8 @@ def check(args: argparse.Namespace) -> tuple[list[str], list[str]]:
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError(f"lm-evaluation-harness is not installed, and this command runs it: {INSTALL}")
-    ours, theirs = ([name for name in (text or "").split(",") if name] for text in (args.task, args.harness_task))
+    given = (args.task, args.harness_task)
+    ours, theirs = ([name.strip() for name in (text or "").split(",") if name.strip()] for text in given)
     if not ours and not theirs:
         raise UserError("there is no task to run: name ours with --task, or lm-eval's own with --harness-task")
     for name, least in (("limit", 1), ("batch_size", 1), ("num_fewshot", 0)):
