@@ -31,6 +31,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -148,9 +149,15 @@ class Activation:
     @property
     def value_at_zero(self) -> float:
         """f(0), in fp64."""
-        return self.value(torch.zeros((), dtype=torch.float64)).item()
+        return _at_zero(self)[0]
 
     @property
     def slope_at_zero(self) -> float:
         """f'(0), in fp64."""
-        return self.slope(torch.zeros((), dtype=torch.float64)).item()
+        return _at_zero(self)[1]
+
+
+@cache
+def _at_zero(f: Activation) -> tuple[float, float]:
+    zero = torch.zeros((), dtype=torch.float64)
+    return f.value(zero).item(), f.slope(zero).item()

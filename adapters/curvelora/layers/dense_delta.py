@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from curvelora.activations import Activation
+from curvelora.kernels.choice import takes_kernels, why_no_curve, why_not
 from curvelora.layers.adapter_layer import AdapterLayer
 from curvelora.layers.initial import kaiming_A, zero_B
 from curvelora.precision import at_least_fp32, compute_dtype, exact_products
@@ -283,8 +284,10 @@ def dense_delta_product(x: Tensor, A: Tensor, B: Tensor, delta_map: DeltaMap) ->
 class DenseDeltaLayer(AdapterLayer):
     """h = W0 x + dW drop(x). A subclass names its parameters, the two factors first, for example ("loran_A", "loran_B").
 
-    The config of an adapter has r, dropout, init_B_std and `delta_map() -> DeltaMap`.
+    The config of an adapter has r, dropout, dropout_form, init_B_std and `delta_map() -> DeltaMap`.
     """
+
+    kernels = "auto"  # or "off": see `curvelora.kernels.use_kernels`
 
     def delta_map(self, adapter: str) -> DeltaMap:
         """The map u -> dW of `adapter` in this layer as it is now; the config's, unless a method says more."""
@@ -307,11 +310,58 @@ class DenseDeltaLayer(AdapterLayer):
         A, B = (getattr(self, name)[adapter] for name in self.adapter_layer_names[:2])
         return A, B
 
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x: (..., d_in) -> (..., d_out), by the fused kernels where `curvelora.kernels.choice` finds that they apply."""
+        if not (args or kwargs or self.disable_adapters or self.merged) and self.why_no_kernels() is None:
+            A, B = self.factors(self._only_adapter())
+            if takes_kernels(x, A, B):
+                return self._fused_output(self._only_adapter(), x)
+        return super().forward(x, *args, **kwargs)
+
+    def _only_adapter(self) -> str | None:
+        active = [adapter for adapter in self.active_adapters if adapter in self.configs]
+        return active[0] if len(active) == 1 else None
+
+    def why_no_kernels(self) -> str | None:
+        """Why a pass takes no fused kernel as the layer is now; None where it does if the input is bf16."""
+        if self.kernels == "off":
+            return "kernels: off"
+        if (adapter := self._only_adapter()) is None:
+            return "not one active adapter"
+        reason = why_not(self.get_base_layer(), self.configs[adapter].r)
+        return reason or why_no_curve(self.delta_map(adapter).activation)
+
+    def _fused_output(self, adapter: str, x: Tensor) -> Tensor:
+        # Triton is there where this is reached
+        from curvelora.kernels.merged_linear import merged_linear
+        from curvelora.kernels.nf4 import codes_of
+        from curvelora.kernels.separate_linear import separate_linear
+
+        base, delta_map = self.get_base_layer(), self.delta_map(adapter)
+        bias = base.bias if base.bias is None else base.bias.to(torch.bfloat16)
+        narrow = x.to(torch.bfloat16)
+        A, B, seen = self._dropped(adapter, narrow)
+        if type(base) is nn.Linear:
+            found = separate_linear(narrow, seen, A, B, bias, [base.weight], delta_map)
+        elif seen is narrow:
+            found = merged_linear(narrow, A, B, bias, codes_of(base), delta_map)
+        else:
+            found = separate_linear(narrow, seen, A, B, bias, codes_of(base), delta_map)
+        return found.to(x.dtype)
+
+    def _dropped(self, adapter: str, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(A, B, what the adapter sees of x), with the dropout of a training pass on A's columns or on x."""
+        config, (A, B) = self.configs[adapter], self.factors(adapter)
+        if not (config.dropout and self.training):
+            return A, B, x
+        if config.dropout_form == "features":
+            return A * F.dropout(A.new_ones(A.shape[1]), config.dropout), B, x
+        return A, B, F.dropout(x, config.dropout)
+
     def adapter_output(self, adapter: str, x: Tensor) -> Tensor:
         """dW drop(x), computed in the dtype in which a linear layer would multiply x. x: (..., d_in) -> (..., d_out)."""
-        config = self.configs[adapter]
-        x = F.dropout(x.to(compute_dtype(x)), config.dropout, self.training)
-        return dense_delta_product(x, *self.factors(adapter), self.delta_map(adapter))
+        A, B, x = self._dropped(adapter, x.to(compute_dtype(x)))
+        return dense_delta_product(x, A, B, self.delta_map(adapter))
 
     def delta_weight(self, adapter: str) -> Tensor:
         """dW: (d_out, d_in), fp32 (fp64 for fp64 factors)."""

@@ -41,6 +41,7 @@ from curvelora.tuner import AdapterModel, LowRankConfig, check_choice, is_number
 SCALE_POSITIONS = ("outside", "inside")
 LEARNED = ("none", "amplitude", "frequency", "both")
 GRANULARITIES = ("layer", "row")
+DROPOUT_FORMS = ("exact", "features")
 WITH_TERMS = ("fourier", "chebyshev")
 
 
@@ -59,6 +60,8 @@ class LoranConfig(LowRankConfig):
         learn: what of f trains besides A and B: "none", "amplitude" (the coefficients), "frequency" or "both".
         granularity: one value for a "layer", or one for each "row" of dW, that is for each output.
         terms: K of fourier and chebyshev.
+        dropout_form: "exact" for f(BA) drop(x), the definition; "features" for f(BA') x, with the columns of A dropped and so the
+            same inputs for all tokens of a pass. The exact form costs a second product with a d_out x d_in matrix.
         amplitude_schedule: a mapping as `curvelora.schedules` has it, for example {"kind": "anneal", "share": 0.8}, or None.
         frequency_schedule: the same for the frequency.
 
@@ -76,6 +79,7 @@ class LoranConfig(LowRankConfig):
     init_B_std: float = field(default=0.0, metadata={"help": "standard deviation of B at the start"})
     learn: str = field(default="none", metadata={"help": "train none, amplitude, frequency or both"})
     granularity: str = field(default="layer", metadata={"help": "one learned value a layer or a row of dW"})
+    dropout_form: str = field(default="exact", metadata={"help": "exact: of x; features: of A's columns, cheaper"})
     terms: int = field(default=1, metadata={"help": "terms of fourier and chebyshev"})
     amplitude_schedule: dict[str, Any] | None = field(default=None, metadata={"help": "factor over the run"})
     frequency_schedule: dict[str, Any] | None = field(default=None, metadata={"help": "factor over the run"})
@@ -89,6 +93,7 @@ class LoranConfig(LowRankConfig):
             if not is_number(value) or value < 0 or (positive and value == 0):
                 raise UserError(f"{name} must be a {'positive' if positive else 'non-negative'} number, not {value!r}")
         check_choice("scale_position", self.scale_position, SCALE_POSITIONS)
+        check_choice("dropout_form", self.dropout_form, DROPOUT_FORMS)
         check_choice("learn", self.learn, LEARNED)
         check_choice("granularity", self.granularity, GRANULARITIES)
         self._check_learned()

@@ -45,6 +45,7 @@ class SineloraConfig(LowRankConfig):
     init_B_std: float = field(default=0.0, metadata={"help": "standard deviation of B at the start"})
 
     alpha_rule: ClassVar[str] = "r"
+    dropout_form: ClassVar[str] = "exact"
 
     def __post_init__(self) -> None:
         super().__post_init__()

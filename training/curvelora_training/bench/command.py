@@ -7,6 +7,7 @@ Everything is measured for several arms on the same base and the same batches; t
 _HERE = "curvelora_training.bench"
 COMMANDS = {
     "layer": (f"{_HERE}.layer_command", "one linear layer, forward and backward"),
+    "kernels": (f"{_HERE}.kernels_command", "the fused kernels of one layer, and their tiles"),
     "step": (f"{_HERE}.step_command", "whole training steps on a model or a built-in shape"),
     "engines": (f"{_HERE}.engines_command", "whole training steps under DeepSpeed's ZeRO stages, by torchrun"),
     "compare": (

@@ -1,0 +1,128 @@
+"""When a layer's pass takes the fused kernels; everywhere else it runs as it is written in `curvelora.layers`.
+
+The environment's CURVELORA_KERNELS decides first: `auto` (the default), `off`, or `interpret`, which lets tensors on a CPU take them
+in Triton's interpreter, far slower than anything, for tests.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from functools import cache
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from curvelora.activations import Activation
+from curvelora.errors import UserError, nearest
+from curvelora.layers.base_weight import is_partitioned
+from curvelora.precision import compute_dtype
+
+MODES = ("auto", "off", "interpret")
+MAX_RANK = 128  # a tile's rank is whole in registers
+MAX_ENTRIES = 1 << 31  # offsets are 32-bit
+
+
+def environment_mode() -> str:
+    """The value of CURVELORA_KERNELS. Raises `UserError` where it is none of `MODES`."""
+    value = os.environ.get("CURVELORA_KERNELS", "auto").lower() or "auto"
+    if value not in MODES:
+        raise UserError(f"CURVELORA_KERNELS={value!r} is not known{nearest(value, MODES)}: write {', '.join(MODES)}")
+    return value
+
+
+@cache
+def why_no_triton() -> str | None:
+    """Why Triton cannot be used in this process; None where it can."""
+    try:
+        from curvelora.kernels import portable
+    except ImportError:
+        return "Triton is not installed"
+    if environment_mode() == "interpret" and not portable.INTERPRETED:
+        return "CURVELORA_KERNELS=interpret needs TRITON_INTERPRET=1 before Python starts"
+    return None
+
+
+@cache
+def why_no_device(device: torch.device) -> str | None:
+    """Why kernels do not run on `device`; None where they do."""
+    if device.type == "cpu":
+        return None if environment_mode() == "interpret" else "on a CPU"
+    if device.type != "cuda" or torch.version.hip:
+        return f"on {device.type if device.type != 'cuda' else 'ROCm'}"
+    major, minor = torch.cuda.get_device_capability(device)
+    return None if major >= 8 else f"a GPU of capability {major}.{minor}, and 8.0 is needed for bf16"
+
+
+def why_no_curve(f: object) -> str | None:
+    """Why f, of a `DeltaMap`, has no kernel; None where it has one."""
+    if not isinstance(f, Activation):
+        return "f is learned or has a schedule"
+    from curvelora.kernels import curves
+
+    return None if f.name in curves.NAMES else f"activation {f.name} has no kernel"
+
+
+def why_not(base_layer: nn.Module, rank: int) -> str | None:
+    """Why a pass of this base layer with an update f(BA) of this rank takes no kernel, whatever f is; None where it does."""
+    weight = getattr(base_layer, "weight", None)
+    if environment_mode() == "off":
+        return "CURVELORA_KERNELS=off"
+    if not isinstance(weight, Tensor):
+        return f"a {type(base_layer).__name__} has no weight that kernels read"
+    if (reason := why_no_triton() or why_no_device(weight.device)) is not None:
+        return reason
+    from curvelora.kernels import nf4
+
+    if rank > MAX_RANK:
+        return f"rank {rank} is above {MAX_RANK}"
+    if is_partitioned(weight) and not hasattr(weight, "whole"):
+        return "the base is partitioned by DeepSpeed's ZeRO-3"
+    if getattr(base_layer, "_hf_hook", None) is not None:
+        return "the base is offloaded"
+    d_out, d_in = base_layer.out_features, base_layer.in_features
+    if d_out * d_in >= MAX_ENTRIES:
+        return f"{d_out} x {d_in} entries, and 2^31 is the limit"
+    if type(base_layer) is nn.Linear:
+        return None if weight.dtype == torch.bfloat16 else f"a base in {str(weight.dtype).removeprefix('torch.')}"
+    return nf4.why_unreadable(base_layer)
+
+
+def takes_kernels(x: Tensor, A: Tensor, B: Tensor) -> bool:
+    """Whether a pass with this input does, apart from `why_not`: it multiplies in bf16, and the factors are fp32."""
+    return compute_dtype(x) == torch.bfloat16 and A.dtype == B.dtype == torch.float32 and x.numel() > 0
+
+
+def use_kernels(model: nn.Module, mode: str = "auto") -> tuple[int, Counter[str]]:
+    """Have the adapter layers of `model` take the fused kernels where they can ("auto"), or nowhere ("off").
+
+    LoRAN's layers take them without being asked; PEFT's LoRA layers on NF4 do after this call.
+
+    Returns:
+        How many layers can, and for the others reason -> how many.
+
+    Raises:
+        UserError: an unknown mode.
+    """
+    if mode not in ("auto", "off"):
+        raise UserError(f"kernels {mode!r} is not known{nearest(mode, ('auto', 'off'))}: write auto or off")
+    from curvelora.kernels.peft_lora import FusedLinear4bit
+    from curvelora.layers.dense_delta import DenseDeltaLayer
+
+    able, reasons = 0, Counter()
+    for layer in model.modules():
+        if isinstance(layer, DenseDeltaLayer):
+            layer.kernels = mode
+            reason = "kernels: off" if mode == "off" else layer.why_no_kernels()
+        elif FusedLinear4bit is not None and isinstance(layer, FusedLinear4bit.__base__):
+            reason = FusedLinear4bit.switch(layer, mode)
+        elif isinstance(layer, BaseTunerLayer):
+            reason = f"{type(layer).__name__} has no kernels"
+        else:
+            continue
+        if reason is None:
+            able += 1
+        else:
+            reasons[reason] += 1
+    return able, reasons

@@ -1,0 +1,88 @@
+"""The activations of `curvelora.activations` inside kernels: f(u), and f'(u) - f'(0).
+
+The slope comes without its value at zero, because that part is LoRA's and can be formed elsewhere: at |u| = 1e-2 Sinter's
+f' - 1 is 5e-3 at most, and a bf16 product of the whole f' would lose half of it.
+
+    sinter      f' - 1    = a (sin z + z cos z)          z = w u
+    cos         f' - 2    = cos z - 1 - z sin z
+    tanh        f' - 1    = -tanh^2 u
+    sigmoid     f' - 1/4  = -(sigmoid u - 1/2)^2
+    relu        f'        = [u > 0]
+    silu, swish f' - 1/2  = y - 1/2 + beta u y (1 - y)   y = sigmoid(beta u), beta = 1, 25
+    gaussian    f' - 1/2  = (1/2 - u^2) exp(-u^2) - 1/2
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from curvelora.activations import SWISH_BETA
+from curvelora.kernels.portable import sin_cos_of_multiple
+
+BETA = tl.constexpr(SWISH_BETA)
+NAMES = ("identity", "sinter", "tanh", "sigmoid", "relu", "silu", "swish", "cos", "gaussian")
+
+
+@triton.jit
+def tanh(u):
+    """Near zero by its series, where 2 sigmoid(2u) - 1 would cancel."""
+    square = u * u
+    near = u * (
+        1 + square * (-0.3333333333 + square * (0.1333333333 + square * (-0.05396825397 + square * 0.0218694885)))
+    )
+    return tl.where(tl.abs(u) < 0.25, near, 2 * tl.sigmoid(2 * u) - 1)
+
+
+@triton.jit
+def value(u, NAME: tl.constexpr, amplitude, frequency):
+    """f(u), fp32."""
+    if NAME == "sinter":
+        sine, _ = sin_cos_of_multiple(u, frequency)
+        return u + amplitude * u * sine
+    elif NAME == "cos":
+        _, cosine = sin_cos_of_multiple(u, frequency)
+        return u + u * cosine
+    elif NAME == "tanh":
+        return tanh(u)
+    elif NAME == "sigmoid":
+        return tl.sigmoid(u)
+    elif NAME == "relu":
+        return tl.maximum(u, 0.0)
+    elif NAME == "silu":
+        return u * tl.sigmoid(u)
+    elif NAME == "swish":
+        return u * tl.sigmoid(u * BETA)
+    elif NAME == "gaussian":
+        return 0.5 * u * tl.exp(-u * u)
+    else:
+        tl.static_assert(NAME == "identity")
+        return u
+
+
+@triton.jit
+def slope_beyond_zero(u, NAME: tl.constexpr, amplitude, frequency):
+    """f'(u) - f'(0), fp32."""
+    if NAME == "sinter":
+        sine, cosine = sin_cos_of_multiple(u, frequency)
+        return amplitude * (sine + frequency * u * cosine)
+    elif NAME == "cos":
+        sine, cosine = sin_cos_of_multiple(u, frequency)
+        return cosine - 1 - frequency * u * sine
+    elif NAME == "tanh":
+        y = tanh(u)
+        return -y * y
+    elif NAME == "sigmoid":
+        y = tl.sigmoid(u) - 0.5
+        return -y * y
+    elif NAME == "relu":
+        return tl.where(u > 0, 1.0, 0.0)
+    elif NAME == "silu":
+        y = tl.sigmoid(u)
+        return y - 0.5 + u * y * (1 - y)
+    elif NAME == "swish":
+        y = tl.sigmoid(u * BETA)
+        return y - 0.5 + u * BETA * y * (1 - y)
+    else:
+        tl.static_assert(NAME == "gaussian")
+        return (0.5 - u * u) * tl.exp(-u * u) - 0.5

@@ -1,0 +1,91 @@
+"""W = W0 + dW in one pass, dW = s f(BA): NF4 codes are decoded, f is applied and the sum is rounded once to bf16.
+
+    A: (r, d_in) fp32   B: (d_out, r) fp32   u = BA, formed to about 2^-16 (`split_product`)   W: (d_out, d_in) bf16
+
+One matrix product with W then does what a QLoRA layer does with one large and two thin ones. Rounding W0 + dW to bf16 is harmless
+on an NF4 base and would not be on a bf16 one: decoded weights lie anywhere between bf16's numbers, so the rounding acts as
+a dither. An update far below half a unit in the last place changes few entries, each by a whole unit, and as many of them as make the
+mean right. A bf16 weight is on a number of bf16, and such an update would be lost in every entry: there dW alone is formed.
+
+Traffic: codes and scales read (0.52 bytes an entry), W written (2); the factors come from the L2 cache.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from curvelora.activations import Activation
+from curvelora.kernels import curves, nf4
+from curvelora.kernels.portable import split, split_product, to_bf16
+from curvelora.layers.dense_delta import DeltaMap
+
+# rows and columns of a tile, tiles a program, warps: the fastest of those that `curvelora bench kernels` tries on an H100
+TILE = (64, 128, 4, 4)
+
+
+@triton.jit
+def _merged_weight(
+    out, A, B, codes, scales, table, scales2, table2, offset, d_out, d_in, rank, outer, inner, amplitude, frequency,
+    NAME: tl.constexpr, BASE: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    inside = (rows < d_out)[:, None]
+    ranks = tl.arange(0, RANK)
+    b = tl.load(B + rows[:, None] * rank + ranks[None, :], inside & (ranks < rank)[None, :], other=0.0)
+    b_high, b_low = split(b)
+    for tile in range(TILES):
+        first = (tl.program_id(0) * TILES + tile) * COLUMNS
+        columns = first + tl.arange(0, COLUMNS)
+        a = tl.load(
+            A + ranks[:, None] * d_in + columns[None, :], (ranks < rank)[:, None] & (columns < d_in)[None, :], other=0.0
+        )
+        a_high, a_low = split(a)
+        u = split_product(b_high, b_low, a_high, a_low, tl.zeros((ROWS, COLUMNS), tl.float32))
+        weight = outer * curves.value(u * inner, NAME, amplitude, frequency)
+        if BASE != 0:
+            weight += nf4.decode(
+                codes, scales, table, scales2, table2, offset, rows, first, d_in, inside, BASE == 2, ROWS, COLUMNS
+            )
+        tl.store(out + rows[:, None] * d_in + columns[None, :], to_bf16(weight), inside & (columns < d_in)[None, :])
+
+
+def padded_rank(rank: int) -> int:
+    """The rank that kernels work with: a power of two, at least the 16 terms that a tensor core sums at once."""
+    return max(16, triton.next_power_of_2(rank))
+
+
+def scales_of(delta_map: DeltaMap) -> tuple[float, float]:
+    """(outer, inner) of outer f(inner u)."""
+    return (1.0, delta_map.scale) if delta_map.scale_inside else (delta_map.scale, 1.0)
+
+
+def merged_weight(
+    A: Tensor, B: Tensor, delta_map: DeltaMap, base: list[Tensor], out: Tensor, tile: tuple[int, int, int, int] = TILE
+) -> Tensor:
+    """Write W0 + dW, or dW where `base` is empty, to `out` (d_out, d_in), bf16 and contiguous; returns it.
+
+    Args:
+        A, B: factors, (r, d_in) and (d_out, r), fp32, contiguous.
+        base: from `nf4.codes_of`, or [].
+        tile: rows, columns (a multiple of 64), tiles a program, warps.
+    """
+    f = delta_map.activation
+    assert isinstance(f, Activation)
+    (rank, d_in), d_out = A.shape, B.shape[0]
+    rows, columns, tiles, warps = tile
+    # pointers that a base has not are not read; something has to stand in their place
+    pointers = [*base, *(A for _ in range(6 - len(base)))]
+    grid = (triton.cdiv(d_in, columns * tiles), triton.cdiv(d_out, rows))
+    _merged_weight[grid](
+        out, A, B, *pointers, d_out, d_in, rank, *scales_of(delta_map), f.amplitude, f.frequency,
+        f.name, len(base) // 3, padded_rank(rank), rows, columns, tiles, num_warps=warps,
+    )  # fmt: skip
+    return out
+
+
+def merged_weight_reference(A: Tensor, B: Tensor, delta_map: DeltaMap, W0: Tensor) -> Tensor:
+    """The same in fp64, not rounded. W0: (d_out, d_in), or 0."""
+    return W0.to(torch.float64) + delta_map.value(B.double() @ A.double())
