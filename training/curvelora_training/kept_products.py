@@ -39,7 +39,8 @@ def keep_products(model: nn.Module, layers: int) -> int:
     found = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing]
     if layers and not found:
         raise UserError(
-            "training.keep_products: no layer of this model has gradient checkpointing of its own: leave it out"
+            "no layer of this model has gradient checkpointing of its own, so none can keep its products: leave "
+            "training.keep_products (of an arm: @keep) out"
         )
     chosen = found[max(len(found) - layers, 0) :]
     contexts = partial(create_selective_checkpoint_contexts, _policy)

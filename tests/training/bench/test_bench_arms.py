@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -41,6 +42,21 @@ def test_fp32_is_a_suffix_of_any_arm():
     assert named_arm("loran:sinter").label != arm.label
 
 
+def test_switches_stand_behind_any_arm_in_any_order():
+    one, two = named_arm("loran:sinter@eager@keep=8@liger"), named_arm("loran:sinter@liger@keep=8@eager")
+    assert (one.fp32, one.eager, one.liger, one.keep) == (False, True, True, 8)
+    assert dataclasses.replace(two, key=one.key) == one and one.options == {"activation": "sinter"}
+    assert one.label == "LoRAN Sinter (a = 5e-5), eager, Liger, products of 8 layers kept"
+    assert [named_arm(n).label for n in ("qlora", "qlora@eager@fp32", "full@liger")] == [
+        "QLoRA",
+        "QLoRA in fp32, eager",
+        "full fine-tuning of these layers, Liger",
+    ]
+    own = parse_arms("", ["mine=loran@keep=3@eager,r=8"])[0]
+    assert (own.key, own.options, own.keep, own.eager) == ("mine", {"r": 8}, 3, True)
+    assert own.label == "mine (LoRAN Sinter (a = 5e-5), r=8), eager, products of 3 layers kept"
+
+
 def test_own_arms_follow_the_named_ones_and_read_yaml_numbers():
     arms = parse_arms("qlora, lora", ["mine=loran:tanh@fp32,amplitude=1e-3,r=16", "wide=ranlora,r=8"])
     assert [a.key for a in arms] == ["qlora", "lora", "mine", "wide"]
@@ -56,6 +72,13 @@ def test_own_arms_follow_the_named_ones_and_read_yaml_numbers():
         ("ranlora:sinter", [], ["'ranlora:sinter'", "no such variant"]),
         ("loran:", [], ["'loran:'", "no such variant"]),
         ("full:x", [], ["'full:x'"]),
+        ("qlora@egaer", [], ["arm 'qlora@egaer': there is no switch '@egaer'", "did you mean 'eager'", "@keep=N"]),
+        ("qlora@", [], ["there is no switch '@'"]),
+        ("qlora@keep", [], ["there is no switch '@keep'", "@keep=N"]),
+        ("qlora@keep=0", [], ["there is no switch '@keep=0'"]),
+        ("qlora@keep=two", [], ["there is no switch '@keep=two'"]),
+        ("qlora@liger=1", [], ["there is no switch '@liger=1'"]),
+        ("qlora@eager@eager", [], ["has @eager twice"]),
         ("linear_probing", [], ["unknown arm 'linear_probing'"]),
         ("", [], ["--arms names no arm"]),
         ("qlora,lora,qlora", [], ["arm 'qlora' is named twice"]),
@@ -87,6 +110,6 @@ def test_all_errors_at_once():
 
 
 def test_slugs_are_folder_names_and_arms_are_plain_data():
-    arm = parse_arms("loran:sinter@fp32")[0]
-    assert arm.slug == "loran_sinter_fp32"
+    arm = parse_arms("loran:sinter@fp32@keep=2")[0]
+    assert arm.slug == "loran_sinter_fp32_keep_2"
     assert Arm(**json.loads(json.dumps(arm.as_dict()))) == arm

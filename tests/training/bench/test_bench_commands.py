@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 
 import pytest
 import torch
 from peft.utils.integrations import dequantize_bnb_weight
 
+from curvelora_training.bench import adapted
 from curvelora_training.bench.layer import OneLayer
 from curvelora_training.bench.trial import PHASES
+from liger_stub import install
 
 
 def read(path):
@@ -59,6 +62,8 @@ def test_the_layer_alone_is_the_linear_map_of_its_weight(stored, dtype):
         (["--shapes", "96x64,"], "--shapes '' is not understood"),
         (["--tokens", "0"], "--tokens and --rank must be at least 1"),
         (["--alpha", "nan"], "--alpha positive"),
+        (["--arms", "qlora,lora@liger"], "arm lora@liger: @liger and @keep are for what lies around linear layers"),
+        (["--arms", "qlora@keep=2"], "arm qlora@keep=2: @liger and @keep"),
         (["--arms", "qlora,full"], "the arm full belongs to `bench compare`"),
         (["--rounds", "0"], "--rounds and --timed must be at least 1"),
         (["--std", "0"], "--std must be positive, not 0.0"),
@@ -96,6 +101,57 @@ def test_steps_of_a_shape_are_timed(cli, config, tmp_path):
         assert set(arm["phases"]) == set(PHASES) and arm["step_seconds"]["n"] == 2
         assert arm["std_BA"] == pytest.approx(0.01, rel=0.15)
     assert "(nf4) ready in" in printed and "round 2 of 2" in printed and f"written: {out}" in printed
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The modes in which fused kernels were asked for; with "auto" three layers have them."""
+    modes = []
+    answers = {"auto": (3, Counter({"on Mars": 11})), "off": (0, Counter({"kernels: off": 14}))}
+    monkeypatch.setattr(adapted, "use_kernels", lambda model, mode: modes.append(mode) or answers[mode])
+    return modes
+
+
+def test_arms_are_computed_as_their_switches_say(cli, config, tmp_path, monkeypatch, asked):
+    install(tmp_path, monkeypatch)
+    config().save_pretrained(tmp_path)
+    out = tmp_path / "step.json"
+    arms = "qlora@eager,qlora,qlora@liger,loran:sinter@keep=1@eager,qlora@keep=9@liger"
+    code, printed, err = cli(
+        "bench", "step", "--model", tmp_path / "config.json", "--batch-size", 2, "--length", 16, "--rank", 4,
+        "--arms", arms, "--rounds", 2, "--timed", 1, "--reentrant", "--dropout", 0.1, "--out", out,
+    )  # fmt: skip
+    assert code == 0, err
+    assert asked == ["off", "auto", "auto", "off", "auto"]
+    record = read(out)
+    assert record["settings"]["reentrant"] and record["settings"]["dropout"] == 0.1
+    assert {key: (a["fused_layers"], a["liger"], a["kept_layers"]) for key, a in record["arms"].items()} == {
+        "qlora@eager": (0, False, 0),
+        "qlora": (3, False, 0),
+        "qlora@liger": (3, True, 0),
+        "loran:sinter@keep=1@eager": (0, False, 1),
+        "qlora@keep=9@liger": (3, True, 2),
+    }
+    assert record["arms"]["qlora"]["unfused_layers"] == {"on Mars": 11}
+    assert "ready: qlora@liger, trains" in printed and "fused layers: 3" in printed
+    from liger_kernel.transformers.monkey_patch import calls
+
+    steps = 2 * (4 + 1 + 2 + 1)  # of two arms, untimed and timed
+    assert calls["loss"] == steps
+    assert (
+        calls["rope"] == 2 * 2 * steps // 2
+    )  # two layers, whose forward pass is made again; not where products are kept
+
+
+def test_a_layer_alone_has_fused_kernels_or_not(cli, tmp_path, asked):
+    out = tmp_path / "layer.json"
+    options = ["--shapes", "96x64", "--tokens", 8, "--rank", 4, "--rounds", 1, "--timed", 1, "--out", out]
+    code, _, err = cli("bench", "layer", *options, "--arms", "qlora@eager,qlora")
+    assert code == 0, err
+    assert {key: arm["fused_layers"] for key, arm in read(out)["layers"][0]["arms"].items()} == {
+        "qlora@eager": 0,
+        "qlora": 3,
+    }
 
 
 def test_what_was_measured_is_kept_when_a_later_round_fails(cli, config, tmp_path, monkeypatch):

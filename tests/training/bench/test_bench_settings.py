@@ -13,6 +13,7 @@ from curvelora.errors import UserError
 from curvelora_training.bench import settings as module
 from curvelora_training.bench.arms import parse_arms
 from curvelora_training.bench.settings import LINEARS, LabSettings, parse_seeds, settings_from
+from liger_stub import install
 
 
 @pytest.fixture
@@ -171,6 +172,43 @@ def test_settings_survive_json(settle, tiny_models, tmp_path):
     path = tmp_path / "lab.json"
     path.write_text(json.dumps(found.as_dict()), encoding="utf-8")
     assert LabSettings.read(path) == found and LabSettings.read(path).arms[1].fp32
+
+
+def test_a_record_from_before_there_were_switches_is_read(settle, tiny_models, tmp_path):
+    found = settle("--model", tiny_models["llama"], "--rank", 4, arms="qlora@fp32").as_dict()
+    for arm in found["arms"]:
+        for key in ("eager", "liger", "keep"):
+            del arm[key]
+    del found["reentrant"]
+    (tmp_path / "lab.json").write_text(json.dumps(found), encoding="utf-8")
+    assert LabSettings.read(tmp_path / "lab.json").arms == parse_arms("qlora@fp32")
+
+
+def test_switches_that_cannot_work_are_refused_before_anything_loads(settle, tiny_models, monkeypatch, tmp_path):
+    model = ["--model", tiny_models["llama"], "--rank", 4]
+    with pytest.raises(UserError, match="arm 'lora@keep=2': products are kept under --checkpointing only"):
+        settle(*model, arms="qlora,lora@keep=2")
+    with pytest.raises(UserError, match="--reentrant is a kind of checkpointing"):
+        settle(*model, "--reentrant")
+    assert settle(*model, "--checkpointing", "--reentrant", arms="qlora@keep=2").reentrant
+    monkeypatch.setattr("curvelora_training.liger.importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="arm 'qlora@liger': liger-kernel is not installed: pip install liger-kernel"):
+        settle(*model, arms="qlora@liger,lora@liger")
+    monkeypatch.undo()
+    install(tmp_path, monkeypatch)
+    assert settle(*model, arms="qlora@liger").arms[0].liger
+
+
+def test_the_command_of_the_goals_says_what_the_page_says(settle, root, monkeypatch, tmp_path):
+    install(tmp_path, monkeypatch)
+    page = (root / "docs/sinter_lab.md").read_text(encoding="utf-8")
+    (line,) = (line for line in page.splitlines() if line.startswith("curvelora bench step --model llama2-7b --base"))
+    words = line.split()[3:]
+    arms, std = (words.pop(words.index(name) + 1) for name in ("--arms", "--std"))
+    found = settle(*(word for word in words if word not in ("--arms", "--std")), arms=arms)
+    assert (found.base, found.rank, found.batch_size, found.length, found.dropout) == ("nf4", 64, 4, 2048, 0.0)
+    assert found.checkpointing and found.target_modules == list(LINEARS) and float(std) == 1e-2
+    assert found.arms[0].method == "qlora" and found.arms[0].eager
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"steps": 3}', '{"model": "llama-1b", "unknown": 1}'])

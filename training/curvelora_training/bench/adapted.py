@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from curvelora.errors import UserError
+from curvelora.kernels import use_kernels
 from curvelora.layers.adapter_layer import AdapterLayer
 from curvelora.layers.decomposed import DecomposedLayer
 from curvelora.registry import METHODS
@@ -22,6 +23,8 @@ from curvelora_eval.lab.updates import PEFT_PREFIX, adapted_layers, factors
 from curvelora_training.bench.arms import FULL, Arm
 from curvelora_training.bench.full import FullLinear
 from curvelora_training.bench.random_base import STD
+from curvelora_training.kept_products import keep_products
+from curvelora_training.liger import use_liger
 
 REMOVED_STD = 1e-3  # of C's entries where a base with random weights has no singular vectors worth computing
 
@@ -57,6 +60,26 @@ def arm_model(
         elif parameter.requires_grad:
             parameter.data = parameter.data.float()
     return wrapped
+
+
+def switch(model: nn.Module, arm: Arm) -> dict[str, Any]:
+    """Have `model`, from `arm_model`, computed as the arm says; gradient checkpointing is as it will be.
+
+    Returns:
+        fused_layers: how many adapter layers take fused kernels.
+        unfused_layers: why the others do not -> how many.
+        liger: whether liger-kernel's kernels are in it.
+        kept_layers: how many layers keep the results of large products.
+
+    Raises:
+        UserError: Liger's kernels cannot be had, or no layer can keep its products.
+    """
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    fused, reasons = use_kernels(model, "off" if arm.eager else "auto")
+    if arm.liger:
+        use_liger(inner, arm.keep > 0)
+    kept = keep_products(inner, arm.keep) if arm.keep else 0
+    return {"fused_layers": fused, "unfused_layers": dict(reasons), "liger": arm.liger, "kept_layers": kept}
 
 
 def peft_config(arm: Arm, options: dict[str, Any], heads: list[str], random: bool) -> Any:

@@ -1,14 +1,19 @@
-"""The arms of a comparison: which method, with which options, in which precision.
+"""The arms of a comparison: which method, with which options, and how it is computed.
 
-An arm is named `method[:variant][@fp32]`, for example `qlora`, `loran:sinter`, `loran:identity@fp32`. `@fp32` means end to end:
-base, products and adapter in fp32 with TF32 off, as a control for what bf16 takes away. Own arms are given as
-`NAME=method,option=value,...`.
+An arm is named `method[:variant][@switch...]`, for example `qlora`, `loran:sinter`, `loran:identity@fp32`, `qlora@eager@liger`.
+
+    @fp32    end to end: base, products and adapter in fp32 with TF32 off, as a control for what bf16 takes away
+    @eager   without the fused kernels for adapters, which other arms take where a layer can
+    @liger   with liger-kernel's kernels in the rest of the model
+    @keep=N  the last N layers keep the results of large products under gradient checkpointing
+
+Own arms are given as `NAME=method[@switch...],option=value,...`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import yaml
@@ -28,12 +33,28 @@ LORAN_VARIANTS: dict[str, tuple[dict[str, Any], str]] = {
 FULL = "full"
 PLAIN = {"lora": "LoRA", "qlora": "QLoRA", "loran": "LoRAN Sinter (a = 5e-5)", "ranlora": "RanLoRA", "aurora": "AuroRA"}
 PLAIN |= {"neat": "NEAT", "moslora": "MoSLoRA", "pissa": "PiSSA", "milora": "MiLoRA", "olora": "OLoRA"}
+SWITCHES = {"fp32": "@fp32", "eager": "@eager", "liger": "@liger", "keep": "@keep=N"}
 DEFAULT_ARMS = "qlora,loran:identity,loran:sinter,loran:sinter-large,ranlora,aurora"
-FP32 = "@fp32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Switches:
+    """How an arm is computed, whatever its method; see the module. Each is written `@name`, `@keep` with a number of layers."""
+
+    fp32: bool = False
+    eager: bool = False
+    liger: bool = False
+    keep: int = 0
+
+    @property
+    def said(self) -> str:
+        """As the end of a label."""
+        words = {", eager": self.eager, ", Liger": self.liger, f", products of {self.keep} layers kept": self.keep}
+        return " in fp32" * self.fp32 + "".join(word for word, on in words.items() if on)
 
 
 @dataclass(frozen=True)
-class Arm:
+class Arm(Switches):
     """One arm.
 
     Args:
@@ -41,7 +62,6 @@ class Arm:
         label: its name in reports.
         method: a name of the registry, or `full` (fine-tuning of the adapted layers' weights themselves).
         options: the method's options that make it this arm.
-        fp32: end to end in fp32.
         learning_rate: its own, where a sweep varies it.
     """
 
@@ -49,7 +69,6 @@ class Arm:
     label: str
     method: str
     options: dict[str, Any] = field(default_factory=dict)
-    fp32: bool = False
     learning_rate: float | None = None
 
     @property
@@ -94,26 +113,41 @@ def parse_arms(names: str, own: list[str] = ()) -> list[Arm]:
 
 
 def named_arm(text: str) -> Arm:
-    """`loran:sinter@fp32` -> its arm. Raises `UserError` where the name is unknown."""
-    name, fp32 = text.removesuffix(FP32), text.endswith(FP32)
+    """`loran:sinter@fp32` -> its arm. Raises `UserError` where the name or a switch is unknown."""
+    name, switches = split_switches(text)
     method, colon, variant = name.partition(":")
-    tail = " in fp32" if fp32 else ""
     if method == FULL and not colon:
-        return Arm(text, f"full fine-tuning of these layers{tail}", FULL, {}, fp32)
+        return Arm(text, f"full fine-tuning of these layers{switches.said}", FULL, **asdict(switches))
     # of PEFT's own methods those whose update is s B A on an untouched base
     layered = [name for name, m in METHODS.items() if m.provided_by == "curvelora" and name != FULL]
     known = ["lora", "qlora", "rslora", *layered]
     if method not in known:
         raise UserError(f"unknown arm {text!r}{nearest(method, [*known, FULL])} (methods: {', '.join([*known, FULL])})")
     if not colon:
-        return Arm(text, PLAIN.get(method, method) + tail, method, {}, fp32)
+        return Arm(text, PLAIN.get(method, method) + switches.said, method, **asdict(switches))
     if method != "loran" or variant not in LORAN_VARIANTS:
         raise UserError(
             f"arm {text!r}: there is no such variant{nearest(variant, LORAN_VARIANTS)} (loran has {', '.join(LORAN_VARIANTS)}; "
             "an arm with other options is written --arm NAME=method,option=value)"
         )
     options, label = LORAN_VARIANTS[variant]
-    return Arm(text, label + tail, method, dict(options), fp32)
+    return Arm(text, label + switches.said, method, dict(options), **asdict(switches))
+
+
+def split_switches(text: str) -> tuple[str, Switches]:
+    """`qlora@eager@keep=8` -> `qlora` and its switches. Raises `UserError` for one that is unknown, or written twice."""
+    name, *written = text.split("@")
+    found: dict[str, bool | int] = {}
+    for switch in written:
+        key, equals, value = switch.partition("=")
+        right = value.isdecimal() and int(value) > 0 if key == "keep" else not equals
+        if key not in SWITCHES or not right:
+            known = ", ".join(SWITCHES.values())
+            raise UserError(f"arm {text!r}: there is no switch '@{switch}'{nearest(key, SWITCHES)} (known: {known})")
+        if key in found:
+            raise UserError(f"arm {text!r} has @{key} twice")
+        found[key] = int(value) if key == "keep" else True
+    return name, Switches(**found)
 
 
 def own_arm(text: str) -> Arm:
@@ -142,5 +176,5 @@ def own_arm(text: str) -> Arm:
         )
     if start.method != FULL:
         METHODS[start.method].build_config(**options)
-    label = f"{name} ({', '.join([PLAIN.get(start.method, start.method), *settings])})"
-    return Arm(name, label, start.method, options, start.fp32)
+    label = f"{name} ({', '.join([PLAIN.get(start.method, start.method), *settings])}){start.said}"
+    return dataclasses.replace(start, key=name, label=label, options=options)

@@ -44,6 +44,10 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"--sharpness-batches is a number from 1 to {PROBES}, not {args.sharpness_batches}")
     settings.sharpness, settings.spectra = not args.no_sharpness, not args.no_spectra
     settings.sharpness_batches = args.sharpness_batches
+    if settings.sharpness and not settings.random and (liger := [arm.key for arm in settings.arms if arm.liger]):
+        raise UserError(
+            f"arm {liger[0]}: liger-kernel's backward passes cannot be differentiated, as sharpness needs: add --no-sharpness"
+        )
     if args.sweep is not None:
         read_record(args.sweep, "sweep.json", "sweep")  # not only after hours of training
     from curvelora_training.bench.compare import compare

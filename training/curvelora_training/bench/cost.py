@@ -78,7 +78,8 @@ def measure_steps(
             reached[arm.key] = set_update_std(trial.model, update_std, seed)
         trial.park()
         trials[arm.key] = trial
-        say(f"ready: {arm.key}, trains {trial.trainable_parameters:,} parameters")
+        fused = trial.computed["fused_layers"]
+        say(f"ready: {arm.key}, trains {trial.trainable_parameters:,} parameters, fused layers: {fused}")
     gemm = device.gemm_tflops(ground.base.config.dtype)
     tokens = ground.source.tokens or _mean_tokens(ground, seed, rounds)
     flops = model_flops(ground, tokens)
@@ -109,6 +110,7 @@ def measure_steps(
                     "std_BA": reached[key],
                     "std_BA_at_the_end": update_std_of(trials[key].model) if done == rounds.rounds else None,
                     "trainable_parameters": trials[key].trainable_parameters,
+                    **trials[key].computed,
                     **_rates(found, tokens, flops, gemm, None if key in in_fp32 else device.peak_tflops),
                     "overhead": ratios[key],
                 }

@@ -14,7 +14,7 @@ from curvelora_eval.lab.spectra import Subspaces
 from curvelora_eval.models import HEADS, head_modules, load_base, load_processor
 from curvelora_eval.spec import DataSpec, ModelSpec, TaskSpec
 from curvelora_eval.tasks import make_task
-from curvelora_training.bench.adapted import arm_model
+from curvelora_training.bench.adapted import arm_model, switch
 from curvelora_training.bench.arms import Arm
 from curvelora_training.bench.devices import Device
 from curvelora_training.bench.random_base import random_model
@@ -49,7 +49,8 @@ class Ground:
         if s.checkpointing:
             inner = model.get_base_model() if hasattr(model, "get_base_model") else model
             inner.enable_input_require_grads()
-            inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": s.reentrant})
+        computed = switch(model, arm)
         warmup = round(s.warmup * s.steps) if s.warmup < 1 else round(s.warmup)
         how = Optimisation(
             learning_rate=arm.learning_rate or s.learning_rate,
@@ -60,7 +61,7 @@ class Ground:
             schedule="constant" if at_peak else s.schedule,
             max_grad_norm=s.max_grad_norm,
         )
-        return Trial(model, how, self.device, self.heads, arm.fp32, seed)
+        return Trial(model, how, self.device, self.heads, arm.fp32, seed, computed)
 
 
 def build_ground(settings: LabSettings, device: torch.device) -> Ground:

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from curvelora_eval.environment import describe_environment
-from curvelora_training.bench.adapted import arm_model, set_update_std
+from curvelora_training.bench.adapted import arm_model, set_update_std, switch
 from curvelora_training.bench.arms import Arm
 from curvelora_training.bench.devices import Device
 from curvelora_training.bench.interleave import Rounds, interleave, overheads
@@ -93,16 +93,19 @@ def measure_layers(
         draw = torch.Generator(device).manual_seed(1)
         x = torch.randn(tokens, d_in, device=device, dtype=dtype, generator=draw).requires_grad_(True)
         grad = torch.randn(tokens, d_out, device=device, dtype=dtype, generator=draw)
-        turns, reached = {}, {}
+        turns, reached, computed = {}, {}, {}
         for arm in arms:
             model = arm_model(layer, arm, options | {"target_modules": ["proj"]}, [], 0, random=True)
+            computed[arm.key] = switch(model, arm)
             reached[arm.key] = set_update_std(model, update_std)
             turns[arm.key] = _LayerTurn(model.train(), x, grad, arm, box)
         say(f"{d_out} x {d_in}, {tokens:,} tokens")
         resident = torch.cuda.memory_allocated(device) if box.is_gpu else None
         *_, timings = interleave(turns, rounds, box, say)
         ratios = overheads(timings, arms[0].key)
-        rows = {k: {"std_BA": reached[k], **t.as_dict(), "overhead": ratios[k]} for k, t in timings.items()}
+        rows = {
+            k: {"std_BA": reached[k], **computed[k], **t.as_dict(), "overhead": ratios[k]} for k, t in timings.items()
+        }
         for row in rows.values():
             peak = row["peak_allocated_bytes"]
             row["extra_bytes"] = None if peak is None else peak - resident

@@ -44,6 +44,10 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(
             "the arm full belongs to `bench compare`: a single layer with all weights trained is no adapter"
         )
+    if whole := [arm.key for arm in arms if arm.liger or arm.keep]:
+        raise UserError(
+            f"arm {whole[0]}: @liger and @keep are for what lies around linear layers: leave them to `bench step`"
+        )
     if world_size() > 1:
         raise UserError("`bench layer` measures one device: start it without a launcher")
     make_folder(args.out.parent)

@@ -17,6 +17,10 @@ def add_arm_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--arms", default=DEFAULT_ARMS, metavar="A,B,...", help=f"the first is the baseline (default {DEFAULT_ARMS})"
     )
+    group.description = (
+        "METHOD[:VARIANT], then any of @fp32, @eager (no fused kernels), @liger (liger-kernel's kernels around the layers) and "
+        "@keep=N (the last N layers keep large products)"
+    )
     own = "one more arm, for example mine=loran,amplitude=1e-3 (repeatable)"
     group.add_argument("--arm", action="append", default=[], metavar="NAME=METHOD,OPTION=VALUE", help=own)
 

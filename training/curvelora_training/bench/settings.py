@@ -26,6 +26,7 @@ from curvelora_training.bench.random_base import BASES
 from curvelora_training.bench.shapes import shape_config
 from curvelora_training.bench.sources import read_text
 from curvelora_training.config import load_recipe
+from curvelora_training.liger import check_liger
 from curvelora_training.prepare import linear_module_names
 
 # the seven linear layers of a Llama block, and what else architectures call theirs
@@ -68,6 +69,8 @@ class LabSettings:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     checkpointing: bool = False
+    reentrant: bool = False
+    """With checkpointing: torch's reentrant kind of it."""
     recorded: bool = True
     """Replay the steps of the runs as CUDA graphs where that can be done; see `step_graph`."""
     held_out_batches: int = 16
@@ -137,6 +140,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--checkpointing", action=argparse.BooleanOptionalAction, help="recompute activations (default on shapes)"
     )
+    group.add_argument(
+        "--reentrant",
+        action=argparse.BooleanOptionalAction,
+        help="with --checkpointing, torch's reentrant kind (default the other one)",
+    )
     group.add_argument("overrides", nargs="*", metavar="section.key=value", help="recipe values, with --config")
 
 
@@ -183,7 +191,7 @@ def settings_from(
         values["model"] = args.model
     if not values.get("model") and not args.config:
         problems.append("--model is missing: name a shape (see --help), a config.json or a checkpoint folder")
-    plain = ("base", "data", "batch_size", "length", "rank", "alpha", "dropout", "checkpointing")
+    plain = ("base", "data", "batch_size", "length", "rank", "alpha", "dropout", "checkpointing", "reentrant")
     training = ("steps", "learning_rate", "max_grad_norm", "warmup", "schedule", "recorded")
     given = {name: getattr(args, name, None) for name in (*plain, *training)}
     values |= {name: value for name, value in given.items() if value is not None}
@@ -317,6 +325,14 @@ def _complete(values: dict[str, Any], task: TaskSpec) -> list[str]:
         spec = ModelSpec(path=values["model"])
         check_checkpoint(spec)
         model = shape_model(spec, make_task(task))
+    if not values.get("checkpointing"):
+        problems += [
+            f"arm {arm.key!r}: products are kept under --checkpointing only" for arm in values["arms"] if arm.keep
+        ]
+        if values.get("reentrant"):
+            problems.append("--reentrant is a kind of checkpointing: add --checkpointing")
+    if liger := [arm.key for arm in values["arms"] if arm.liger]:
+        problems += [f"arm {liger[0]!r}: {why}" for why in _take(lambda: check_liger(model))]
     names = linear_module_names(model)
     targets = values.get("target_modules") or _default_targets(names)
     values["target_modules"] = targets

@@ -88,6 +88,7 @@ def make_run(
         "processes": world_size(),
         "recorded": trial.graph is not None,
         "trainable_parameters": trial.trainable_parameters,
+        **trial.computed,
         "heldout": trial.held_out(ground.source.held_out(settings.held_out_batches)),
         "environment": describe_environment(),
     }

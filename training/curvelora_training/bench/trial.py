@@ -96,12 +96,21 @@ class Trial:
         heads: names of new heads, which have their own learning rate.
         fp32: no autocast and no TF32.
         seed: of the dropout.
+        computed: what `switch` says of how the model is computed, for records.
     """
 
     def __init__(
-        self, model: nn.Module, how: Optimisation, device: Device, heads: list[str], fp32: bool, seed: int = 0
+        self,
+        model: nn.Module,
+        how: Optimisation,
+        device: Device,
+        heads: list[str],
+        fp32: bool,
+        seed: int = 0,
+        computed: dict[str, Any] | None = None,
     ) -> None:
         self.model, self.how, self.device, self.fp32 = model, how, device, fp32
+        self.computed = computed or {}
         self.named = {n: p for n, p in model.named_parameters() if p.requires_grad}
         rates = {
             name: (how.head_learning_rate or how.learning_rate) if _is_head(name, heads) else how.learning_rate
