@@ -15,7 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from peft import PeftConfig
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
 from curvelora.errors import UserError, nearest
 from curvelora.method import Method
@@ -82,6 +82,10 @@ class TrainingSpec:
     """Recompute activations in the backward pass: less memory, about a third more time."""
     keep_products: Annotated[int, Field(ge=0)] = 0
     """With gradient_checkpointing, so many layers keep the results of large products: most of that time back for more memory."""
+    kernels: Annotated[Literal["auto", "off"], BeforeValidator(lambda v: "off" if v is False else v)] = "auto"
+    """Fused kernels for adapter layers that can take them; off: PyTorch's operators everywhere."""
+    liger: bool = False
+    """liger-kernel's kernels in the rest of the model (RMSNorm, SwiGLU, RoPE, loss): less memory and time; needs a GPU."""
     group_by_length: bool = False
     """Batches of rows of similar length: less padding, a less random order."""
     log_every: Count = 10

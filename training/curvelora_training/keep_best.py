@@ -6,6 +6,8 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from curvelora_training.config import TrainingSpec
+
 
 class KeepBest(TrainerCallback):
     """Asks for a checkpoint whenever an evaluation finds a new lowest loss, and remembers its step where rotation looks for it.
@@ -32,3 +34,8 @@ class KeepBest(TrainerCallback):
         if loss < (float("inf") if state.best_metric is None else state.best_metric):
             state.best_metric, state.best_global_step = loss, state.global_step
             control.should_save = True
+
+
+def best_checkpoint(spec: TrainingSpec, state: TrainerState) -> dict[str, Any] | None:
+    """Step and loss of the checkpoint with the lowest validation loss; None where the recipe asks for none."""
+    return {"step": state.best_global_step, "eval_loss": state.best_metric} if spec.keep_best else None

@@ -29,6 +29,7 @@ from curvelora_training.adalora import fit_schedule
 from curvelora_training.config import Recipe, RecipeError, load_recipe
 from curvelora_training.curve_schedule import check_schedules
 from curvelora_training.distributed import accelerate_asks_for_deepspeed, deepspeed_settings, world_size
+from curvelora_training.liger import check_liger
 from curvelora_training.resuming import check_same_recipe, with_its_steps
 from curvelora_training.run_length import optimiser_steps
 from curvelora_training.zero3 import by_blocks, check_by_modules, stage_of, why_not
@@ -135,6 +136,8 @@ def prepare(recipe: Recipe, source: str = "the recipe") -> Prepared:
                 collect(check_by_modules, recipe, base, task.new_head)
             with torch.device("meta"):  # the adapter needs no memory either
                 shapes = collect(attach, base, peft_config)
+        if recipe.training.liger:
+            collect(_check_liger, base)
     if collect.problems:
         raise RecipeError(source, collect.problems)
     return Prepared(recipe, task, rows, peft_config, shapes)
@@ -256,6 +259,13 @@ def _check_weights(model: PreTrainedModel, config: PeftConfig) -> None:
         )
 
 
+def _check_liger(model: PreTrainedModel) -> None:
+    try:
+        check_liger(model)
+    except UserError as error:
+        raise UserError(f"training.liger: {error}") from error
+
+
 def _check_combinations(recipe: Recipe, task: Task, deepspeed: bool, stage: int | None) -> None:
     problems = []
     method, model = recipe.method, recipe.model
@@ -324,6 +334,11 @@ def _check_combinations(recipe: Recipe, task: Task, deepspeed: bool, stage: int 
         problems.append(
             "training.keep_products says what gradient checkpointing keeps: set training.gradient_checkpointing=true too, or "
             "leave it out"
+        )
+    if recipe.training.liger and (stage == 3 or fsdp.fsdp_asked()):
+        problems.append(
+            "training.liger takes weights without calling their layers, which gathers nothing of a base in shares: leave it out, "
+            "or take ZeRO-2"
         )
     if recipe.training.group_by_length and recipe.task.kind == "image_classification":
         problems.append("training.group_by_length has no meaning for images, which are all of one size: leave it out")

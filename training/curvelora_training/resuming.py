@@ -13,12 +13,12 @@ from curvelora_training.distributed import rank, world_size
 from curvelora_training.row_order import share_step
 from curvelora_training.run_folder import RunFolder
 
-# These change no update, though another engine rounds otherwise; the last three say what happens when something goes wrong.
+# These change no update, though other engines and kernels round otherwise; the last three say what to do when something fails.
 MAY_CHANGE = {"output", "name"} | {
     f"training.{key}"
     for key in (
         *("eval_batch_size", "keep_checkpoints", "keep_best", "deepspeed", "gradient_checkpointing", "keep_products"),
-        *("timeout_minutes", "on_nonfinite", "max_rollbacks"),
+        *("kernels", "liger", "timeout_minutes", "on_nonfinite", "max_rollbacks"),
     )
 }
 SHARED = {"training.batch_size", "training.accumulation"}  # nor do these, where their product with the processes stays

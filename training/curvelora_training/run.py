@@ -40,8 +40,9 @@ from curvelora_training.distributed import (
     world_size,
 )
 from curvelora_training.effects import describe_start, last_spline, measure_gap, measure_start, merges_approximately
-from curvelora_training.keep_best import KeepBest
+from curvelora_training.keep_best import KeepBest, best_checkpoint
 from curvelora_training.kept_products import keep_products
+from curvelora_training.kernel_choice import choose_kernels
 from curvelora_training.lease import Lease
 from curvelora_training.loading import load_into_shares
 from curvelora_training.model_card import model_card
@@ -166,6 +167,9 @@ def _load(prepared: Prepared, arguments: TrainingArguments, engine: Engine) -> P
     by_modules = engine.base == "modules"
     with loading_into_shares(arguments, prepared.recipe.model) if by_modules else contextlib.nullcontext():
         model = adapted_model(prepared, arguments.device, engine.base == "blocks")
+    said = choose_kernels(model, prepared.recipe.training, engine.base == "fsdp")
+    if said and rank() == 0:
+        print(said, flush=True)
     if engine.base == "fsdp":
         fsdp.share_base(model)
     return model
@@ -263,7 +267,7 @@ def _finish(prepared: Prepared, trainer: AdapterTrainer, parts: Parts, shift: Ou
         "merge_gap": None,
         "spline": last_spline(folder),
         "nonfinite": parts.guard.summary(),
-        "best_checkpoint": _best(prepared, trainer),
+        "best_checkpoint": best_checkpoint(prepared.recipe.training, trainer.state),
     }
     parts.lease.confirm()
     save_adapter(trainer, prepared, folder)
@@ -429,13 +433,6 @@ def score_unseen(
     folder.write_text("predictions.jsonl", prediction_lines(predicted.predictions, predicted.references))
     folder.write_json("evaluation.json", result)
     return result
-
-
-def _best(prepared: Prepared, trainer: AdapterTrainer) -> dict[str, Any] | None:
-    """The checkpoint of the lowest validation loss, where the recipe asks for one."""
-    if not prepared.recipe.training.keep_best:
-        return None
-    return {"step": trainer.state.best_global_step, "eval_loss": trainer.state.best_metric}
 
 
 def _announce(prepared: Prepared, checkpoint: Path | None, resume: bool) -> None:
