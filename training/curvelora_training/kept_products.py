@@ -25,7 +25,7 @@ _ATTENTION = {
     f"aten::_scaled_dot_product_{name}"
     for name in ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")
 }
-_NF4 = "bitsandbytes::gemm_4bit"
+_FUSED = ("bitsandbytes::gemm_4bit", "curvelora::merged_linear", "curvelora::separate_linear")
 
 
 def keep_products(model: nn.Module, layers: int) -> int:
@@ -52,6 +52,6 @@ def keep_products(model: nn.Module, layers: int) -> int:
 def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     name = op.name().partition(".")[0]
     large = op in _PRODUCTS and args[_PRODUCTS[op]].shape[-1] >= LARGE
-    if large or name == _NF4 or name in _ATTENTION:
+    if large or name in _FUSED or name in _ATTENTION:
         return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE

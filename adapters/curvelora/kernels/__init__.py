@@ -4,8 +4,8 @@
     factor_gradients   dL/dA and dL/dB of s f(BA)                        -> separate_linear   dropout, bf16 bases
     nf4, curves, portable    what they are made of          workspace, held    where matrices live, and when tensors are saved
 
-One operation a file, with its maths, a plain reference in fp64 beside it, and tests against that on odd shapes. A kernel for another
-family (AuroRA's spline, RanLoRA's and NEAT's activations on the rank axis) is another file of this kind.
+One operation a file, with its maths, a plain reference in fp64 beside it, and tests against that on odd shapes. A kernel for
+another family (AuroRA's spline, RanLoRA's and NEAT's activations on the rank axis) is another file of this kind.
 """
 
 from curvelora.kernels.choice import use_kernels

@@ -1,7 +1,7 @@
 """When a layer's pass takes the fused kernels; everywhere else it runs as it is written in `curvelora.layers`.
 
-The environment's CURVELORA_KERNELS decides first: `auto` (the default), `off`, or `interpret`, which lets tensors on a CPU take them
-in Triton's interpreter, far slower than anything, for tests.
+The environment's CURVELORA_KERNELS decides first: `auto` (the default), `off`, or `interpret`, which lets tensors on a CPU take
+them in Triton's interpreter, far slower than anything, for tests.
 """
 
 from __future__ import annotations

@@ -9,9 +9,10 @@ Sinter's at its published setting. So G f'(0) and G e(u) are rounded on their ow
 
 and f'(0), a power of two for every f here, scales G without rounding. u is formed to 2^-16 (`split_product`).
 
-Two kernels read G once each. One keeps its rows of dL/dB in registers and walks over columns, the other keeps columns of dL/dA and
-walks over rows; where there are too few of those for the GPU's processors, the walk is split and the parts are summed, so
-there are no atomics and the sums have one order. Traffic: G twice (4 bytes an entry), of which the second reading hits the L2 cache where G fits.
+Two kernels read G once each. One keeps its rows of dL/dB in registers and walks over columns, the other keeps columns of dL/dA
+and walks over rows; where there are too few of those for the GPU's processors, the walk is split and the parts are summed, so
+there are no atomics and the sums have one order. Traffic: G twice (4 bytes an entry), of which the second reading hits the L2
+cache where G fits.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ from curvelora.layers.dense_delta import DeltaMap
 
 # rows and columns of a tile, programs to aim at, warps, stages (`curvelora bench kernels`, H100)
 Tile = tuple[int, int, int, int, int]
-TILE_B = (64, 64, 528, 4, 3)
-TILE_A = (64, 64, 528, 4, 3)
+TILE_B = (64, 32, 528, 4, 3)
+TILE_A = (64, 128, 264, 4, 2)
 
 
 @triton.jit

@@ -2,10 +2,11 @@
 
     A: (r, d_in) fp32   B: (d_out, r) fp32   u = BA, formed to about 2^-16 (`split_product`)   W: (d_out, d_in) bf16
 
-One matrix product with W then does what a QLoRA layer does with one large and two thin ones. Rounding W0 + dW to bf16 is harmless
-on an NF4 base and would not be on a bf16 one: decoded weights lie anywhere between bf16's numbers, so the rounding acts as
-a dither. An update far below half a unit in the last place changes few entries, each by a whole unit, and as many of them as make the
-mean right. A bf16 weight is on a number of bf16, and such an update would be lost in every entry: there dW alone is formed.
+One matrix product with W then does what a QLoRA layer does with one large and two thin ones. Rounding W0 + dW to bf16 is
+harmless on an NF4 base and would not be on a bf16 one: decoded weights lie anywhere between bf16's numbers, so the rounding acts
+as a dither. An update far below half a unit in the last place changes few entries, each by a whole unit, and as many of them as
+make the mean right. A bf16 weight is on a number of bf16, and such an update would be lost in every entry: there dW alone is
+formed.
 
 Traffic: codes and scales read (0.52 bytes an entry), W written (2); the factors come from the L2 cache.
 """
@@ -19,11 +20,11 @@ from torch import Tensor
 
 from curvelora.activations import Activation
 from curvelora.kernels import curves, nf4
-from curvelora.kernels.portable import split, split_product, to_bf16
+from curvelora.kernels.portable import dot, split, split_product, to_bf16
 from curvelora.layers.dense_delta import DeltaMap
 
 # rows and columns of a tile, tiles a program, warps: the fastest of those that `curvelora bench kernels` tries on an H100
-TILE = (64, 128, 4, 4)
+TILE = (128, 128, 4, 8)
 
 
 @triton.jit
@@ -36,6 +37,7 @@ def _merged_weight(
     ranks = tl.arange(0, RANK)
     b = tl.load(B + rows[:, None] * rank + ranks[None, :], inside & (ranks < rank)[None, :], other=0.0)
     b_high, b_low = split(b)
+    nothing = tl.zeros((ROWS, COLUMNS), tl.float32)
     for tile in range(TILES):
         first = (tl.program_id(0) * TILES + tile) * COLUMNS
         columns = first + tl.arange(0, COLUMNS)
@@ -43,7 +45,10 @@ def _merged_weight(
             A + ranks[:, None] * d_in + columns[None, :], (ranks < rank)[:, None] & (columns < d_in)[None, :], other=0.0
         )
         a_high, a_low = split(a)
-        u = split_product(b_high, b_low, a_high, a_low, tl.zeros((ROWS, COLUMNS), tl.float32))
+        if NAME == "identity":  # noqa: SIM108  LoRA: factors in bf16, as its own products have them
+            u = dot(b_high, a_high, nothing)
+        else:
+            u = split_product(b_high, b_low, a_high, a_low, nothing)
         weight = outer * curves.value(u * inner, NAME, amplitude, frequency)
         if BASE != 0:
             weight += nf4.decode(

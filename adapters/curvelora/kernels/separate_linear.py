@@ -1,4 +1,4 @@
-"""y = x W0^T + bias + z (s f(BA))^T where the two products cannot be one: dropout, or a base whose numbers would swallow the update.
+"""y = x W0^T + bias + z (s f(BA))^T where the two products cannot be one: dropout, or a base that would swallow the update.
 
     x: (..., d_in) bf16, the layer's input   z: (..., d_in) bf16, what the adapter sees of it: drop(x), or x itself
     dW = s f(BA): (d_out, d_in) bf16, in the workspace

@@ -1,7 +1,7 @@
 """One buffer a device and stream for matrices that live within one layer's pass, so that none of them outlives it.
 
-Forward and backward passes use it for the merged weight, and the backward pass for G after that. Work on one stream runs in order,
-so the next layer may have the same memory; each stream has its own.
+Forward and backward passes use it for the merged weight, and the backward pass for G after that. Work on one stream runs in
+order, so the next layer may have the same memory; each stream has its own.
 """
 
 from __future__ import annotations

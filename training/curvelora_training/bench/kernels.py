@@ -1,9 +1,10 @@
-"""`curvelora bench kernels`: each fused kernel on one layer, beside the products it stands between and the bytes it has to move."""
+"""`curvelora bench kernels`: each fused kernel on one layer, beside the products it stands between and the bytes it moves."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,8 +22,8 @@ from curvelora_eval.environment import describe_environment
 from curvelora_training.bench.devices import Device
 from curvelora_training.bench.random_base import nf4_byte_table, random_nf4_linear
 
-WEIGHT_TILES = [*itertools.product((32, 64, 128), (64, 128, 256), (1, 4), (4, 8))]
-GRADIENT_TILES = [*itertools.product((64, 128), (32, 64, 128), (264, 528, 1056), (4, 8), (2, 3))]
+WEIGHT_TILES = [*itertools.product((64, 128), (64, 128), (2, 4, 16), (4, 8))]
+GRADIENT_TILES = [*itertools.product((64, 128), (32, 64, 128), (264, 528), (4, 8), (2, 3))]
 
 
 def measure_kernels(
@@ -35,7 +36,7 @@ def measure_kernels(
     device: torch.device,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """The record of `bench kernels`: milliseconds (median, L2 cache emptied before each), relative errors to fp64, tiles tried."""
+    """The record of `bench kernels`: milliseconds (median, L2 cache emptied before each), relative errors to fp64, tiles."""
     box = Device(device)
     found = []
     for shape in shapes:
@@ -115,9 +116,8 @@ def _tried(tiles: list[tuple], call: Callable[[tuple], Any]) -> list[dict[str, A
         try:
             call(tile)
             torch.cuda.synchronize()
-            found.append(
-                {"tile": list(tile), "milliseconds": do_bench(lambda: call(tile), 5, 20, return_mode="median")}
-            )
+            median = do_bench(partial(call, tile), 5, 20, return_mode="median")
+            found.append({"tile": list(tile), "milliseconds": median})
         except Exception as error:  # more registers or shared memory than there are
             found.append({"tile": list(tile), "milliseconds": float("inf"), "error": str(error)[:200]})
     found.sort(key=lambda one: one["milliseconds"])
