@@ -9,6 +9,7 @@ COMMANDS = {
     "layer": (f"{_HERE}.layer_command", "one linear layer, forward and backward"),
     "kernels": (f"{_HERE}.kernels_command", "the fused kernels of one layer, and their tiles"),
     "step": (f"{_HERE}.step_command", "whole training steps on a model or a built-in shape"),
+    "profile": (f"{_HERE}.profile_command", "where the GPU's time of a training step goes"),
     "engines": (f"{_HERE}.engines_command", "whole training steps under DeepSpeed's ZeRO stages, by torchrun"),
     "compare": (
         f"{_HERE}.compare_command",
