@@ -107,7 +107,7 @@ def use_kernels(model: nn.Module, mode: str = "auto") -> tuple[int, Counter[str]
     """
     if mode not in ("auto", "off"):
         raise UserError(f"kernels {mode!r} is not known{nearest(mode, ('auto', 'off'))}: write auto or off")
-    from curvelora.kernels.peft_lora import FusedLinear4bit
+    from curvelora.kernels.peft_lora import is_lora_layer, switch
     from curvelora.layers.dense_delta import DenseDeltaLayer
 
     able, reasons = 0, Counter()
@@ -115,8 +115,8 @@ def use_kernels(model: nn.Module, mode: str = "auto") -> tuple[int, Counter[str]
         if isinstance(layer, DenseDeltaLayer):
             layer.kernels = mode
             reason = "kernels: off" if mode == "off" else layer.why_no_kernels()
-        elif FusedLinear4bit is not None and isinstance(layer, FusedLinear4bit.__base__):
-            reason = FusedLinear4bit.switch(layer, mode)
+        elif is_lora_layer(layer):
+            reason = switch(layer, mode)
         elif isinstance(layer, BaseTunerLayer):
             reason = f"{type(layer).__name__} has no kernels"
         else:

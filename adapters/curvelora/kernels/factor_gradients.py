@@ -96,6 +96,59 @@ def _gradient_of_A(
     tl.store(out + at, factor * sums, of_rank[:, None] & there)
 
 
+@triton.jit
+def _gradients_at_once(
+    out_A, out_B, G, A, B, d_out, d_in, rank, span, factor, inner, at_zero, amplitude, frequency,
+    NAME: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    there = (columns < d_in)[None, :]
+    ranks = tl.arange(0, RANK)
+    of_rank = ranks < rank
+    a_high, a_low = split(tl.load(A + ranks[:, None] * d_in + columns[None, :], of_rank[:, None] & there, other=0.0))
+    a_transposed = tl.trans(a_high)
+    sums = tl.zeros((RANK, COLUMNS), tl.float32)
+    start = tl.program_id(1) * span
+    for first in range(start, tl.minimum(start + span, d_out), ROWS):
+        rows = first + tl.arange(0, ROWS)
+        inside = (rows < d_out)[:, None]
+        of_B = rows[:, None] * rank + ranks[None, :]
+        b_high, b_low = split(tl.load(B + of_B, inside & of_rank[None, :], other=0.0))
+        g = tl.load(G + rows[:, None] * d_in + columns[None, :], inside & there, other=0.0).to(tl.float32)
+        u = split_product(b_high, b_low, a_high, a_low, tl.zeros((ROWS, COLUMNS), tl.float32))
+        linear, beyond = _slopes(g, u, inner, at_zero, amplitude, frequency, NAME)
+        b_transposed = tl.trans(b_high)
+        sums = dot(b_transposed, beyond, sums)
+        part = dot(beyond, a_transposed, tl.zeros((ROWS, RANK), tl.float32))
+        if NAME != "relu":
+            sums = dot(b_transposed, linear, sums)
+            part = dot(linear, a_transposed, part)
+        tl.store(out_B + tl.program_id(0) * d_out * rank + of_B, factor * part, inside & of_rank[None, :])
+    at = tl.program_id(1) * rank * d_in + ranks[:, None] * d_in + columns[None, :]
+    tl.store(out_A + at, factor * sums, of_rank[:, None] & there)
+
+
+def gradients_at_once(
+    G: Tensor, A: Tensor, B: Tensor, delta_map: DeltaMap, tile: Tile = (64, 128, 264, 4, 2)
+) -> tuple[Tensor, Tensor]:
+    """As `factor_gradients`, reading G once: parts of dL/dB, one for each block of columns, go through memory instead."""
+    d_out, d_in = G.shape
+    rank = A.shape[0]
+    rows, columns, programs, warps, stages = tile
+    blocks = triton.cdiv(d_in, columns)
+    span = triton.cdiv(triton.cdiv(d_out, max(1, programs // blocks)), rows) * rows
+    parts = triton.cdiv(d_out, span)
+    out_A = torch.empty((parts, rank, d_in), dtype=torch.float32, device=G.device)
+    out_B = torch.empty((blocks, d_out, rank), dtype=torch.float32, device=G.device)
+    f = delta_map.activation
+    assert isinstance(f, Activation)
+    _gradients_at_once[(blocks, parts)](
+        out_A, out_B, G, A, B, d_out, d_in, rank, span, delta_map.scale, scales_of(delta_map)[1], f.slope_at_zero,
+        f.amplitude, f.frequency, f.name, padded_rank(rank), rows, columns, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    return out_A.sum(0), out_B.sum(0)
+
+
 def gradient_of(factor: str, G: Tensor, A: Tensor, B: Tensor, delta_map: DeltaMap, tile: Tile) -> Tensor:
     """dL/dA (r, d_in) or dL/dB (d_out, r), fp32, for `factor` "A" or "B"; arguments as of `factor_gradients`."""
     d_out, d_in = G.shape

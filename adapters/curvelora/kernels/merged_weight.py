@@ -23,8 +23,9 @@ from curvelora.kernels import curves, nf4
 from curvelora.kernels.portable import dot, split, split_product, to_bf16
 from curvelora.layers.dense_delta import DeltaMap
 
-# rows and columns of a tile, tiles a program, warps: the fastest of those that `curvelora bench kernels` tries on an H100
-TILE = (128, 128, 4, 8)
+# rows and columns of a tile, tiles a program, warps, stages (`curvelora bench kernels`, H100)
+Tile = tuple[int, int, int, int, int]
+TILE = (128, 64, 4, 4, 3)
 
 
 @triton.jit
@@ -68,25 +69,25 @@ def scales_of(delta_map: DeltaMap) -> tuple[float, float]:
 
 
 def merged_weight(
-    A: Tensor, B: Tensor, delta_map: DeltaMap, base: list[Tensor], out: Tensor, tile: tuple[int, int, int, int] = TILE
+    A: Tensor, B: Tensor, delta_map: DeltaMap, base: list[Tensor], out: Tensor, tile: Tile = TILE
 ) -> Tensor:
     """Write W0 + dW, or dW where `base` is empty, to `out` (d_out, d_in), bf16 and contiguous; returns it.
 
     Args:
         A, B: factors, (r, d_in) and (d_out, r), fp32, contiguous.
         base: from `nf4.codes_of`, or [].
-        tile: rows, columns (a multiple of 64), tiles a program, warps.
+        tile: rows, columns (a multiple of 64), tiles a program, warps, stages.
     """
     f = delta_map.activation
     assert isinstance(f, Activation)
     (rank, d_in), d_out = A.shape, B.shape[0]
-    rows, columns, tiles, warps = tile
+    rows, columns, tiles, warps, stages = tile
     # pointers that a base has not are not read; something has to stand in their place
     pointers = [*base, *(A for _ in range(6 - len(base)))]
     grid = (triton.cdiv(d_in, columns * tiles), triton.cdiv(d_out, rows))
     _merged_weight[grid](
         out, A, B, *pointers, d_out, d_in, rank, *scales_of(delta_map), f.amplitude, f.frequency,
-        f.name, len(base) // 3, padded_rank(rank), rows, columns, tiles, num_warps=warps,
+        f.name, len(base) // 3, padded_rank(rank), rows, columns, tiles, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out
 

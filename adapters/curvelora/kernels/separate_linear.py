@@ -19,13 +19,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from curvelora.activations import Activation
 from curvelora.kernels import nf4
 from curvelora.kernels.factor_gradients import factor_gradients
-from curvelora.kernels.held import Held
+from curvelora.kernels.held import Held, saved
 from curvelora.kernels.merged_weight import merged_weight
 from curvelora.kernels.workspace import workspace
-from curvelora.layers.dense_delta import DeltaMap
+from curvelora.layers.dense_delta import DeltaMap, delta_map_of, map_fields
 
 
 def _base(base: list[Tensor], d_out: int, d_in: int) -> Tensor:
@@ -49,7 +48,7 @@ def _product(
 ) -> Tensor:
     d_out, d_in = B.shape[0], A.shape[1]
     y = F.linear(x.reshape(-1, d_in), _base(base, d_out, d_in), bias)
-    delta_map = DeltaMap(Activation(name, amplitude, frequency), scale, inside)
+    delta_map = delta_map_of(name, amplitude, frequency, scale, inside)
     dW = merged_weight(A, B, delta_map, [], workspace(d_out, d_in, x.device))
     return y.addmm_(z.reshape(-1, d_in), dW.T).reshape(*x.shape[:-1], d_out)
 
@@ -76,7 +75,7 @@ def _gradients(
     inside: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dL/dx, dL/dz, dL/dA, dL/dB); what is not needed is empty."""
-    delta_map = DeltaMap(Activation(name, amplitude, frequency), scale, inside)
+    delta_map = delta_map_of(name, amplitude, frequency, scale, inside)
     d_out, d_in = B.shape[0], A.shape[1]
     g = grad.reshape(-1, d_out)
     grad_x, grad_z = grad.new_empty(0), grad.new_empty(0)
@@ -113,41 +112,42 @@ def _only_needed(needs: tuple[bool, ...], found: tuple[Tensor, ...]) -> list[Ten
 
 
 def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    _, z, A, B, _, ctx.base, *ctx.map_fields = inputs
+    _, z, A, B, _, ctx.base, *ctx.fields = inputs
     ctx.save_for_backward(z, A, B)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     needs = ctx.needs_input_grad[:4]
-    found = _gradients(grad, *ctx.saved_tensors, ctx.base, *needs[:2], any(needs[2:]), *ctx.map_fields)
-    return *_only_needed(needs, found), None, [None] * len(ctx.base), *(None for _ in ctx.map_fields)
+    found = _gradients(grad, *ctx.saved_tensors, ctx.base, *needs[:2], any(needs[2:]), *ctx.fields)
+    return *_only_needed(needs, found), None, [None] * len(ctx.base), *(None for _ in ctx.fields)
 
 
 _product.register_autograd(_backward, setup_context=_save)
 
 
 class _Separate(torch.autograd.Function):
-    """The products, whose saved tensors are those of the `Held` that z comes from."""
+    """The products; what their backward pass needs is saved by the two `Held` that z and A come from."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        held: Tensor,
+        z: Tensor,
         A: Tensor,
         B: Tensor,
         bias: Tensor | None,
         base: list[Tensor],
-        map_fields: tuple,
+        fields: tuple,
     ) -> Tensor:
-        ctx.held, ctx.base, ctx.map_fields = held.grad_fn, base, map_fields
-        return _product(x, held, A, B, bias, base, *map_fields)
+        ctx.seen, ctx.factors, ctx.base, ctx.fields = z.grad_fn, A.grad_fn, base, fields
+        return _product(x, z, A, B, bias, base, *fields)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         needs = ctx.needs_input_grad[:4]
-        found = _gradients(grad, *ctx.held.saved_tensors, ctx.base, *needs[:2], any(needs[2:]), *ctx.map_fields)
+        tensors = (*saved(ctx.seen), *saved(ctx.factors))
+        found = _gradients(grad, *tensors, ctx.base, *needs[:2], any(needs[2:]), *ctx.fields)
         return *_only_needed(needs, found), None, None, None
 
 
@@ -163,11 +163,7 @@ def separate_linear(
         base: [W0] in bf16, or the NF4 weight from `nf4.codes_of`; frozen.
         delta_map: with an `Activation` whose kernel exists (`curves.NAMES`).
     """
-    f = delta_map.activation
-    map_fields = (f.name, f.amplitude, f.frequency, delta_map.scale, delta_map.scale_inside)
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return _product(x, z, A, B, bias, base, *map_fields)
-    held = Held.apply(z, A, B)
-    if held.grad_fn is None:
-        return _product(x, z, A, B, bias, base, *map_fields)
-    return _Separate.apply(x, held, A, B, bias, base, map_fields)
+    fields = map_fields(delta_map)
+    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and z.requires_grad and A.requires_grad):
+        return _product(x, z, A, B, bias, base, *fields)
+    return _Separate.apply(x, Held.apply(z), Held.apply(A, B), B, bias, base, fields)

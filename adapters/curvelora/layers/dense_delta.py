@@ -78,6 +78,17 @@ class DeltaMap:
         return self.scale * self.activation.slope_at_zero
 
 
+def map_fields(delta_map: DeltaMap) -> tuple[str, float, float, float, bool]:
+    """A map whose f is an `Activation`, as the plain values that an operator's arguments can be; see `delta_map_of`."""
+    f = delta_map.activation
+    return f.name, f.amplitude, f.frequency, delta_map.scale, delta_map.scale_inside
+
+
+def delta_map_of(name: str, amplitude: float, frequency: float, scale: float, inside: bool) -> DeltaMap:
+    """The map of these `map_fields`."""
+    return DeltaMap(Activation(name, amplitude, frequency), scale, inside)
+
+
 def row_blocks(d_out: int, d_in: int) -> Iterator[slice]:
     """Slices of rows with at most `BLOCK_ENTRIES` entries each (at least one row)."""
     step = max(1, BLOCK_ENTRIES // d_in)
@@ -102,7 +113,7 @@ def dense_delta(A: Tensor, B: Tensor, delta_map: DeltaMap, dtype: torch.dtype) -
 def _product(
     x: Tensor, A: Tensor, B: Tensor, name: str, amplitude: float, frequency: float, scale: float, inside: bool
 ) -> Tensor:
-    delta_map = DeltaMap(Activation(name, amplitude, frequency), scale, inside)
+    delta_map = delta_map_of(name, amplitude, frequency, scale, inside)
     return F.linear(x, dense_delta(A, B, delta_map, x.dtype))
 
 
@@ -126,7 +137,7 @@ def _gradients(
     inside: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dL/dx, dL/dA, dL/dB); what is not needed is empty."""
-    delta_map = DeltaMap(Activation(name, amplitude, frequency), scale, inside)
+    delta_map = delta_map_of(name, amplitude, frequency, scale, inside)
     return _blockwise_gradients(grad, x, A, B, delta_map, needs_x, needs_factors)
 
 
@@ -278,7 +289,7 @@ def dense_delta_product(x: Tensor, A: Tensor, B: Tensor, delta_map: DeltaMap) ->
     f = delta_map.activation
     if isinstance(f, Series):
         return _series_product(x, A, B, f.amplitude, f.frequency, f.name, delta_map.scale, delta_map.scale_inside)
-    return _product(x, A, B, f.name, f.amplitude, f.frequency, delta_map.scale, delta_map.scale_inside)
+    return _product(x, A, B, *map_fields(delta_map))
 
 
 class DenseDeltaLayer(AdapterLayer):
