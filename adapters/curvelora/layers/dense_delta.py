@@ -348,30 +348,34 @@ class DenseDeltaLayer(AdapterLayer):
         from curvelora.kernels.nf4 import codes_of
         from curvelora.kernels.separate_linear import separate_linear
 
-        base, delta_map = self.get_base_layer(), self.delta_map(adapter)
+        base, delta_map, config = self.get_base_layer(), self.delta_map(adapter), self.configs[adapter]
         bias = base.bias if base.bias is None else base.bias.to(torch.bfloat16)
-        narrow = x.to(torch.bfloat16)
-        A, B, seen = self._dropped(adapter, narrow)
+        narrow, (A, B) = x.to(torch.bfloat16), self.factors(adapter)
+        p = config.dropout if self.training else 0.0
+        if p and config.dropout_form == "features":
+            A, p = self._dropped_features(A, p), 0.0
         if type(base) is nn.Linear:
-            found = separate_linear(narrow, seen, A, B, bias, [base.weight], delta_map)
-        elif seen is narrow:
-            found = merged_linear(narrow, A, B, bias, codes_of(base), delta_map)
+            found = separate_linear(narrow, A, B, bias, [base.weight], delta_map, p)
+        elif p:
+            found = separate_linear(narrow, A, B, bias, codes_of(base), delta_map, p)
         else:
-            found = separate_linear(narrow, seen, A, B, bias, codes_of(base), delta_map)
+            found = merged_linear(narrow, A, B, bias, codes_of(base), delta_map)
         return found.to(x.dtype)
 
-    def _dropped(self, adapter: str, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(A, B, what the adapter sees of x), with the dropout of a training pass on A's columns or on x."""
-        config, (A, B) = self.configs[adapter], self.factors(adapter)
-        if not (config.dropout and self.training):
-            return A, B, x
-        if config.dropout_form == "features":
-            return A * F.dropout(A.new_ones(A.shape[1]), config.dropout), B, x
-        return A, B, F.dropout(x, config.dropout)
+    @staticmethod
+    def _dropped_features(A: Tensor, p: float) -> Tensor:
+        """A with the columns of dropped inputs at zero and the others divided by 1 - p."""
+        return A * F.dropout(A.new_ones(A.shape[1]), p)
 
     def adapter_output(self, adapter: str, x: Tensor) -> Tensor:
         """dW drop(x), computed in the dtype in which a linear layer would multiply x. x: (..., d_in) -> (..., d_out)."""
-        A, B, x = self._dropped(adapter, x.to(compute_dtype(x)))
+        config, (A, B) = self.configs[adapter], self.factors(adapter)
+        x = x.to(compute_dtype(x))
+        if config.dropout and self.training:
+            if config.dropout_form == "features":
+                A = self._dropped_features(A, config.dropout)
+            else:
+                x = F.dropout(x, config.dropout)
         return dense_delta_product(x, A, B, self.delta_map(adapter))
 
     def delta_weight(self, adapter: str) -> Tensor:
