@@ -13,6 +13,8 @@ Traffic: codes and scales read (0.52 bytes an entry), W written (2); the factors
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -25,6 +27,10 @@ from curvelora.layers.dense_delta import DeltaMap
 
 # rows and columns of a tile, tiles a program, warps: the fastest of those that `curvelora bench kernels` tries on an H100
 TILE = (128, 128, 4, 8)
+# the same where that one does not fit: without a loop, so without two tiles of A under way
+SMALL_TILE = (128, 128, 1, 8)
+# bytes of shared memory that `TILE` takes at rank 64 over NF4; at rank 128 it would take 256 KiB, and no GPU has them
+SHARED = 160 << 10
 
 
 @triton.jit
@@ -67,20 +73,40 @@ def scales_of(delta_map: DeltaMap) -> tuple[float, float]:
     return (1.0, delta_map.scale) if delta_map.scale_inside else (delta_map.scale, 1.0)
 
 
+@cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that one program may take on this device: 99 KiB on consumers' cards, 163 and 227 on A100 and H100."""
+    if device.type != "cuda":  # the interpreter
+        return 99 << 10
+    return triton.runtime.driver.active.utils.get_device_properties(device.index or 0)["max_shared_mem"]
+
+
+def tile_for(rank: int, shared: int) -> tuple[int, int, int, int]:
+    """The tile for factors of this rank where a program may take `shared` bytes of shared memory."""
+    padded = padded_rank(rank)
+    return TILE if padded <= 16 or (padded <= 64 and shared >= SHARED) else SMALL_TILE
+
+
 def merged_weight(
-    A: Tensor, B: Tensor, delta_map: DeltaMap, base: list[Tensor], out: Tensor, tile: tuple[int, int, int, int] = TILE
+    A: Tensor,
+    B: Tensor,
+    delta_map: DeltaMap,
+    base: list[Tensor],
+    out: Tensor,
+    tile: tuple[int, int, int, int] | None = None,
 ) -> Tensor:
     """Write W0 + dW, or dW where `base` is empty, to `out` (d_out, d_in), bf16 and contiguous; returns it.
 
     Args:
-        A, B: factors, (r, d_in) and (d_out, r), fp32, contiguous.
+        A, B: factors, (r, d_in) and (d_out, r), fp32.
         base: from `nf4.codes_of`, or [].
-        tile: rows, columns (a multiple of 64), tiles a program, warps.
+        tile: rows, columns (a multiple of 64), tiles a program, warps; None: `tile_for`.
     """
     f = delta_map.activation
     assert isinstance(f, Activation)
     (rank, d_in), d_out = A.shape, B.shape[0]
-    rows, columns, tiles, warps = tile
+    rows, columns, tiles, warps = tile or tile_for(rank, shared_memory(A.device))
+    A, B = A.contiguous(), B.contiguous()
     # pointers that a base has not are not read; something has to stand in their place
     pointers = [*base, *(A for _ in range(6 - len(base)))]
     grid = (triton.cdiv(d_in, columns * tiles), triton.cdiv(d_out, rows))

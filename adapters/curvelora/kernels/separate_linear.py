@@ -5,9 +5,12 @@
 
     dL/dx = g W0    dL/dz = g dW    G = g^T z, in the workspace    dL/dA, dL/dB from G: `factor_gradients`
 
-The second product is added to the first one's result inside of the matrix product, so the sum is rounded once. Autograd keeps
-z, A and B, saved ahead of the products as in `merged_linear`; it needs no x, since W0 is frozen. Costs three products more
-than LoRA over a step with gradient checkpointing, and one more than `merged_linear` in every pass.
+The update's product, small and rounded at its own size, is where the base's product is added inside of the matrix product: the
+sum is rounded once, at a value that is on no number of bf16, so an update far below half a unit is right in the mean. In the
+other order it would meet a y that is rounded already, and be lost in every entry (`merged_weight` has the same about W0).
+
+Autograd keeps z, A and B, saved ahead of the products as in `merged_linear`; it needs no x, since W0 is frozen. Costs three
+products more than LoRA over a step with gradient checkpointing, and one more than `merged_linear` in every pass.
 """
 
 from __future__ import annotations
@@ -17,11 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from curvelora.activations import Activation
 from curvelora.kernels import nf4
-from curvelora.kernels.factor_gradients import factor_gradients
+from curvelora.kernels.factor_gradients import gradients_of_factors
 from curvelora.kernels.held import Held
 from curvelora.kernels.merged_weight import merged_weight
 from curvelora.kernels.workspace import workspace
@@ -48,10 +50,12 @@ def _product(
     inside: bool,
 ) -> Tensor:
     d_out, d_in = B.shape[0], A.shape[1]
-    y = F.linear(x.reshape(-1, d_in), _base(base, d_out, d_in), bias)
     delta_map = DeltaMap(Activation(name, amplitude, frequency), scale, inside)
-    dW = merged_weight(A, B, delta_map, [], workspace(d_out, d_in, x.device))
-    return y.addmm_(z.reshape(-1, d_in), dW.T).reshape(*x.shape[:-1], d_out)
+    y = z.reshape(-1, d_in) @ merged_weight(A, B, delta_map, [], workspace(d_out, d_in, x.device)).T
+    y.addmm_(x.reshape(-1, d_in), _base(base, d_out, d_in).T)
+    if bias is not None:
+        y += bias
+    return y.reshape(*x.shape[:-1], d_out)
 
 
 @_product.register_fake
@@ -86,8 +90,7 @@ def _gradients(
         grad_z = (g @ merged_weight(A, B, delta_map, [], workspace(d_out, d_in, z.device))).reshape(z.shape)
     if not needs_factors:
         return grad_x, grad_z, A.new_empty(0), B.new_empty(0)
-    G = torch.mm(g.T, z.reshape(-1, d_in), out=workspace(d_out, d_in, z.device))
-    return grad_x, grad_z, *factor_gradients(G, A, B, delta_map)
+    return grad_x, grad_z, *gradients_of_factors(g, z.reshape(-1, d_in), A, B, delta_map)
 
 
 @_gradients.register_fake

@@ -341,9 +341,9 @@ class DenseDeltaLayer(AdapterLayer):
         bias = base.bias if base.bias is None else base.bias.to(torch.bfloat16)
         narrow = x.to(torch.bfloat16)
         A, B, seen = self._dropped(adapter, narrow)
-        if type(base) is nn.Linear:
-            found = separate_linear(narrow, seen, A, B, bias, [base.weight], delta_map)
-        elif seen is narrow:
+        if type(base) is nn.Linear:  # which leaves its output in bf16 under autocast
+            return separate_linear(narrow, seen, A, B, bias, [base.weight], delta_map)
+        if seen is narrow:
             found = merged_linear(narrow, A, B, bias, codes_of(base), delta_map)
         else:
             found = separate_linear(narrow, seen, A, B, bias, codes_of(base), delta_map)
