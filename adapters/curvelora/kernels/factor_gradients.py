@@ -13,6 +13,8 @@ Two kernels read G once each. One keeps its rows of dL/dB in registers and walks
 and walks over rows; where there are too few of those for the GPU's processors, the walk is split and the parts are summed, so
 there are no atomics and the sums have one order. Traffic: G twice (4 bytes an entry), of which the second reading hits the L2
 cache where G fits.
+
+Where f is the identity the layer is LoRA, and the gradients need no G:  dL/dB = s g^T (x A^T),  dL/dA = s (g B)^T x.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from curvelora.activations import Activation
 from curvelora.kernels import curves
 from curvelora.kernels.merged_weight import padded_rank, scales_of
 from curvelora.kernels.portable import dot, split, split_product, to_bf16
+from curvelora.kernels.workspace import workspace
 from curvelora.layers.dense_delta import DeltaMap
 
 # rows and columns of a tile, programs to aim at, warps, stages (`curvelora bench kernels`, H100)
@@ -161,6 +164,7 @@ def gradient_of(factor: str, G: Tensor, A: Tensor, B: Tensor, delta_map: DeltaMa
     span = triton.cdiv(triton.cdiv(walked, max(1, programs // blocks)), step) * step
     parts = triton.cdiv(walked, span)
     out = torch.empty((parts, *shape), dtype=torch.float32, device=G.device)
+    A, B = A.contiguous(), B.contiguous()
     f = delta_map.activation
     assert isinstance(f, Activation)
     kernel[(blocks, parts)](
@@ -175,10 +179,25 @@ def factor_gradients(G: Tensor, A: Tensor, B: Tensor, delta_map: DeltaMap) -> tu
 
     Args:
         G: (d_out, d_in), bf16, contiguous.
-        A, B: factors, (r, d_in) and (d_out, r), fp32, contiguous.
+        A, B: factors, (r, d_in) and (d_out, r), fp32.
         delta_map: with an `Activation` of `curves.NAMES`, not the identity.
     """
     return gradient_of("A", G, A, B, delta_map, TILE_A), gradient_of("B", G, A, B, delta_map, TILE_B)
+
+
+def low_rank_gradients(g: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """LoRA's, in bf16 products as autograd would make them. g: (tokens, d_out), x: (tokens, d_in)."""
+    back = g @ B.to(g.dtype)
+    down = x @ A.to(x.dtype).T
+    return scale * (back.T @ x).float(), scale * (g.T @ down).float()
+
+
+def gradients_of_factors(g: Tensor, x: Tensor, A: Tensor, B: Tensor, delta_map: DeltaMap) -> tuple[Tensor, Tensor]:
+    """(dL/dA, dL/dB), fp32, from a layer's g = dL/dy (tokens, d_out) and x (tokens, d_in), both bf16; G is in the workspace."""
+    if delta_map.activation.name == "identity":
+        return low_rank_gradients(g, x, A, B, delta_map.scale)
+    G = torch.mm(g.T, x, out=workspace(B.shape[0], A.shape[1], x.device))
+    return factor_gradients(G, A, B, delta_map)
 
 
 def factor_gradients_reference(G: Tensor, A: Tensor, B: Tensor, delta_map: DeltaMap) -> tuple[Tensor, Tensor]:

@@ -4,8 +4,6 @@
 
     dL/dx = g W           G = g^T x, in the workspace      dL/dA, dL/dB from G: `factor_gradients`
 
-Where f is the identity the layer is LoRA, and its factors' gradients need no G:  dL/dB = s g^T (x A^T),  dL/dA = s (g B)^T x.
-
 Autograd keeps x, A and B, saved before the product is made (`held`). Traced by torch.compile the layer is one operator.
 """
 
@@ -18,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from curvelora.kernels.factor_gradients import factor_gradients
+from curvelora.kernels.factor_gradients import gradients_of_factors
 from curvelora.kernels.held import Held, add_product, held_input, saved
 from curvelora.kernels.merged_weight import merged_weight
 from curvelora.kernels.workspace import workspace
@@ -73,17 +71,7 @@ def _gradients(
     grad_x = (g @ _weight(A, B, base, *fields)).view(x.shape) if needs_x else grad.new_empty(0)
     if not needs_factors:
         return grad_x, A.new_empty(0), B.new_empty(0)
-    if name == "identity":
-        return grad_x, *_low_rank_gradients(g, x2, A, B, scale)
-    G = torch.mm(g.T, x2, out=workspace(d_out, d_in, x.device))
-    return grad_x, *factor_gradients(G, A, B, delta_map_of(*fields))
-
-
-def _low_rank_gradients(g: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """LoRA's, in bf16 products as autograd would make them. g: (tokens, d_out), x: (tokens, d_in)."""
-    back = g @ B.to(g.dtype)
-    down = x @ A.to(x.dtype).T
-    return scale * (back.T @ x).float(), scale * (g.T @ down).float()
+    return grad_x, *gradients_of_factors(g, x2, A, B, delta_map_of(*fields))
 
 
 @_gradients.register_fake

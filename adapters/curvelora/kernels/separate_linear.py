@@ -4,9 +4,12 @@
 
     dL/dx = g W0 + drop(g dW), with the same mask    G = g^T z, in the workspace    dL/dA, dL/dB from G: `factor_gradients`
 
-The second product is added to the first one's result inside of the matrix product, so the sum is rounded once. Autograd keeps
-x, A, B and the mask's seed, saved ahead of the products as in `merged_linear`; z is formed again. This costs one product more
-than `merged_linear` in every pass.
+The update's product, small and rounded at its own size, is where the base's product is added inside of the matrix product: the
+sum is rounded once, at a value that is on no number of bf16, so an update far below half a unit is right in the mean. In the
+other order it would meet a y that is rounded already, and be lost in every entry (`merged_weight` has the same about W0).
+
+Autograd keeps x, A, B and the mask's seed, saved ahead of the products as in `merged_linear`; z is formed again. This costs one
+product more than `merged_linear` in every pass.
 """
 
 from __future__ import annotations
@@ -16,11 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from curvelora.kernels import nf4
 from curvelora.kernels.dropout import add_dropped_, dropped, new_seed
-from curvelora.kernels.factor_gradients import factor_gradients
+from curvelora.kernels.factor_gradients import gradients_of_factors
 from curvelora.kernels.held import Held, add_product, held_input, saved
 from curvelora.kernels.merged_weight import merged_weight
 from curvelora.kernels.workspace import workspace
@@ -54,9 +56,11 @@ def _product(
 ) -> Tensor:
     d_out, d_in = B.shape[0], A.shape[1]
     x2 = x.reshape(-1, d_in)
-    y = F.linear(x2, _base(base, d_out, d_in), bias)
-    dW = _update(A, B, name, amplitude, frequency, scale, inside)
-    return y.addmm_(dropped(x2, seed, p) if p else x2, dW.T).view(*x.shape[:-1], d_out)
+    y = (dropped(x2, seed, p) if p else x2) @ _update(A, B, name, amplitude, frequency, scale, inside).T
+    y.addmm_(x2, _base(base, d_out, d_in).T)
+    if bias is not None:
+        y += bias
+    return y.view(*x.shape[:-1], d_out)
 
 
 @_product.register_fake
@@ -92,8 +96,7 @@ def _gradients(
         grad_x = grad_x.view(x.shape)
     if not needs_factors:
         return grad_x, A.new_empty(0), B.new_empty(0)
-    G = torch.mm(g.T, dropped(x2, seed, p) if p else x2, out=workspace(d_out, d_in, x.device))
-    return grad_x, *factor_gradients(G, A, B, delta_map_of(*fields))
+    return grad_x, *gradients_of_factors(g, dropped(x2, seed, p) if p else x2, A, B, delta_map_of(*fields))
 
 
 def _add_update_product(grad_x: Tensor, g: Tensor, seed: Tensor, A: Tensor, B: Tensor, p: float, fields: tuple) -> None:

@@ -354,9 +354,9 @@ class DenseDeltaLayer(AdapterLayer):
         p = config.dropout if self.training else 0.0
         if p and config.dropout_form == "features":
             A, p = self._dropped_features(A, p), 0.0
-        if type(base) is nn.Linear:
-            found = separate_linear(narrow, A, B, bias, [base.weight], delta_map, p)
-        elif p:
+        if type(base) is nn.Linear:  # which leaves its output in bf16 under autocast
+            return separate_linear(narrow, A, B, bias, [base.weight], delta_map, p)
+        if p:
             found = separate_linear(narrow, A, B, bias, codes_of(base), delta_map, p)
         else:
             found = merged_linear(narrow, A, B, bias, codes_of(base), delta_map)

@@ -94,7 +94,7 @@ def _measure_layer(
         "low_rank_up": lambda: y.addmm_(low, B.to(x.dtype).T),
         "bitsandbytes_dequantise": lambda: dequantize_4bit(layer.weight.data, layer.weight.quant_state, out=W),
         "decoded": lambda: nf4.decoded(base, W),
-        "merged_weight": lambda: merged.merged_weight(A, B, delta_map, base, W, best.get("merged_weight", merged.TILE)),
+        "merged_weight": lambda: merged.merged_weight(A, B, delta_map, base, W, best.get("merged_weight")),
         "gradient_A": lambda: gradients.gradient_of("A", G, A, B, delta_map, best.get("A", gradients.TILE_A)),
         "gradient_B": lambda: gradients.gradient_of("B", G, A, B, delta_map, best.get("B", gradients.TILE_B)),
         "gradients_at_once": lambda: gradients.gradients_at_once(G, A, B, delta_map, best.get("AB", gradients.TILE_A)),
