@@ -34,6 +34,8 @@ from curvelora.layers.dense_delta import DeltaMap
 # rows and columns of a tile, programs to aim at, warps, stages (`curvelora bench kernels`, H100)
 Tile = tuple[int, int, int, int, int]
 TILE_B = (64, 32, 528, 4, 3)
+TILE_AB = (64, 128, 264, 4, 2)
+AT_ONCE = False
 TILE_A = (64, 128, 264, 4, 2)
 
 
@@ -131,9 +133,7 @@ def _gradients_at_once(
     tl.store(out_A + at, factor * sums, of_rank[:, None] & there)
 
 
-def gradients_at_once(
-    G: Tensor, A: Tensor, B: Tensor, delta_map: DeltaMap, tile: Tile = (64, 128, 264, 4, 2)
-) -> tuple[Tensor, Tensor]:
+def gradients_at_once(G: Tensor, A: Tensor, B: Tensor, delta_map: DeltaMap, tile: Tile) -> tuple[Tensor, Tensor]:
     """As `factor_gradients`, reading G once: parts of dL/dB, one for each block of columns, go through memory instead."""
     d_out, d_in = G.shape
     rank = A.shape[0]
@@ -182,6 +182,8 @@ def factor_gradients(G: Tensor, A: Tensor, B: Tensor, delta_map: DeltaMap) -> tu
         A, B: factors, (r, d_in) and (d_out, r), fp32.
         delta_map: with an `Activation` of `curves.NAMES`, not the identity.
     """
+    if AT_ONCE:
+        return gradients_at_once(G, A, B, delta_map, TILE_AB)
     return gradient_of("A", G, A, B, delta_map, TILE_A), gradient_of("B", G, A, B, delta_map, TILE_B)
 
 

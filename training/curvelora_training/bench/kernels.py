@@ -97,7 +97,7 @@ def _measure_layer(
         "merged_weight": lambda: merged.merged_weight(A, B, delta_map, base, W, best.get("merged_weight")),
         "gradient_A": lambda: gradients.gradient_of("A", G, A, B, delta_map, best.get("A", gradients.TILE_A)),
         "gradient_B": lambda: gradients.gradient_of("B", G, A, B, delta_map, best.get("B", gradients.TILE_B)),
-        "gradients_at_once": lambda: gradients.gradients_at_once(G, A, B, delta_map, best.get("AB", gradients.TILE_A)),
+        "gradients_at_once": lambda: gradients.gradients_at_once(G, A, B, delta_map, best.get("AB", gradients.TILE_AB)),
     }
     merged.merged_weight(A, B, delta_map, base, W)
     record["milliseconds"] = {
