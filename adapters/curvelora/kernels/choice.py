@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from curvelora.activations import Activation
 from curvelora.errors import UserError, nearest
-from curvelora.layers.base_weight import is_partitioned
 from curvelora.precision import compute_dtype
 
+ENVIRONMENT = "CURVELORA_KERNELS"
+_KNOWN = "_curvelora_why_no_kernels"
 MODES = ("auto", "off", "interpret")
 MAX_RANK = 128  # a tile's rank is whole in registers
 MAX_ENTRIES = 1 << 31  # offsets are 32-bit
@@ -26,9 +27,9 @@ MAX_ENTRIES = 1 << 31  # offsets are 32-bit
 
 def environment_mode() -> str:
     """The value of CURVELORA_KERNELS. Raises `UserError` where it is none of `MODES`."""
-    value = os.environ.get("CURVELORA_KERNELS", "auto").lower() or "auto"
+    value = os.environ.get(ENVIRONMENT, "auto").lower() or "auto"
     if value not in MODES:
-        raise UserError(f"CURVELORA_KERNELS={value!r} is not known{nearest(value, MODES)}: write {', '.join(MODES)}")
+        raise UserError(f"{ENVIRONMENT}={value!r} is not known{nearest(value, MODES)}: write {', '.join(MODES)}")
     return value
 
 
@@ -65,22 +66,34 @@ def why_no_curve(f: object) -> str | None:
 
 
 def why_not(base_layer: nn.Module, rank: int) -> str | None:
-    """Why a pass of this base layer with an update f(BA) of this rank takes no kernel, whatever f is; None where it does."""
-    weight = getattr(base_layer, "weight", None)
+    """Why a pass of this base layer with an update f(BA) of this rank takes no kernel, whatever f is; None where it does.
+
+    It is asked in every pass, so what holds for a weight as it is stored is remembered with the layer.
+    """
+    own = vars(base_layer)
+    if own["_forward_pre_hooks"] or own["_forward_hooks"] or "_hf_hook" in own:  # a fused pass does not call the layer
+        return "the base layer has hooks, perhaps one that brings its weight"
+    if rank > MAX_RANK:
+        return f"rank {rank} is above {MAX_RANK}"
+    weight = own["_parameters"].get("weight")
+    now = (weight, getattr(weight, "quant_state", None), getattr(weight, "ds_id", None), os.environ.get(ENVIRONMENT))
+    known = own.get(_KNOWN)
+    if known is None or any(a is not b for a, b in zip(known[0], now, strict=True)):
+        known = own[_KNOWN] = now, _why_not_stored(base_layer, weight)
+    return known[1]
+
+
+def _why_not_stored(base_layer: nn.Module, weight: Tensor | None) -> str | None:
     if environment_mode() == "off":
-        return "CURVELORA_KERNELS=off"
+        return f"{ENVIRONMENT}=off"
     if not isinstance(weight, Tensor):
         return f"a {type(base_layer).__name__} has no weight that kernels read"
     if (reason := why_no_triton() or why_no_device(weight.device)) is not None:
         return reason
     from curvelora.kernels import nf4
 
-    if rank > MAX_RANK:
-        return f"rank {rank} is above {MAX_RANK}"
-    if is_partitioned(weight) and not hasattr(weight, "whole"):
+    if hasattr(weight, "ds_id"):  # also while it is gathered: it is given back between forward and backward pass
         return "the base is partitioned by DeepSpeed's ZeRO-3"
-    if getattr(base_layer, "_hf_hook", None) is not None:
-        return "the base is offloaded"
     d_out, d_in = base_layer.out_features, base_layer.in_features
     if d_out * d_in >= MAX_ENTRIES:
         return f"{d_out} x {d_in} entries, and 2^31 is the limit"

@@ -9,10 +9,10 @@ Sinter's at its published setting. So G f'(0) and G e(u) are rounded on their ow
 
 and f'(0), a power of two for every f here, scales G without rounding. u is formed to 2^-16 (`split_product`).
 
-Two kernels read G once each. One keeps its rows of dL/dB in registers and walks over columns, the other keeps columns of dL/dA
-and walks over rows; where there are too few of those for the GPU's processors, the walk is split and the parts are summed, so
-there are no atomics and the sums have one order. Traffic: G twice (4 bytes an entry), of which the second reading hits the L2
-cache where G fits.
+A program keeps the columns of dL/dA that belong to its columns of G in registers and walks over rows; what its tiles add to
+dL/dB goes to memory and is summed afterwards, so there are no atomics and the sums have one order. Traffic: G once (2 bytes an
+entry), and 4 r / 128 bytes an entry written and read again for the parts of dL/dB, at r = 64 as much as G. Two kernels that read
+G once each, with nothing to sum, took a tenth longer: both form u and f' (docs/decisions.md, 8).
 
 Where f is the identity the layer is LoRA, and the gradients need no G:  dL/dB = s g^T (x A^T),  dL/dA = s (g B)^T x.
 """
@@ -24,19 +24,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from curvelora.activations import Activation
 from curvelora.kernels import curves
-from curvelora.kernels.merged_weight import padded_rank, scales_of
+from curvelora.kernels.merged_weight import Tile, cdiv, padded_rank, scales_of
 from curvelora.kernels.portable import dot, split, split_product, to_bf16
 from curvelora.kernels.workspace import workspace
 from curvelora.layers.dense_delta import DeltaMap
 
 # rows and columns of a tile, programs to aim at, warps, stages (`curvelora bench kernels`, H100)
-Tile = tuple[int, int, int, int, int]
-TILE_B = (64, 32, 528, 4, 3)
-TILE_AB = (64, 128, 264, 4, 2)
-AT_ONCE = False
-TILE_A = (64, 128, 264, 4, 2)
+TILE = (32, 128, 264, 4, 2)
+# at twice the rank that would take more than the 99 KiB of shared memory that every GPU has
+WIDE_TILE = (32, 64, 264, 4, 1)
+
+
+def tile_for(rank: int) -> Tile:
+    """The tile for factors of this rank."""
+    return TILE if rank <= 64 else WIDE_TILE
 
 
 @triton.jit
@@ -47,62 +49,7 @@ def _slopes(G, u, inner, at_zero, amplitude, frequency, NAME: tl.constexpr):
 
 
 @triton.jit
-def _gradient_of_B(
-    out, G, A, B, d_out, d_in, rank, span, factor, inner, at_zero, amplitude, frequency,
-    NAME: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    inside = (rows < d_out)[:, None]
-    ranks = tl.arange(0, RANK)
-    of_rank = ranks < rank
-    b_high, b_low = split(tl.load(B + rows[:, None] * rank + ranks[None, :], inside & of_rank[None, :], other=0.0))
-    sums = tl.zeros((ROWS, RANK), tl.float32)
-    start = tl.program_id(1) * span
-    for first in range(start, tl.minimum(start + span, d_in), COLUMNS):
-        columns = first + tl.arange(0, COLUMNS)
-        there = (columns < d_in)[None, :]
-        a = tl.load(A + ranks[:, None] * d_in + columns[None, :], of_rank[:, None] & there, other=0.0)
-        a_high, a_low = split(a)
-        g = tl.load(G + rows[:, None] * d_in + columns[None, :], inside & there, other=0.0).to(tl.float32)
-        u = split_product(b_high, b_low, a_high, a_low, tl.zeros((ROWS, COLUMNS), tl.float32))
-        linear, beyond = _slopes(g, u, inner, at_zero, amplitude, frequency, NAME)
-        transposed = tl.trans(a_high)
-        sums = dot(beyond, transposed, sums)
-        if NAME != "relu":
-            sums = dot(linear, transposed, sums)
-    at = tl.program_id(1) * d_out * rank + rows[:, None] * rank + ranks[None, :]
-    tl.store(out + at, factor * sums, inside & of_rank[None, :])
-
-
-@triton.jit
-def _gradient_of_A(
-    out, G, A, B, d_out, d_in, rank, span, factor, inner, at_zero, amplitude, frequency,
-    NAME: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    there = (columns < d_in)[None, :]
-    ranks = tl.arange(0, RANK)
-    of_rank = ranks < rank
-    a_high, a_low = split(tl.load(A + ranks[:, None] * d_in + columns[None, :], of_rank[:, None] & there, other=0.0))
-    sums = tl.zeros((RANK, COLUMNS), tl.float32)
-    start = tl.program_id(1) * span
-    for first in range(start, tl.minimum(start + span, d_out), ROWS):
-        rows = first + tl.arange(0, ROWS)
-        inside = (rows < d_out)[:, None]
-        b_high, b_low = split(tl.load(B + rows[:, None] * rank + ranks[None, :], inside & of_rank[None, :], other=0.0))
-        g = tl.load(G + rows[:, None] * d_in + columns[None, :], inside & there, other=0.0).to(tl.float32)
-        u = split_product(b_high, b_low, a_high, a_low, tl.zeros((ROWS, COLUMNS), tl.float32))
-        linear, beyond = _slopes(g, u, inner, at_zero, amplitude, frequency, NAME)
-        transposed = tl.trans(b_high)
-        sums = dot(transposed, beyond, sums)
-        if NAME != "relu":
-            sums = dot(transposed, linear, sums)
-    at = tl.program_id(1) * rank * d_in + ranks[:, None] * d_in + columns[None, :]
-    tl.store(out + at, factor * sums, of_rank[:, None] & there)
-
-
-@triton.jit
-def _gradients_at_once(
+def _gradients(
     out_A, out_B, G, A, B, d_out, d_in, rank, span, factor, inner, at_zero, amplitude, frequency,
     NAME: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -133,58 +80,31 @@ def _gradients_at_once(
     tl.store(out_A + at, factor * sums, of_rank[:, None] & there)
 
 
-def gradients_at_once(G: Tensor, A: Tensor, B: Tensor, delta_map: DeltaMap, tile: Tile) -> tuple[Tensor, Tensor]:
-    """As `factor_gradients`, reading G once: parts of dL/dB, one for each block of columns, go through memory instead."""
-    d_out, d_in = G.shape
-    rank = A.shape[0]
-    rows, columns, programs, warps, stages = tile
-    blocks = triton.cdiv(d_in, columns)
-    span = triton.cdiv(triton.cdiv(d_out, max(1, programs // blocks)), rows) * rows
-    parts = triton.cdiv(d_out, span)
-    out_A = torch.empty((parts, rank, d_in), dtype=torch.float32, device=G.device)
-    out_B = torch.empty((blocks, d_out, rank), dtype=torch.float32, device=G.device)
-    f = delta_map.activation
-    assert isinstance(f, Activation)
-    _gradients_at_once[(blocks, parts)](
-        out_A, out_B, G, A, B, d_out, d_in, rank, span, delta_map.scale, scales_of(delta_map)[1], f.slope_at_zero,
-        f.amplitude, f.frequency, f.name, padded_rank(rank), rows, columns, num_warps=warps, num_stages=stages,
-    )  # fmt: skip
-    return out_A.sum(0), out_B.sum(0)
-
-
-def gradient_of(factor: str, G: Tensor, A: Tensor, B: Tensor, delta_map: DeltaMap, tile: Tile) -> Tensor:
-    """dL/dA (r, d_in) or dL/dB (d_out, r), fp32, for `factor` "A" or "B"; arguments as of `factor_gradients`."""
-    d_out, d_in = G.shape
-    rank = A.shape[0]
-    rows, columns, programs, warps, stages = tile
-    if factor == "A":
-        kernel, blocks, walked, step, shape = _gradient_of_A, triton.cdiv(d_in, columns), d_out, rows, (rank, d_in)
-    else:
-        kernel, blocks, walked, step, shape = _gradient_of_B, triton.cdiv(d_out, rows), d_in, columns, (d_out, rank)
-    span = triton.cdiv(triton.cdiv(walked, max(1, programs // blocks)), step) * step
-    parts = triton.cdiv(walked, span)
-    out = torch.empty((parts, *shape), dtype=torch.float32, device=G.device)
-    A, B = A.contiguous(), B.contiguous()
-    f = delta_map.activation
-    assert isinstance(f, Activation)
-    kernel[(blocks, parts)](
-        out, G, A, B, d_out, d_in, rank, span, delta_map.scale, scales_of(delta_map)[1], f.slope_at_zero,
-        f.amplitude, f.frequency, f.name, padded_rank(rank), rows, columns, num_warps=warps, num_stages=stages,
-    )  # fmt: skip
-    return out[0] if parts == 1 else out.sum(0)
-
-
-def factor_gradients(G: Tensor, A: Tensor, B: Tensor, delta_map: DeltaMap) -> tuple[Tensor, Tensor]:
+def factor_gradients(
+    G: Tensor, A: Tensor, B: Tensor, delta_map: DeltaMap, tile: Tile | None = None
+) -> tuple[Tensor, Tensor]:
     """(dL/dA, dL/dB), fp32.
 
     Args:
         G: (d_out, d_in), bf16, contiguous.
         A, B: factors, (r, d_in) and (d_out, r), fp32.
         delta_map: with an `Activation` of `curves.NAMES`, not the identity.
+        tile: rows and columns of a tile, programs to aim at, warps, stages; None: `tile_for`.
     """
-    if AT_ONCE:
-        return gradients_at_once(G, A, B, delta_map, TILE_AB)
-    return gradient_of("A", G, A, B, delta_map, TILE_A), gradient_of("B", G, A, B, delta_map, TILE_B)
+    (d_out, d_in), rank = G.shape, A.shape[0]
+    rows, columns, programs, warps, stages = tile or tile_for(rank)
+    blocks = cdiv(d_in, columns)
+    span = cdiv(cdiv(d_out, max(1, programs // blocks)), rows) * rows
+    parts = cdiv(d_out, span)
+    of_A = torch.empty((parts, rank, d_in), dtype=torch.float32, device=G.device)
+    of_B = torch.empty((blocks, d_out, rank), dtype=torch.float32, device=G.device)
+    f = delta_map.activation
+    _gradients[(blocks, parts)](
+        of_A, of_B, G, A.contiguous(), B.contiguous(), d_out, d_in, rank, span, delta_map.scale, scales_of(delta_map)[1],
+        f.slope_at_zero, f.amplitude, f.frequency, f.name, padded_rank(rank), rows, columns,
+        num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    return of_A.sum(0), of_B.sum(0)
 
 
 def low_rank_gradients(g: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 
 class Held(torch.autograd.Function):
@@ -38,6 +39,40 @@ def saved(node: Any) -> tuple[Tensor, ...]:
     if node.unpacked is None:
         node.unpacked = node.saved_tensors
     return node.unpacked
+
+
+def held_factor(A: Tensor, B: Tensor, *others: Tensor) -> Tensor:
+    """A, or `Held` of all where autograd has to save one: parameters are there anyway, and saving takes the CPU's time."""
+    return A if A.is_leaf and B.is_leaf and not others else Held.apply(A, B, *others)
+
+
+class Factors:
+    """The factors between forward and backward pass: parameters as they are, others in the `Held` that A comes from."""
+
+    def __init__(self, A: Tensor, B: Tensor) -> None:
+        self.node = A.grad_fn
+        self.leaves = (A, B) if self.node is None else None
+        self.versions = (A._version, B._version)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What `held_factor` was given.
+
+        Raises:
+            RuntimeError: a parameter was changed in place since, as autograd raises it for what it saves.
+        """
+        if self.leaves is None:
+            return saved(self.node)
+        if self.versions != tuple(factor._version for factor in self.leaves):
+            raise RuntimeError("a factor of an adapter was changed between the forward and the backward pass")
+        return self.leaves
+
+
+def is_watched() -> bool:
+    """Whether something looks at the operators that are called: selective checkpointing keeps results by operator.
+
+    Otherwise a layer calls its functions without the operator around them, which would take as much of the CPU's time again.
+    """
+    return is_in_torch_dispatch_mode()
 
 
 _last = threading.local()  # the recomputation of a checkpoint runs in a thread of autograd's

@@ -17,13 +17,12 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from curvelora.kernels.factor_gradients import gradients_of_factors
-from curvelora.kernels.held import Held, add_product, held_input, saved
+from curvelora.kernels.held import Factors, add_product, held_factor, held_input, is_watched, saved
 from curvelora.kernels.merged_weight import merged_weight
 from curvelora.kernels.workspace import workspace
 from curvelora.layers.dense_delta import DeltaMap, delta_map_of, map_fields
 
 
-@torch.library.custom_op("curvelora::merged_linear", mutates_args=())
 def _product(
     x: Tensor,
     A: Tensor,
@@ -44,12 +43,14 @@ def _weight(A: Tensor, B: Tensor, base: list[Tensor], *fields: Any) -> Tensor:
     return merged_weight(A, B, delta_map_of(*fields), base, workspace(B.shape[0], A.shape[1], A.device))
 
 
-@_product.register_fake
+_product_operator = torch.library.custom_op("curvelora::merged_linear", _product, mutates_args=())
+
+
+@_product_operator.register_fake
 def _(x: Tensor, A: Tensor, B: Tensor, *rest: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], B.shape[0]))
 
 
-@torch.library.custom_op("curvelora::merged_linear_gradients", mutates_args=())
 def _gradients(
     grad: Tensor,
     x: Tensor,
@@ -74,7 +75,10 @@ def _gradients(
     return grad_x, *gradients_of_factors(g, x2, A, B, delta_map_of(*fields))
 
 
-@_gradients.register_fake
+_gradients_operator = torch.library.custom_op("curvelora::merged_linear_gradients", _gradients, mutates_args=())
+
+
+@_gradients_operator.register_fake
 def _(grad: Tensor, x: Tensor, A: Tensor, B: Tensor, base: Any, needs_x: bool, needs_factors: bool, *rest: Any) -> Any:
     return (
         x.new_empty(x.shape if needs_x else 0),
@@ -90,35 +94,37 @@ def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     needs_x, *needs = ctx.needs_input_grad[:3]
-    grad_x, grad_A, grad_B = _gradients(grad, *ctx.saved_tensors, ctx.base, needs_x, any(needs), *ctx.fields)
+    grad_x, grad_A, grad_B = _gradients_operator(grad, *ctx.saved_tensors, ctx.base, needs_x, any(needs), *ctx.fields)
     factors = (grad_A, grad_B) if any(needs) else (None, None)
     return grad_x if needs_x else None, *factors, None, [None] * len(ctx.base), *(None for _ in ctx.fields)
 
 
-_product.register_autograd(_backward, setup_context=_save)
+_product_operator.register_autograd(_backward, setup_context=_save)
 
 
 class _Merged(torch.autograd.Function):
-    """The product; what its backward pass needs is saved by the two `Held` that x and A come from."""
+    """The product; x is from `held_input` and A from `held_factor`, who have saved what the backward pass needs."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, A: Tensor, B: Tensor, bias: Tensor | None, base: list[Tensor], fields: tuple
     ) -> Tensor:
-        ctx.input, ctx.factors, ctx.base, ctx.fields = x.grad_fn, A.grad_fn, base, fields
-        return _product(x, A, B, bias, base, *fields)
+        ctx.input, ctx.factors, ctx.base, ctx.fields = x.grad_fn, Factors(A, B), base, fields
+        product = _product_operator if is_watched() else _product
+        return product(x, A, B, bias, base, *fields)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         needs_x, *needs = ctx.needs_input_grad[:3]
-        (x,), (A, B) = saved(ctx.input), saved(ctx.factors)
-        grad_x = None
+        (x,), (A, B) = saved(ctx.input), ctx.factors.tensors()
+        grad_x = grad_A = grad_B = None
+        g = grad.reshape(-1, B.shape[0])
         if needs_x:
-            W = _weight(A, B, ctx.base, *ctx.fields)
-            grad_x = add_product(ctx.input, grad.reshape(-1, B.shape[0]), W, x.shape)
-        _, grad_A, grad_B = _gradients(grad, x, A, B, ctx.base, False, any(needs), *ctx.fields)
-        return grad_x, *((grad_A, grad_B) if any(needs) else (None, None)), None, None, None
+            grad_x = add_product(ctx.input, g, _weight(A, B, ctx.base, *ctx.fields), x.shape)
+        if any(needs):
+            grad_A, grad_B = gradients_of_factors(g, x.reshape(-1, A.shape[1]), A, B, delta_map_of(*ctx.fields))
+        return grad_x, grad_A, grad_B, None, None, None
 
 
 def merged_linear(
@@ -135,5 +141,5 @@ def merged_linear(
     """
     fields = map_fields(delta_map)
     if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and x.requires_grad and A.requires_grad):
-        return _product(x, A, B, bias, base, *fields)
-    return _Merged.apply(held_input(x), Held.apply(A, B), B, bias, base, fields)
+        return _product_operator(x, A, B, bias, base, *fields)
+    return _Merged.apply(held_input(x), held_factor(A, B), B, bias, base, fields)

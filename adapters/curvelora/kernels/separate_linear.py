@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from curvelora.kernels import nf4
 from curvelora.kernels.dropout import add_dropped_, dropped, new_seed
 from curvelora.kernels.factor_gradients import gradients_of_factors
-from curvelora.kernels.held import Held, add_product, held_input, saved
+from curvelora.kernels.held import Factors, add_product, held_factor, held_input, is_watched, saved
 from curvelora.kernels.merged_weight import merged_weight
 from curvelora.kernels.workspace import workspace
 from curvelora.layers.dense_delta import DeltaMap, delta_map_of, map_fields
@@ -39,10 +39,9 @@ def _update(A: Tensor, B: Tensor, *fields: Any) -> Tensor:
     return merged_weight(A, B, delta_map_of(*fields), [], workspace(B.shape[0], A.shape[1], A.device))
 
 
-@torch.library.custom_op("curvelora::separate_linear", mutates_args=())
 def _product(
     x: Tensor,
-    seed: Tensor,
+    seed: Tensor | None,
     A: Tensor,
     B: Tensor,
     bias: Tensor | None,
@@ -63,16 +62,18 @@ def _product(
     return y.view(*x.shape[:-1], d_out)
 
 
-@_product.register_fake
-def _(x: Tensor, seed: Tensor, A: Tensor, B: Tensor, *rest: Any) -> Tensor:
+_product_operator = torch.library.custom_op("curvelora::separate_linear", _product, mutates_args=())
+
+
+@_product_operator.register_fake
+def _(x: Tensor, seed: Tensor | None, A: Tensor, B: Tensor, *rest: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], B.shape[0]))
 
 
-@torch.library.custom_op("curvelora::separate_linear_gradients", mutates_args=())
 def _gradients(
     grad: Tensor,
     x: Tensor,
-    seed: Tensor,
+    seed: Tensor | None,
     A: Tensor,
     B: Tensor,
     base: list[Tensor],
@@ -99,7 +100,9 @@ def _gradients(
     return grad_x, *gradients_of_factors(g, dropped(x2, seed, p) if p else x2, A, B, delta_map_of(*fields))
 
 
-def _add_update_product(grad_x: Tensor, g: Tensor, seed: Tensor, A: Tensor, B: Tensor, p: float, fields: tuple) -> None:
+def _add_update_product(
+    grad_x: Tensor, g: Tensor, seed: Tensor | None, A: Tensor, B: Tensor, p: float, fields: tuple
+) -> None:
     """Add drop(g dW) to `grad_x` (tokens, d_in)."""
     dW = _update(A, B, *fields)
     if p:
@@ -108,11 +111,14 @@ def _add_update_product(grad_x: Tensor, g: Tensor, seed: Tensor, A: Tensor, B: T
         grad_x.addmm_(g, dW)
 
 
-@_gradients.register_fake
+_gradients_operator = torch.library.custom_op("curvelora::separate_linear_gradients", _gradients, mutates_args=())
+
+
+@_gradients_operator.register_fake
 def _(
     grad: Tensor,
     x: Tensor,
-    seed: Tensor,
+    seed: Tensor | None,
     A: Tensor,
     B: Tensor,
     base: Any,
@@ -128,21 +134,21 @@ def _(
 
 def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
     x, seed, A, B, _, ctx.base, *ctx.fields = inputs
-    ctx.save_for_backward(x, seed, A, B)
+    ctx.save_for_backward(x, seed, A, B)  # None stays None
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     needs_x, _, *needs = ctx.needs_input_grad[:4]
-    grad_x, *factors = _gradients(grad, *ctx.saved_tensors, ctx.base, needs_x, any(needs), *ctx.fields)
+    grad_x, *factors = _gradients_operator(grad, *ctx.saved_tensors, ctx.base, needs_x, any(needs), *ctx.fields)
     factors = factors if any(needs) else (None, None)
     return grad_x if needs_x else None, None, *factors, None, [None] * len(ctx.base), *(None for _ in ctx.fields)
 
 
-_product.register_autograd(_backward, setup_context=_save)
+_product_operator.register_autograd(_backward, setup_context=_save)
 
 
 class _Separate(torch.autograd.Function):
-    """The products; what their backward pass needs is saved by the two `Held` that x and A come from."""
+    """The products; x is from `held_input` and A from `held_factor`, who have saved what the backward pass needs."""
 
     @staticmethod
     def forward(
@@ -150,27 +156,31 @@ class _Separate(torch.autograd.Function):
         x: Tensor,
         A: Tensor,
         B: Tensor,
-        seed: Tensor,
+        seed: Tensor | None,
         bias: Tensor | None,
         base: list[Tensor],
         p: float,
         fields: tuple,
     ) -> Tensor:
-        ctx.input, ctx.factors, ctx.base, ctx.p, ctx.fields = x.grad_fn, A.grad_fn, base, p, fields
-        return _product(x, seed, A, B, bias, base, p, *fields)
+        ctx.input, ctx.factors, ctx.base, ctx.p, ctx.fields = x.grad_fn, Factors(A, B), base, p, fields
+        product = _product_operator if is_watched() else _product
+        return product(x, seed, A, B, bias, base, p, *fields)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         needs_x, *needs = ctx.needs_input_grad[:3]
-        (x,), (A, B, seed) = saved(ctx.input), saved(ctx.factors)
-        grad_x = None
+        (x,), (A, B, *seed) = saved(ctx.input), ctx.factors.tensors()
+        seed = seed[0] if seed else None
+        grad_x = grad_A = grad_B = None
+        g, x2 = grad.reshape(-1, B.shape[0]), x.reshape(-1, A.shape[1])
         if needs_x:
-            g = grad.reshape(-1, B.shape[0])
             grad_x = add_product(ctx.input, g, _base(ctx.base, B.shape[0], A.shape[1]), x.shape)
             _add_update_product(ctx.input.pending, g, seed, A, B, ctx.p, ctx.fields)
-        _, *factors = _gradients(grad, x, seed, A, B, ctx.base, False, any(needs), ctx.p, *ctx.fields)
-        return grad_x, *(factors if any(needs) else (None, None)), None, None, None, None, None
+        if any(needs):
+            z = dropped(x2, seed, ctx.p) if ctx.p else x2
+            grad_A, grad_B = gradients_of_factors(g, z, A, B, delta_map_of(*ctx.fields))
+        return grad_x, grad_A, grad_B, None, None, None, None, None
 
 
 def separate_linear(
@@ -188,7 +198,8 @@ def separate_linear(
     """
     fields = map_fields(delta_map)
     x = x.contiguous()  # entries are numbered by where they lie
-    seed = new_seed(x.device) if p else x.new_empty(0, dtype=torch.int64)
+    seed = new_seed(x.device) if p else None
     if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and x.requires_grad and A.requires_grad):
-        return _product(x, seed, A, B, bias, base, p, *fields)
-    return _Separate.apply(held_input(x), Held.apply(A, B, seed), B, seed, bias, base, p, fields)
+        return _product_operator(x, seed, A, B, bias, base, p, *fields)
+    held = held_factor(A, B, seed) if p else held_factor(A, B)
+    return _Separate.apply(held_input(x), held, B, seed, bias, base, p, fields)

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -84,6 +85,7 @@ def map_fields(delta_map: DeltaMap) -> tuple[str, float, float, float, bool]:
     return f.name, f.amplitude, f.frequency, delta_map.scale, delta_map.scale_inside
 
 
+@cache
 def delta_map_of(name: str, amplitude: float, frequency: float, scale: float, inside: bool) -> DeltaMap:
     """The map of these `map_fields`."""
     return DeltaMap(Activation(name, amplitude, frequency), scale, inside)

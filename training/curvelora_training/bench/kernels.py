@@ -81,10 +81,8 @@ def _measure_layer(
     for name in tune:
         if name == "merged_weight":
             tried = _tried(WEIGHT_TILES, lambda tile: merged.merged_weight(A, B, delta_map, base, W, tile))
-        elif name == "AB":
-            tried = _tried(GRADIENT_TILES, lambda tile: gradients.gradients_at_once(G, A, B, delta_map, tile))
         else:
-            tried = _tried(GRADIENT_TILES, lambda tile, f=name: gradients.gradient_of(f, G, A, B, delta_map, tile))
+            tried = _tried(GRADIENT_TILES, lambda tile: gradients.factor_gradients(G, A, B, delta_map, tile))
         record["tiles"][name] = tried
     best = {name: tuple(tiles[0]["tile"]) for name, tiles in record["tiles"].items()}
     calls = {
@@ -95,20 +93,15 @@ def _measure_layer(
         "bitsandbytes_dequantise": lambda: dequantize_4bit(layer.weight.data, layer.weight.quant_state, out=W),
         "decoded": lambda: nf4.decoded(base, W),
         "merged_weight": lambda: merged.merged_weight(A, B, delta_map, base, W, best.get("merged_weight")),
-        "gradient_A": lambda: gradients.gradient_of("A", G, A, B, delta_map, best.get("A", gradients.TILE_A)),
-        "gradient_B": lambda: gradients.gradient_of("B", G, A, B, delta_map, best.get("B", gradients.TILE_B)),
-        "gradients_at_once": lambda: gradients.gradients_at_once(G, A, B, delta_map, best.get("AB", gradients.TILE_AB)),
+        "gradients": lambda: gradients.factor_gradients(G, A, B, delta_map, best.get("gradients")),
     }
     merged.merged_weight(A, B, delta_map, base, W)
     record["milliseconds"] = {
         name: do_bench(call, warmup=10, rep=40, return_mode="median") for name, call in calls.items()
     }
     entries = d_out * d_in
-    record["bytes"] = {
-        "merged_weight": entries * (2 + 0.5 + 1 / 64),
-        "gradient_A": 2 * entries,
-        "gradient_B": 2 * entries,
-    }
+    parts = -(-d_in // gradients.tile_for(rank)[1]) * d_out * rank * 4
+    record["bytes"] = {"merged_weight": entries * (2 + 0.5 + 1 / 64), "gradients": 2 * entries + 2 * parts}
     return record
 
 
