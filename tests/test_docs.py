@@ -91,6 +91,12 @@ def test_what_the_text_makes_of_four_gpus_is_so(root: Path) -> None:
     q, n = ([f"{kept(arm, processes):.3f}" for processes in (2, 4)] for arm in ("qlora", "loran:sinter"))
     assert f"QLoRA {q[0]} and {q[1]}, LoRAN {n[0]} and {n[1]} under ZeRO-2" in page
     assert {round(kept(arm, 4, 3), 2) for arm in ("qlora", "loran:sinter")} == {0.97}
+    step = {tuple(r[key] for key in keys): r["step_seconds"] for r in records}
+    for arm, said in (("qlora", "for QLoRA"), ("loran:sinter", "for LoRAN")):
+        three, two = (step["llama2-7b", "bf16", arm, stage, 4, 0]["median"] for stage in (3, 2))
+        assert f"{said} ({three:.3f} to {two:.3f} s)" in page and f"{three / two:.2f}" == "1.04"
+    times = step["llama2-7b", "bf16", "loran:sinter", 3, 4, 0]["all"]
+    assert f"LoRAN's ZeRO-3 steps scatter from {min(times):.2f} to {max(times):.2f} s" in page
     large = {key[1::2]: rate[key] for key in rate if key[0] == "llama2-70b"}
     plain, three, two, bf16 = (
         f"{large[base, stage, layers]:,.0f}"

@@ -118,10 +118,37 @@ def test_an_adapter_keeps_its_label_when_another_of_the_same_name_comes(
     assert "y-a (1 of 1): finished before" in capsys.readouterr().out
 
 
+def test_a_run_killed_in_its_second_adapter_goes_on_under_the_same_labels(
+    evaluate: Callable[..., Path], adapters: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first adapter has a result by then and keeps its label; the second has a journal only, which is gone on with."""
+    both: list[Any] = []
+    for name, place in (("lora", "x"), ("ranlora", "y")):
+        both += ["--adapter", shutil.copytree(adapters[name], tmp_path / place / "a")]
+    command = ["--task", "boolq", *FEW, "--batch-size", 1, *both]
+    ask, asked = Choices.predict, []
+
+    def until_the_second_adapter(self: Choices, model: Any, units: list[int]) -> Any:
+        if len(asked) == 7:  # six choices of the first, one of the second
+            raise KeyboardInterrupt
+        asked.append(units)
+        return ask(self, model, units)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Choices, "predict", until_the_second_adapter)
+        out = evaluate(*command, code=130)
+    assert [path.parent.parent.name for path in out.rglob("evaluation.json")] == ["x-a"]
+    evaluate(*command)
+    assert {folder.name for folder in out.iterdir() if folder.is_dir()} == {"x-a", "y-a"}
+    assert result(out / "y-a" / BOOLQ, "evaluation.json")["resumed_batches"] == 1
+
+
 def test_labels_that_were_given_before() -> None:
     paths = [Path("x/a"), Path("y/a"), Path("c")]
+    assert labels(paths[:2], [["x-a"], []]) == ["x-a", "y-a"]
+    assert labels([Path("x/a"), Path("z/x-a")], [["x-a"], []]) == ["x-a", "z-x-a"]  # not free any more
     assert labels(paths, [["a"], [], []]) == ["a", "y-a", "c"]
-    assert labels(paths, [[], ["y-a"], ["a"]]) == ["a", "y-a", "c"]  # an equal adapter's name is no name of this folder
+    assert labels(paths, [[], ["y-a"], ["a"]]) == ["x-a", "y-a", "c"]  # an equal adapter's is none of this folder
     assert labels(paths[:2], [["a"], ["a"]]) == ["a", "y-a"]
     assert labels(paths[:1], [["x-a", "a"]]) == ["a"] and labels(paths[:1], [["x-a"]]) == ["x-a"]
 

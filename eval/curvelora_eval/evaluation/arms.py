@@ -80,8 +80,13 @@ def labels(folders: Sequence[Path], earlier: Sequence[Sequence[str]] = ()) -> li
         own = [name for name in found if name in {"-".join(part[-n:]) for n in range(1, len(part) + 1)}]
         if own := [name for name in own if name not in kept.values()]:
             kept[i] = names[i] if names[i] in own else own[0]
-    rest = iter(_labels([folder for i, folder in enumerate(folders) if i not in kept], tuple(kept.values())))
-    return [kept[i] if i in kept else next(rest) for i in range(len(folders))]
+    taken = tuple(kept.values())
+    rest = [i for i in range(len(folders)) if i not in kept]
+    # a command has the same names when it is started again, so one that is free stays, with whatever the first time left
+    if any(names[i] in taken for i in rest):
+        for i, name in zip(rest, _labels([folders[i] for i in rest], taken), strict=True):
+            names[i] = name
+    return [kept.get(i, name) for i, name in enumerate(names)]
 
 
 def _parts(folder: Path) -> tuple[str, ...]:
