@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from curvelora.activations import Activation
 from curvelora.errors import UserError, nearest
-from curvelora.layers.base_weight import is_partitioned
 from curvelora.precision import compute_dtype
 
 MODES = ("auto", "off", "interpret")
@@ -30,6 +29,13 @@ def environment_mode() -> str:
     if value not in MODES:
         raise UserError(f"CURVELORA_KERNELS={value!r} is not known{nearest(value, MODES)}: write {', '.join(MODES)}")
     return value
+
+
+# torch.compile would trace into what is the same for the whole run, warn of the cache, and stop at the device's properties
+@torch.compiler.assume_constant_result
+def why_nowhere(device: torch.device) -> str | None:
+    """Why no kernel runs in this process on `device`; None where they do."""
+    return why_no_triton() or why_no_device(device)
 
 
 @cache
@@ -71,16 +77,18 @@ def why_not(base_layer: nn.Module, rank: int) -> str | None:
         return "CURVELORA_KERNELS=off"
     if not isinstance(weight, Tensor):
         return f"a {type(base_layer).__name__} has no weight that kernels read"
-    if (reason := why_no_triton() or why_no_device(weight.device)) is not None:
+    if (reason := why_nowhere(weight.device)) is not None:
         return reason
     from curvelora.kernels import nf4
 
     if rank > MAX_RANK:
         return f"rank {rank} is above {MAX_RANK}"
-    if is_partitioned(weight) and not hasattr(weight, "whole"):
+    if hasattr(weight, "ds_id"):  # also while it is gathered: it is given back between forward and backward pass
         return "the base is partitioned by DeepSpeed's ZeRO-3"
     if getattr(base_layer, "_hf_hook", None) is not None:
         return "the base is offloaded"
+    if base_layer._forward_pre_hooks or base_layer._forward_hooks:  # a fused pass does not call the layer
+        return "the base layer has hooks, perhaps one that brings its weight"
     d_out, d_in = base_layer.out_features, base_layer.in_features
     if d_out * d_in >= MAX_ENTRIES:
         return f"{d_out} x {d_in} entries, and 2^31 is the limit"
@@ -110,13 +118,25 @@ def use_kernels(model: nn.Module, mode: str = "auto") -> tuple[int, Counter[str]
     from curvelora.kernels.peft_lora import FusedLinear4bit
     from curvelora.layers.dense_delta import DenseDeltaLayer
 
-    able, reasons = 0, Counter()
     for layer in model.modules():
         if isinstance(layer, DenseDeltaLayer):
             layer.kernels = mode
-            reason = "kernels: off" if mode == "off" else layer.why_no_kernels()
         elif FusedLinear4bit is not None and isinstance(layer, FusedLinear4bit.__base__):
-            reason = FusedLinear4bit.switch(layer, mode)
+            FusedLinear4bit.switch(layer, mode)
+    return fused_layers(model)
+
+
+def fused_layers(model: nn.Module) -> tuple[int, Counter[str]]:
+    """How many adapter layers of `model` can take kernels as they are now, and for the others reason -> how many."""
+    from curvelora.kernels.peft_lora import FusedLinear4bit
+    from curvelora.layers.dense_delta import DenseDeltaLayer
+
+    able, reasons = 0, Counter()
+    for layer in model.modules():
+        if isinstance(layer, DenseDeltaLayer):
+            reason = layer.why_no_kernels()
+        elif FusedLinear4bit is not None and isinstance(layer, FusedLinear4bit.__base__):
+            reason = FusedLinear4bit.why_no_kernels(layer)
         elif isinstance(layer, BaseTunerLayer):
             reason = f"{type(layer).__name__} has no kernels"
         else:

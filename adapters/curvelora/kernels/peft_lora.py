@@ -43,12 +43,15 @@ else:
         """PEFT's layer with another forward pass; a layer becomes one, and its old self again, by its class alone."""
 
         @classmethod
-        def switch(cls, layer: Any, mode: str) -> str | None:
-            """Set the class for "auto" or "off"; returns why the layer's passes are not fused, or None."""
-            reason = "kernels: off" if mode == "off" else _why_not(layer, training=True)
+        def switch(cls, layer: Any, mode: str) -> None:
+            """Set the class for "auto" or "off"."""
             # a layer that cannot now may be able to later: its dropout does nothing in evaluation, an adapter is switched
             layer.__class__ = _Linear4bit if mode == "off" else cls
-            return reason
+
+        @classmethod
+        def why_no_kernels(cls, layer: Any) -> str | None:
+            """Why the layer's passes in training are not fused; None where they are."""
+            return _why_not(layer, training=True) if isinstance(layer, cls) else "kernels: off"
 
         def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             """x: (..., d_in) -> (..., d_out), as PEFT's, where a pass can be fused; else PEFT's."""
