@@ -12,6 +12,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -20,7 +21,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig
 
-from curvelora.kernels import merged_linear, separate_linear, use_kernels
+from curvelora.kernels import dropout, merged_linear, separate_linear, use_kernels
+from curvelora.layers import dense_delta
 from curvelora_training.bench.adapted import arm_model, set_update_std
 from curvelora_training.bench.arms import parse_arms
 from curvelora_training.bench.processes import join_deepspeed
@@ -73,7 +75,7 @@ def cell(arm: str, mode: str, device: torch.device) -> dict[str, Any]:
         adapted = arm_model(model, parse_arms(name)[0], options, [], 0, True)
         set_update_std(adapted, 1e-2)
         fused, reasons = use_kernels(adapted, kernels)
-        with counted() as calls:
+        with counted() as calls, same_masks():
             losses, moved = step(adapted, mode, device)
         found[kernels] = losses, moved, calls[0], fused, reasons
     (before, wanted, none, *_), (after, given, calls, fused, reasons) = found["off"], found["auto"]
@@ -100,13 +102,28 @@ def counted() -> Iterator[list[int]]:
 
     def counting(A: torch.Tensor, *args: Any) -> torch.Tensor:
         calls[0] += 1
-        return make(A, *args) if A.is_cuda else make(A, *args, tile=(64, 64, 1, 4))
+        return make(A, *args) if A.is_cuda else make(A, *args, tile=(64, 64, 1, 4, 1))
 
     with (
         mock.patch.object(merged_linear, "merged_weight", counting),
         mock.patch.object(separate_linear, "merged_weight", counting),
     ):
         yield calls
+
+
+@contextlib.contextmanager
+def same_masks() -> Iterator[None]:
+    """Inside, layers without kernels drop of their input what kernels would drop, from the same seeds."""
+    drop = nn.functional.dropout
+
+    def dropped(x: torch.Tensor, p: float) -> torch.Tensor:
+        if x.dim() == 1:  # of features: the same either way
+            return drop(x, p)
+        kept = dropout.mask_reference(x.shape, dropout.new_seed(x.device), p) > 0
+        return (x.float() * kept / (1 - p)).to(x.dtype)
+
+    with mock.patch.object(dense_delta, "F", SimpleNamespace(dropout=dropped, linear=nn.functional.linear)):
+        yield
 
 
 def step(model: nn.Module, mode: str, device: torch.device) -> tuple[list[float], dict[str, torch.Tensor]]:
@@ -141,7 +158,9 @@ def _run(
         ids = [device.index] if device.type == "cuda" else None
         model = DistributedDataParallel(model, device_ids=ids, find_unused_parameters=mode == "ddp_unused")
     elif mode == "compiled":
-        model = torch.compile(model, backend="inductor" if device.type == "cuda" else "aot_eager")
+        # Inductor's own random numbers would depend on the graph, and so would what is dropped
+        on_gpu = {"backend": "inductor", "options": {"fallback_random": True}}
+        model = torch.compile(model, **(on_gpu if device.type == "cuda" else {"backend": "aot_eager"}))
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=mode == "autocast")
     offloaded = torch.autograd.graph.save_on_cpu() if mode == "offloaded" else contextlib.nullcontext()
     losses = []

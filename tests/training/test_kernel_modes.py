@@ -63,7 +63,8 @@ def check(found: dict[str, Any]) -> None:
     assert max(found["apart"].values()) <= APART
 
 
-SINGLES = [f"{mode}:{arm}" for mode in SINGLE for arm in ARMS]
+# compiled, the layer without kernels cannot be had with the kernels' own masks
+SINGLES = [f"{mode}:{arm}" for mode in SINGLE for arm in ARMS if (mode, arm) != ("compiled", "exact")]
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in SINGLES])

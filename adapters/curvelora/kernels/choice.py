@@ -115,28 +115,28 @@ def use_kernels(model: nn.Module, mode: str = "auto") -> tuple[int, Counter[str]
     """
     if mode not in ("auto", "off"):
         raise UserError(f"kernels {mode!r} is not known{nearest(mode, ('auto', 'off'))}: write auto or off")
-    from curvelora.kernels.peft_lora import FusedLinear4bit
+    from curvelora.kernels.peft_lora import is_lora_layer, switch
     from curvelora.layers.dense_delta import DenseDeltaLayer
 
     for layer in model.modules():
         if isinstance(layer, DenseDeltaLayer):
             layer.kernels = mode
-        elif FusedLinear4bit is not None and isinstance(layer, FusedLinear4bit.__base__):
-            FusedLinear4bit.switch(layer, mode)
+        elif is_lora_layer(layer):
+            switch(layer, mode)
     return fused_layers(model)
 
 
 def fused_layers(model: nn.Module) -> tuple[int, Counter[str]]:
     """How many adapter layers of `model` can take kernels as they are now, and for the others reason -> how many."""
-    from curvelora.kernels.peft_lora import FusedLinear4bit
+    from curvelora.kernels.peft_lora import is_lora_layer, why_not_fused
     from curvelora.layers.dense_delta import DenseDeltaLayer
 
     able, reasons = 0, Counter()
     for layer in model.modules():
         if isinstance(layer, DenseDeltaLayer):
             reason = layer.why_no_kernels()
-        elif FusedLinear4bit is not None and isinstance(layer, FusedLinear4bit.__base__):
-            reason = FusedLinear4bit.why_no_kernels(layer)
+        elif is_lora_layer(layer):
+            reason = why_not_fused(layer)
         elif isinstance(layer, BaseTunerLayer):
             reason = f"{type(layer).__name__} has no kernels"
         else:

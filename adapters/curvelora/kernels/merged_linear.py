@@ -4,8 +4,6 @@
 
     dL/dx = g W           G = g^T x, in the workspace      dL/dA, dL/dB from G: `factor_gradients`
 
-Where f is the identity the layer is LoRA, and its factors' gradients need no G:  dL/dB = s g^T (x A^T),  dL/dA = s (g B)^T x.
-
 Autograd keeps x, A and B, saved before the product is made (`held`). Traced by torch.compile the layer is one operator.
 """
 
@@ -18,12 +16,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from curvelora.activations import Activation
-from curvelora.kernels.factor_gradients import factor_gradients
-from curvelora.kernels.held import Held
+from curvelora.kernels.factor_gradients import gradients_of_factors
+from curvelora.kernels.held import Held, add_product, held_input, saved
 from curvelora.kernels.merged_weight import merged_weight
 from curvelora.kernels.workspace import workspace
-from curvelora.layers.dense_delta import DeltaMap
+from curvelora.layers.dense_delta import DeltaMap, delta_map_of, map_fields
 
 
 @torch.library.custom_op("curvelora::merged_linear", mutates_args=())
@@ -39,9 +36,12 @@ def _product(
     scale: float,
     inside: bool,
 ) -> Tensor:
-    delta_map = DeltaMap(Activation(name, amplitude, frequency), scale, inside)
-    W = merged_weight(A, B, delta_map, base, workspace(B.shape[0], A.shape[1], x.device))
-    return F.linear(x, W, bias)
+    return F.linear(x, _weight(A, B, base, name, amplitude, frequency, scale, inside), bias)
+
+
+def _weight(A: Tensor, B: Tensor, base: list[Tensor], *fields: Any) -> Tensor:
+    """W, in the workspace."""
+    return merged_weight(A, B, delta_map_of(*fields), base, workspace(B.shape[0], A.shape[1], A.device))
 
 
 @_product.register_fake
@@ -65,25 +65,13 @@ def _gradients(
     inside: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dL/dx, dL/dA, dL/dB); what is not needed is empty."""
-    delta_map = DeltaMap(Activation(name, amplitude, frequency), scale, inside)
+    fields = (name, amplitude, frequency, scale, inside)
     d_out, d_in = B.shape[0], A.shape[1]
     g, x2 = grad.reshape(-1, d_out), x.reshape(-1, d_in)
-    grad_x = grad.new_empty(0)
-    if needs_x:
-        grad_x = (g @ merged_weight(A, B, delta_map, base, workspace(d_out, d_in, x.device))).reshape(x.shape)
+    grad_x = (g @ _weight(A, B, base, *fields)).view(x.shape) if needs_x else grad.new_empty(0)
     if not needs_factors:
         return grad_x, A.new_empty(0), B.new_empty(0)
-    if name == "identity":
-        return grad_x, *_low_rank_gradients(g, x2, A, B, scale)
-    G = torch.mm(g.T, x2, out=workspace(d_out, d_in, x.device))
-    return grad_x, *factor_gradients(G, A, B, delta_map)
-
-
-def _low_rank_gradients(g: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """LoRA's, in bf16 products as autograd would make them. g: (tokens, d_out), x: (tokens, d_in)."""
-    back = g @ B.to(g.dtype)
-    down = x @ A.to(x.dtype).T
-    return scale * (back.T @ x).float(), scale * (g.T @ down).float()
+    return grad_x, *gradients_of_factors(g, x2, A, B, delta_map_of(*fields))
 
 
 @_gradients.register_fake
@@ -96,38 +84,41 @@ def _(grad: Tensor, x: Tensor, A: Tensor, B: Tensor, base: Any, needs_x: bool, n
 
 
 def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    x, A, B, _, ctx.base, *ctx.map_fields = inputs
+    x, A, B, _, ctx.base, *ctx.fields = inputs
     ctx.save_for_backward(x, A, B)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     needs_x, *needs = ctx.needs_input_grad[:3]
-    grad_x, grad_A, grad_B = _gradients(grad, *ctx.saved_tensors, ctx.base, needs_x, any(needs), *ctx.map_fields)
+    grad_x, grad_A, grad_B = _gradients(grad, *ctx.saved_tensors, ctx.base, needs_x, any(needs), *ctx.fields)
     factors = (grad_A, grad_B) if any(needs) else (None, None)
-    return grad_x if needs_x else None, *factors, None, [None] * len(ctx.base), *(None for _ in ctx.map_fields)
+    return grad_x if needs_x else None, *factors, None, [None] * len(ctx.base), *(None for _ in ctx.fields)
 
 
 _product.register_autograd(_backward, setup_context=_save)
 
 
 class _Merged(torch.autograd.Function):
-    """The product, whose saved tensors are those of the `Held` before it."""
+    """The product; what its backward pass needs is saved by the two `Held` that x and A come from."""
 
     @staticmethod
     def forward(
-        ctx: Any, held: Tensor, A: Tensor, B: Tensor, bias: Tensor | None, base: list[Tensor], map_fields: tuple
+        ctx: Any, x: Tensor, A: Tensor, B: Tensor, bias: Tensor | None, base: list[Tensor], fields: tuple
     ) -> Tensor:
-        ctx.held, ctx.base, ctx.map_fields = held.grad_fn, base, map_fields
-        return _product(held, A, B, bias, base, *map_fields)
+        ctx.input, ctx.factors, ctx.base, ctx.fields = x.grad_fn, A.grad_fn, base, fields
+        return _product(x, A, B, bias, base, *fields)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         needs_x, *needs = ctx.needs_input_grad[:3]
-        grad_x, grad_A, grad_B = _gradients(
-            grad, *ctx.held.saved_tensors, ctx.base, needs_x, any(needs), *ctx.map_fields
-        )
-        return grad_x if needs_x else None, *((grad_A, grad_B) if any(needs) else (None, None)), None, None, None
+        (x,), (A, B) = saved(ctx.input), saved(ctx.factors)
+        grad_x = None
+        if needs_x:
+            W = _weight(A, B, ctx.base, *ctx.fields)
+            grad_x = add_product(ctx.input, grad.reshape(-1, B.shape[0]), W, x.shape)
+        _, grad_A, grad_B = _gradients(grad, x, A, B, ctx.base, False, any(needs), *ctx.fields)
+        return grad_x, *((grad_A, grad_B) if any(needs) else (None, None)), None, None, None
 
 
 def merged_linear(
@@ -142,11 +133,7 @@ def merged_linear(
         base: the NF4 weight, from `nf4.codes_of`.
         delta_map: with an `Activation` whose kernel exists (`curves.NAMES`).
     """
-    f = delta_map.activation
-    map_fields = (f.name, f.amplitude, f.frequency, delta_map.scale, delta_map.scale_inside)
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return _product(x, A, B, bias, base, *map_fields)
-    held = Held.apply(x, A, B)
-    if held.grad_fn is None:  # nothing here trains
-        return _product(x, A, B, bias, base, *map_fields)
-    return _Merged.apply(held, A, B, bias, base, map_fields)
+    fields = map_fields(delta_map)
+    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and x.requires_grad and A.requires_grad):
+        return _product(x, A, B, bias, base, *fields)
+    return _Merged.apply(held_input(x), Held.apply(A, B), B, bias, base, fields)

@@ -23,8 +23,11 @@ from curvelora.kernels import curves, nf4
 from curvelora.kernels.portable import dot, split, split_product, to_bf16
 from curvelora.layers.dense_delta import DeltaMap
 
-# rows and columns of a tile, tiles a program, warps: the fastest of those that `curvelora bench kernels` tries on an H100
-TILE = (128, 128, 4, 8)
+# rows and columns of a tile, tiles a program, warps, stages (`curvelora bench kernels`, H100)
+Tile = tuple[int, int, int, int, int]
+TILE = (128, 64, 4, 4, 3)
+# at twice the rank that would take more than the 99 KiB of shared memory that every GPU has: fewer copies of A under way
+WIDE_TILE = (128, 64, 4, 4, 1)
 
 
 @triton.jit
@@ -67,26 +70,32 @@ def scales_of(delta_map: DeltaMap) -> tuple[float, float]:
     return (1.0, delta_map.scale) if delta_map.scale_inside else (delta_map.scale, 1.0)
 
 
+def tile_for(rank: int) -> Tile:
+    """The tile for factors of this rank."""
+    return TILE if rank <= 64 else WIDE_TILE
+
+
 def merged_weight(
-    A: Tensor, B: Tensor, delta_map: DeltaMap, base: list[Tensor], out: Tensor, tile: tuple[int, int, int, int] = TILE
+    A: Tensor, B: Tensor, delta_map: DeltaMap, base: list[Tensor], out: Tensor, tile: Tile | None = None
 ) -> Tensor:
     """Write W0 + dW, or dW where `base` is empty, to `out` (d_out, d_in), bf16 and contiguous; returns it.
 
     Args:
-        A, B: factors, (r, d_in) and (d_out, r), fp32, contiguous.
+        A, B: factors, (r, d_in) and (d_out, r), fp32.
         base: from `nf4.codes_of`, or [].
-        tile: rows, columns (a multiple of 64), tiles a program, warps.
+        tile: rows, columns (a multiple of 64), tiles a program, warps, stages; None: `tile_for`.
     """
     f = delta_map.activation
     assert isinstance(f, Activation)
     (rank, d_in), d_out = A.shape, B.shape[0]
-    rows, columns, tiles, warps = tile
+    rows, columns, tiles, warps, stages = tile or tile_for(rank)
+    A, B = A.contiguous(), B.contiguous()
     # pointers that a base has not are not read; something has to stand in their place
     pointers = [*base, *(A for _ in range(6 - len(base)))]
     grid = (triton.cdiv(d_in, columns * tiles), triton.cdiv(d_out, rows))
     _merged_weight[grid](
         out, A, B, *pointers, d_out, d_in, rank, *scales_of(delta_map), f.amplitude, f.frequency,
-        f.name, len(base) // 3, padded_rank(rank), rows, columns, tiles, num_warps=warps,
+        f.name, len(base) // 3, padded_rank(rank), rows, columns, tiles, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out
 

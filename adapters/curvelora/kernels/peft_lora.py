@@ -1,20 +1,21 @@
-"""PEFT's own LoRA layer on an NF4 base, with its pass as one fused product (`merged_linear` with the identity)."""
+"""PEFT's own LoRA layers on an NF4 base, with its pass as one fused product (`merged_linear` with the identity)."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import Tensor
+from peft.tuners.lora import Linear
+from torch import Tensor, nn
 
 from curvelora.activations import Activation
 from curvelora.kernels.choice import takes_kernels, why_not
 from curvelora.layers.dense_delta import DeltaMap
 
 try:
-    from peft.tuners.lora.bnb import Linear4bit as _Linear4bit
+    from peft.tuners.lora.bnb import Linear4bit
 except ImportError:  # PEFT has it where bitsandbytes is installed
-    _Linear4bit = None
+    Linear4bit = None
 
 
 def _delta_map(layer: Any, adapter: str) -> DeltaMap:
@@ -32,27 +33,15 @@ def _why_not(layer: Any, training: bool) -> str | None:
         return "LoRA with a bias"
     if training and getattr(layer.lora_dropout[adapter], "p", 0.0) > 0:
         return "dropout on LoRA's input"
+    if type(layer.get_base_layer()) is nn.Linear:
+        return "a base that is not NF4, where a merged weight would lose small updates"
     return why_not(layer.get_base_layer(), layer.r[adapter])
 
 
-if _Linear4bit is None:
-    FusedLinear4bit = None
-else:
+def _fused(plain: type[nn.Module]) -> type[nn.Module]:
+    """PEFT's layer class with another forward pass; a layer becomes one, and its old self again, by its class alone."""
 
-    class FusedLinear4bit(_Linear4bit):
-        """PEFT's layer with another forward pass; a layer becomes one, and its old self again, by its class alone."""
-
-        @classmethod
-        def switch(cls, layer: Any, mode: str) -> None:
-            """Set the class for "auto" or "off"."""
-            # a layer that cannot now may be able to later: its dropout does nothing in evaluation, an adapter is switched
-            layer.__class__ = _Linear4bit if mode == "off" else cls
-
-        @classmethod
-        def why_no_kernels(cls, layer: Any) -> str | None:
-            """Why the layer's passes in training are not fused; None where they are."""
-            return _why_not(layer, training=True) if isinstance(layer, cls) else "kernels: off"
-
+    class Fused(plain):
         def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             """x: (..., d_in) -> (..., d_out), as PEFT's, where a pass can be fused; else PEFT's."""
             if args or kwargs or self.disable_adapters or self.merged or _why_not(self, self.training) is not None:
@@ -68,3 +57,28 @@ else:
             bias = base.bias if base.bias is None else base.bias.to(torch.bfloat16)
             found = merged_linear(x.to(torch.bfloat16), A, B, bias, codes_of(base), _delta_map(self, adapter))
             return found.to(x.dtype)
+
+    Fused.__name__ = Fused.__qualname__ = f"Fused{plain.__name__}"
+    return Fused
+
+
+# PEFT wraps a 4-bit layer in the first where the model says that it was loaded in 4 bits, else in the second
+_FUSED = {plain: _fused(plain) for plain in (Linear4bit, Linear) if plain is not None}
+_PLAIN = {fused: plain for plain, fused in _FUSED.items()}
+
+
+def is_lora_layer(module: nn.Module) -> bool:
+    """Whether `switch` takes it."""
+    return type(module) in _FUSED or type(module) in _PLAIN
+
+
+def switch(layer: nn.Module, mode: str) -> None:
+    """Have a PEFT layer fuse its passes where it can ("auto"), or never ("off")."""
+    plain = _PLAIN.get(type(layer), type(layer))
+    # one that cannot now may be able to later: dropout does nothing in evaluation, adapters are switched
+    layer.__class__ = plain if mode == "off" else _FUSED[plain]
+
+
+def why_not_fused(layer: nn.Module) -> str | None:
+    """Why a PEFT layer's passes in training are not fused as it is now; None where they are."""
+    return _why_not(layer, training=True) if type(layer) in _PLAIN else "kernels: off"

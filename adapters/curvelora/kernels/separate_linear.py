@@ -1,13 +1,15 @@
-"""y = x W0^T + bias + z (s f(BA))^T where the two products cannot be one: dropout, or a base that would swallow the update.
+"""y = x W0^T + bias + drop(x) (s f(BA))^T where the two products cannot be one: dropout, or a base that would swallow the update.
 
-    x: (..., d_in) bf16, the layer's input   z: (..., d_in) bf16, what the adapter sees of it: drop(x), or x itself
-    dW = s f(BA): (d_out, d_in) bf16, in the workspace
+    x: (..., d_in) bf16   z = drop(x), or x where p = 0 (`dropout`)   dW = s f(BA): (d_out, d_in) bf16, in the workspace
 
-    dL/dx = g W0    dL/dz = g dW    G = g^T z, in the workspace    dL/dA, dL/dB from G: `factor_gradients`
+    dL/dx = g W0 + drop(g dW), with the same mask    G = g^T z, in the workspace    dL/dA, dL/dB from G: `factor_gradients`
 
-The second product is added to the first one's result inside of the matrix product, so the sum is rounded once. Autograd keeps
-z, A and B, saved ahead of the products as in `merged_linear`; it needs no x, since W0 is frozen. Costs three products more
-than LoRA over a step with gradient checkpointing, and one more than `merged_linear` in every pass.
+The update's product, small and rounded at its own size, is where the base's product is added inside of the matrix product: the
+sum is rounded once, at a value that is on no number of bf16, so an update far below half a unit is right in the mean. In the
+other order it would meet a y that is rounded already, and be lost in every entry (`merged_weight` has the same about W0).
+
+Autograd keeps x, A, B and the mask's seed, saved ahead of the products as in `merged_linear`; z is formed again. This costs one
+product more than `merged_linear` in every pass.
 """
 
 from __future__ import annotations
@@ -17,15 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
-from curvelora.activations import Activation
 from curvelora.kernels import nf4
-from curvelora.kernels.factor_gradients import factor_gradients
-from curvelora.kernels.held import Held
+from curvelora.kernels.dropout import add_dropped_, dropped, new_seed
+from curvelora.kernels.factor_gradients import gradients_of_factors
+from curvelora.kernels.held import Held, add_product, held_input, saved
 from curvelora.kernels.merged_weight import merged_weight
 from curvelora.kernels.workspace import workspace
-from curvelora.layers.dense_delta import DeltaMap
+from curvelora.layers.dense_delta import DeltaMap, delta_map_of, map_fields
 
 
 def _base(base: list[Tensor], d_out: int, d_in: int) -> Tensor:
@@ -33,14 +34,20 @@ def _base(base: list[Tensor], d_out: int, d_in: int) -> Tensor:
     return base[0] if len(base) == 1 else nf4.decoded(base, workspace(d_out, d_in, base[0].device))
 
 
+def _update(A: Tensor, B: Tensor, *fields: Any) -> Tensor:
+    """dW, in the workspace."""
+    return merged_weight(A, B, delta_map_of(*fields), [], workspace(B.shape[0], A.shape[1], A.device))
+
+
 @torch.library.custom_op("curvelora::separate_linear", mutates_args=())
 def _product(
     x: Tensor,
-    z: Tensor,
+    seed: Tensor,
     A: Tensor,
     B: Tensor,
     bias: Tensor | None,
     base: list[Tensor],
+    p: float,
     name: str,
     amplitude: float,
     frequency: float,
@@ -48,126 +55,140 @@ def _product(
     inside: bool,
 ) -> Tensor:
     d_out, d_in = B.shape[0], A.shape[1]
-    y = F.linear(x.reshape(-1, d_in), _base(base, d_out, d_in), bias)
-    delta_map = DeltaMap(Activation(name, amplitude, frequency), scale, inside)
-    dW = merged_weight(A, B, delta_map, [], workspace(d_out, d_in, x.device))
-    return y.addmm_(z.reshape(-1, d_in), dW.T).reshape(*x.shape[:-1], d_out)
+    x2 = x.reshape(-1, d_in)
+    y = (dropped(x2, seed, p) if p else x2) @ _update(A, B, name, amplitude, frequency, scale, inside).T
+    y.addmm_(x2, _base(base, d_out, d_in).T)
+    if bias is not None:
+        y += bias
+    return y.view(*x.shape[:-1], d_out)
 
 
 @_product.register_fake
-def _(x: Tensor, z: Tensor, A: Tensor, B: Tensor, *rest: Any) -> Tensor:
+def _(x: Tensor, seed: Tensor, A: Tensor, B: Tensor, *rest: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], B.shape[0]))
 
 
 @torch.library.custom_op("curvelora::separate_linear_gradients", mutates_args=())
 def _gradients(
     grad: Tensor,
-    z: Tensor,
+    x: Tensor,
+    seed: Tensor,
     A: Tensor,
     B: Tensor,
     base: list[Tensor],
     needs_x: bool,
-    needs_z: bool,
     needs_factors: bool,
+    p: float,
     name: str,
     amplitude: float,
     frequency: float,
     scale: float,
     inside: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dL/dx, dL/dz, dL/dA, dL/dB); what is not needed is empty."""
-    delta_map = DeltaMap(Activation(name, amplitude, frequency), scale, inside)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dL/dx, dL/dA, dL/dB); what is not needed is empty."""
+    fields = (name, amplitude, frequency, scale, inside)
     d_out, d_in = B.shape[0], A.shape[1]
-    g = grad.reshape(-1, d_out)
-    grad_x, grad_z = grad.new_empty(0), grad.new_empty(0)
+    g, x2 = grad.reshape(-1, d_out), x.reshape(-1, d_in)
+    grad_x = grad.new_empty(0)
     if needs_x:
-        grad_x = (g @ _base(base, d_out, d_in)).reshape(z.shape)
-    if needs_z:
-        grad_z = (g @ merged_weight(A, B, delta_map, [], workspace(d_out, d_in, z.device))).reshape(z.shape)
+        grad_x = g @ _base(base, d_out, d_in)
+        _add_update_product(grad_x, g, seed, A, B, p, fields)
+        grad_x = grad_x.view(x.shape)
     if not needs_factors:
-        return grad_x, grad_z, A.new_empty(0), B.new_empty(0)
-    G = torch.mm(g.T, z.reshape(-1, d_in), out=workspace(d_out, d_in, z.device))
-    return grad_x, grad_z, *factor_gradients(G, A, B, delta_map)
+        return grad_x, A.new_empty(0), B.new_empty(0)
+    return grad_x, *gradients_of_factors(g, dropped(x2, seed, p) if p else x2, A, B, delta_map_of(*fields))
+
+
+def _add_update_product(grad_x: Tensor, g: Tensor, seed: Tensor, A: Tensor, B: Tensor, p: float, fields: tuple) -> None:
+    """Add drop(g dW) to `grad_x` (tokens, d_in)."""
+    dW = _update(A, B, *fields)
+    if p:
+        add_dropped_(grad_x, g @ dW, seed, p)
+    else:
+        grad_x.addmm_(g, dW)
 
 
 @_gradients.register_fake
 def _(
     grad: Tensor,
-    z: Tensor,
+    x: Tensor,
+    seed: Tensor,
     A: Tensor,
     B: Tensor,
     base: Any,
     needs_x: bool,
-    needs_z: bool,
     needs_factors: bool,
     *rest: Any,
 ) -> Any:
     return (
-        *(z.new_empty(z.shape if needed else 0) for needed in (needs_x, needs_z)),
+        x.new_empty(x.shape if needs_x else 0),
         *(factor.new_empty(factor.shape if needs_factors else 0) for factor in (A, B)),
     )
 
 
-def _only_needed(needs: tuple[bool, ...], found: tuple[Tensor, ...]) -> list[Tensor | None]:
-    return [value if need else None for need, value in zip(needs, found, strict=True)]
-
-
 def _save(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    _, z, A, B, _, ctx.base, *ctx.map_fields = inputs
-    ctx.save_for_backward(z, A, B)
+    x, seed, A, B, _, ctx.base, *ctx.fields = inputs
+    ctx.save_for_backward(x, seed, A, B)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    needs = ctx.needs_input_grad[:4]
-    found = _gradients(grad, *ctx.saved_tensors, ctx.base, *needs[:2], any(needs[2:]), *ctx.map_fields)
-    return *_only_needed(needs, found), None, [None] * len(ctx.base), *(None for _ in ctx.map_fields)
+    needs_x, _, *needs = ctx.needs_input_grad[:4]
+    grad_x, *factors = _gradients(grad, *ctx.saved_tensors, ctx.base, needs_x, any(needs), *ctx.fields)
+    factors = factors if any(needs) else (None, None)
+    return grad_x if needs_x else None, None, *factors, None, [None] * len(ctx.base), *(None for _ in ctx.fields)
 
 
 _product.register_autograd(_backward, setup_context=_save)
 
 
 class _Separate(torch.autograd.Function):
-    """The products, whose saved tensors are those of the `Held` that z comes from."""
+    """The products; what their backward pass needs is saved by the two `Held` that x and A come from."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        held: Tensor,
         A: Tensor,
         B: Tensor,
+        seed: Tensor,
         bias: Tensor | None,
         base: list[Tensor],
-        map_fields: tuple,
+        p: float,
+        fields: tuple,
     ) -> Tensor:
-        ctx.held, ctx.base, ctx.map_fields = held.grad_fn, base, map_fields
-        return _product(x, held, A, B, bias, base, *map_fields)
+        ctx.input, ctx.factors, ctx.base, ctx.p, ctx.fields = x.grad_fn, A.grad_fn, base, p, fields
+        return _product(x, seed, A, B, bias, base, p, *fields)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        needs = ctx.needs_input_grad[:4]
-        found = _gradients(grad, *ctx.held.saved_tensors, ctx.base, *needs[:2], any(needs[2:]), *ctx.map_fields)
-        return *_only_needed(needs, found), None, None, None
+        needs_x, *needs = ctx.needs_input_grad[:3]
+        (x,), (A, B, seed) = saved(ctx.input), saved(ctx.factors)
+        grad_x = None
+        if needs_x:
+            g = grad.reshape(-1, B.shape[0])
+            grad_x = add_product(ctx.input, g, _base(ctx.base, B.shape[0], A.shape[1]), x.shape)
+            _add_update_product(ctx.input.pending, g, seed, A, B, ctx.p, ctx.fields)
+        _, *factors = _gradients(grad, x, seed, A, B, ctx.base, False, any(needs), ctx.p, *ctx.fields)
+        return grad_x, *(factors if any(needs) else (None, None)), None, None, None, None, None
 
 
 def separate_linear(
-    x: Tensor, z: Tensor, A: Tensor, B: Tensor, bias: Tensor | None, base: list[Tensor], delta_map: DeltaMap
+    x: Tensor, A: Tensor, B: Tensor, bias: Tensor | None, base: list[Tensor], delta_map: DeltaMap, p: float = 0.0
 ) -> Tensor:
-    """x W0^T + bias + z (s f(BA))^T: (..., d_out), bf16, differentiable in x, z, A and B.
+    """x W0^T + bias + drop(x) (s f(BA))^T: (..., d_out), bf16, differentiable in x, A and B.
 
     Args:
-        x, z: (..., d_in), bf16.
+        x: (..., d_in), bf16.
         A, B: factors, (r, d_in) and (d_out, r), fp32.
         bias: (d_out,), bf16, or None; frozen.
         base: [W0] in bf16, or the NF4 weight from `nf4.codes_of`; frozen.
         delta_map: with an `Activation` whose kernel exists (`curves.NAMES`).
+        p: the probability with which an entry of x is dropped, in [0, 1).
     """
-    f = delta_map.activation
-    map_fields = (f.name, f.amplitude, f.frequency, delta_map.scale, delta_map.scale_inside)
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return _product(x, z, A, B, bias, base, *map_fields)
-    held = Held.apply(z, A, B)
-    if held.grad_fn is None:
-        return _product(x, z, A, B, bias, base, *map_fields)
-    return _Separate.apply(x, held, A, B, bias, base, map_fields)
+    fields = map_fields(delta_map)
+    x = x.contiguous()  # entries are numbered by where they lie
+    seed = new_seed(x.device) if p else x.new_empty(0, dtype=torch.int64)
+    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and x.requires_grad and A.requires_grad):
+        return _product(x, seed, A, B, bias, base, p, *fields)
+    return _Separate.apply(held_input(x), Held.apply(A, B, seed), B, seed, bias, base, p, fields)

@@ -78,6 +78,17 @@ class DeltaMap:
         return self.scale * self.activation.slope_at_zero
 
 
+def map_fields(delta_map: DeltaMap) -> tuple[str, float, float, float, bool]:
+    """A map whose f is an `Activation`, as the plain values that an operator's arguments can be; see `delta_map_of`."""
+    f = delta_map.activation
+    return f.name, f.amplitude, f.frequency, delta_map.scale, delta_map.scale_inside
+
+
+def delta_map_of(name: str, amplitude: float, frequency: float, scale: float, inside: bool) -> DeltaMap:
+    """The map of these `map_fields`."""
+    return DeltaMap(Activation(name, amplitude, frequency), scale, inside)
+
+
 def row_blocks(d_out: int, d_in: int) -> Iterator[slice]:
     """Slices of rows with at most `BLOCK_ENTRIES` entries each (at least one row)."""
     step = max(1, BLOCK_ENTRIES // d_in)
@@ -102,7 +113,7 @@ def dense_delta(A: Tensor, B: Tensor, delta_map: DeltaMap, dtype: torch.dtype) -
 def _product(
     x: Tensor, A: Tensor, B: Tensor, name: str, amplitude: float, frequency: float, scale: float, inside: bool
 ) -> Tensor:
-    delta_map = DeltaMap(Activation(name, amplitude, frequency), scale, inside)
+    delta_map = delta_map_of(name, amplitude, frequency, scale, inside)
     return F.linear(x, dense_delta(A, B, delta_map, x.dtype))
 
 
@@ -126,7 +137,7 @@ def _gradients(
     inside: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dL/dx, dL/dA, dL/dB); what is not needed is empty."""
-    delta_map = DeltaMap(Activation(name, amplitude, frequency), scale, inside)
+    delta_map = delta_map_of(name, amplitude, frequency, scale, inside)
     return _blockwise_gradients(grad, x, A, B, delta_map, needs_x, needs_factors)
 
 
@@ -278,7 +289,7 @@ def dense_delta_product(x: Tensor, A: Tensor, B: Tensor, delta_map: DeltaMap) ->
     f = delta_map.activation
     if isinstance(f, Series):
         return _series_product(x, A, B, f.amplitude, f.frequency, f.name, delta_map.scale, delta_map.scale_inside)
-    return _product(x, A, B, f.name, f.amplitude, f.frequency, delta_map.scale, delta_map.scale_inside)
+    return _product(x, A, B, *map_fields(delta_map))
 
 
 class DenseDeltaLayer(AdapterLayer):
@@ -337,30 +348,34 @@ class DenseDeltaLayer(AdapterLayer):
         from curvelora.kernels.nf4 import codes_of
         from curvelora.kernels.separate_linear import separate_linear
 
-        base, delta_map = self.get_base_layer(), self.delta_map(adapter)
+        base, delta_map, config = self.get_base_layer(), self.delta_map(adapter), self.configs[adapter]
         bias = base.bias if base.bias is None else base.bias.to(torch.bfloat16)
-        narrow = x.to(torch.bfloat16)
-        A, B, seen = self._dropped(adapter, narrow)
-        if type(base) is nn.Linear:
-            found = separate_linear(narrow, seen, A, B, bias, [base.weight], delta_map)
-        elif seen is narrow:
-            found = merged_linear(narrow, A, B, bias, codes_of(base), delta_map)
+        narrow, (A, B) = x.to(torch.bfloat16), self.factors(adapter)
+        p = config.dropout if self.training else 0.0
+        if p and config.dropout_form == "features":
+            A, p = self._dropped_features(A, p), 0.0
+        if type(base) is nn.Linear:  # which leaves its output in bf16 under autocast
+            return separate_linear(narrow, A, B, bias, [base.weight], delta_map, p)
+        if p:
+            found = separate_linear(narrow, A, B, bias, codes_of(base), delta_map, p)
         else:
-            found = separate_linear(narrow, seen, A, B, bias, codes_of(base), delta_map)
+            found = merged_linear(narrow, A, B, bias, codes_of(base), delta_map)
         return found.to(x.dtype)
 
-    def _dropped(self, adapter: str, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(A, B, what the adapter sees of x), with the dropout of a training pass on A's columns or on x."""
-        config, (A, B) = self.configs[adapter], self.factors(adapter)
-        if not (config.dropout and self.training):
-            return A, B, x
-        if config.dropout_form == "features":
-            return A * F.dropout(A.new_ones(A.shape[1]), config.dropout), B, x
-        return A, B, F.dropout(x, config.dropout)
+    @staticmethod
+    def _dropped_features(A: Tensor, p: float) -> Tensor:
+        """A with the columns of dropped inputs at zero and the others divided by 1 - p."""
+        return A * F.dropout(A.new_ones(A.shape[1]), p)
 
     def adapter_output(self, adapter: str, x: Tensor) -> Tensor:
         """dW drop(x), computed in the dtype in which a linear layer would multiply x. x: (..., d_in) -> (..., d_out)."""
-        A, B, x = self._dropped(adapter, x.to(compute_dtype(x)))
+        config, (A, B) = self.configs[adapter], self.factors(adapter)
+        x = x.to(compute_dtype(x))
+        if config.dropout and self.training:
+            if config.dropout_form == "features":
+                A = self._dropped_features(A, config.dropout)
+            else:
+                x = F.dropout(x, config.dropout)
         return dense_delta_product(x, A, B, self.delta_map(adapter))
 
     def delta_weight(self, adapter: str) -> Tensor:

@@ -22,8 +22,8 @@ from curvelora_eval.environment import describe_environment
 from curvelora_training.bench.devices import Device
 from curvelora_training.bench.random_base import nf4_byte_table, random_nf4_linear
 
-WEIGHT_TILES = [*itertools.product((64, 128), (64, 128), (2, 4, 16), (4, 8))]
-GRADIENT_TILES = [*itertools.product((64, 128), (32, 64, 128), (264, 528), (4, 8), (2, 3))]
+WEIGHT_TILES = [*itertools.product((64, 128), (64,), (2, 4, 8), (4, 8), (1, 2, 3))]
+GRADIENT_TILES = [*itertools.product((32, 64), (64, 128, 256), (132, 264, 528), (4, 8), (2, 3))]
 
 
 def measure_kernels(
@@ -81,6 +81,8 @@ def _measure_layer(
     for name in tune:
         if name == "merged_weight":
             tried = _tried(WEIGHT_TILES, lambda tile: merged.merged_weight(A, B, delta_map, base, W, tile))
+        elif name == "AB":
+            tried = _tried(GRADIENT_TILES, lambda tile: gradients.gradients_at_once(G, A, B, delta_map, tile))
         else:
             tried = _tried(GRADIENT_TILES, lambda tile, f=name: gradients.gradient_of(f, G, A, B, delta_map, tile))
         record["tiles"][name] = tried
@@ -92,9 +94,10 @@ def _measure_layer(
         "low_rank_up": lambda: y.addmm_(low, B.to(x.dtype).T),
         "bitsandbytes_dequantise": lambda: dequantize_4bit(layer.weight.data, layer.weight.quant_state, out=W),
         "decoded": lambda: nf4.decoded(base, W),
-        "merged_weight": lambda: merged.merged_weight(A, B, delta_map, base, W, best.get("merged_weight", merged.TILE)),
+        "merged_weight": lambda: merged.merged_weight(A, B, delta_map, base, W, best.get("merged_weight")),
         "gradient_A": lambda: gradients.gradient_of("A", G, A, B, delta_map, best.get("A", gradients.TILE_A)),
         "gradient_B": lambda: gradients.gradient_of("B", G, A, B, delta_map, best.get("B", gradients.TILE_B)),
+        "gradients_at_once": lambda: gradients.gradients_at_once(G, A, B, delta_map, best.get("AB", gradients.TILE_AB)),
     }
     merged.merged_weight(A, B, delta_map, base, W)
     record["milliseconds"] = {
