@@ -75,6 +75,7 @@ def test_keys_of_parameters_in_shares_are_left_out_and_named() -> None:
         (["--stages", "4"], "--stages are ZeRO's 0, 1, 2 and 3"),
         (["--rows", "0"], "--rows, --length, --steps and --rank must be at least 1"),
         (["--model", "llama9"], "there is no such shape or folder"),
+        (["--arms", "qlora@liger"], "arm qlora@liger: Liger's kernels take weights without calling their layers"),
         ([], "the engines need a launcher"),
     ],
 )
@@ -115,5 +116,8 @@ def test_stages_train_alike_and_what_is_there_is_kept(tmp_path: Path) -> None:
     assert [(r["arm"], r["stage"], len(r["losses"])) for r in first] == [("qlora", 2, 5), ("qlora", 3, 5)]
     assert first[0]["losses"] == first[1]["losses"]
     assert [round(r["share_of_base"], 2) for r in first] == [1, 0.5]
-    second = records("qlora,loran:sinter")
-    assert second[:2] == first and [r["arm"] for r in second[2:]] == ["loran:sinter"] * 2
+    for record in first:  # PEFT's 4-bit layer, which could be fused on a GPU
+        assert record["fused_layers"] == 0 and record["unfused_layers"] == {"on a CPU": 21}
+    second = records("qlora,loran:sinter@eager")
+    assert second[:2] == first and [r["arm"] for r in second[2:]] == ["loran:sinter@eager"] * 2
+    assert [r["unfused_layers"] for r in second[2:]] == [{"kernels: off": 21}] * 2

@@ -18,6 +18,7 @@ import torch
 from transformers import Trainer
 
 from curvelora.errors import UserError, nearest
+from curvelora.kernels import fused_layers
 from curvelora_training import fsdp
 from curvelora_training.config import TrainingSpec
 from curvelora_training.zero3 import BUCKETS, THRESHOLD, share_held, stage_of
@@ -216,7 +217,7 @@ def _deepspeed_on_cpu(timeout: timedelta) -> None:
 
 
 def engine_in_use(trainer: Trainer) -> dict[str, Any]:
-    """What wraps the model after `train()`: engine, ZeRO stage, processes, device, dtype of what trains, share of the base."""
+    """What wraps the model after `train()`: engine, ZeRO stage, processes, device, dtypes, share of the base, fused layers."""
     wrapped = trainer.model_wrapped
     stage = wrapped.zero_optimization_stage() if hasattr(wrapped, "zero_optimization_stage") else None
     gathered_by = "modules" if stage == 3 else None
@@ -228,6 +229,7 @@ def engine_in_use(trainer: Trainer) -> dict[str, Any]:
     name = type(wrapped).__name__ if world_size() > 1 or stage is not None else "single process"
     if any(map(fsdp.is_shared, trainer.model.parameters())):
         name = fsdp.NAME
+    fused, reasons = fused_layers(trainer.model)
     return {
         "engine": name,
         "zero_stage": stage,
@@ -237,6 +239,8 @@ def engine_in_use(trainer: Trainer) -> dict[str, Any]:
         "frozen_dtype": ", ".join(sorted(dtypes[False])),
         "share_of_base": share_held(trainer.model),
         "base_gathered_by": gathered_by,
+        "fused_layers": fused,
+        "unfused_layers": dict(reasons),
     }
 
 

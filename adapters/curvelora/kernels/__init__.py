@@ -8,6 +8,6 @@ One operation a file, with its maths, a plain reference in fp64 beside it, and t
 another family (AuroRA's spline, RanLoRA's and NEAT's activations on the rank axis) is another file of this kind.
 """
 
-from curvelora.kernels.choice import use_kernels
+from curvelora.kernels.choice import fused_layers, use_kernels
 
-__all__ = ["use_kernels"]
+__all__ = ["fused_layers", "use_kernels"]

@@ -33,6 +33,13 @@ def environment_mode() -> str:
     return value
 
 
+# torch.compile would trace into what is the same for the whole run, warn of the cache, and stop at the device's properties
+@torch.compiler.assume_constant_result
+def why_nowhere(device: torch.device) -> str | None:
+    """Why no kernel runs in this process on `device`; None where they do."""
+    return why_no_triton() or why_no_device(device)
+
+
 @cache
 def why_no_triton() -> str | None:
     """Why Triton cannot be used in this process; None where it can."""
@@ -70,17 +77,22 @@ def why_not(base_layer: nn.Module, rank: int) -> str | None:
 
     It is asked in every pass, so what holds for a weight as it is stored is remembered with the layer.
     """
-    own = vars(base_layer)
-    if own["_forward_pre_hooks"] or own["_forward_hooks"] or "_hf_hook" in own:  # a fused pass does not call the layer
-        return "the base layer has hooks, perhaps one that brings its weight"
+    if base_layer._forward_pre_hooks or base_layer._forward_hooks or hasattr(base_layer, "_hf_hook"):
+        return "the base layer has hooks, perhaps one that brings its weight"  # a fused pass does not call the layer
     if rank > MAX_RANK:
         return f"rank {rank} is above {MAX_RANK}"
-    weight = own["_parameters"].get("weight")
-    now = (weight, getattr(weight, "quant_state", None), getattr(weight, "ds_id", None), os.environ.get(ENVIRONMENT))
-    known = own.get(_KNOWN)
-    if known is None or any(a is not b for a, b in zip(known[0], now, strict=True)):
-        known = own[_KNOWN] = now, _why_not_stored(base_layer, weight)
-    return known[1]
+    weight = getattr(base_layer, "weight", None)
+    if torch.compiler.is_compiling():
+        return _why_not_stored(base_layer, weight)
+    state, partition, wish = (
+        getattr(weight, "quant_state", None),
+        getattr(weight, "ds_id", None),
+        os.environ.get(ENVIRONMENT),
+    )
+    known = vars(base_layer).get(_KNOWN)
+    if known is None or known[0] is not weight or known[1] is not state or known[2:4] != (partition, wish):
+        known = vars(base_layer)[_KNOWN] = weight, state, partition, wish, _why_not_stored(base_layer, weight)
+    return known[4]
 
 
 def _why_not_stored(base_layer: nn.Module, weight: Tensor | None) -> str | None:
@@ -88,7 +100,7 @@ def _why_not_stored(base_layer: nn.Module, weight: Tensor | None) -> str | None:
         return f"{ENVIRONMENT}=off"
     if not isinstance(weight, Tensor):
         return f"a {type(base_layer).__name__} has no weight that kernels read"
-    if (reason := why_no_triton() or why_no_device(weight.device)) is not None:
+    if (reason := why_nowhere(weight.device)) is not None:
         return reason
     from curvelora.kernels import nf4
 
@@ -123,13 +135,25 @@ def use_kernels(model: nn.Module, mode: str = "auto") -> tuple[int, Counter[str]
     from curvelora.kernels.peft_lora import is_lora_layer, switch
     from curvelora.layers.dense_delta import DenseDeltaLayer
 
-    able, reasons = 0, Counter()
     for layer in model.modules():
         if isinstance(layer, DenseDeltaLayer):
             layer.kernels = mode
-            reason = "kernels: off" if mode == "off" else layer.why_no_kernels()
         elif is_lora_layer(layer):
-            reason = switch(layer, mode)
+            switch(layer, mode)
+    return fused_layers(model)
+
+
+def fused_layers(model: nn.Module) -> tuple[int, Counter[str]]:
+    """How many adapter layers of `model` can take kernels as they are now, and for the others reason -> how many."""
+    from curvelora.kernels.peft_lora import is_lora_layer, why_not_fused
+    from curvelora.layers.dense_delta import DenseDeltaLayer
+
+    able, reasons = 0, Counter()
+    for layer in model.modules():
+        if isinstance(layer, DenseDeltaLayer):
+            reason = layer.why_no_kernels()
+        elif is_lora_layer(layer):
+            reason = why_not_fused(layer)
         elif isinstance(layer, BaseTunerLayer):
             reason = f"{type(layer).__name__} has no kernels"
         else:

@@ -72,12 +72,13 @@ def is_lora_layer(module: nn.Module) -> bool:
     return type(module) in _FUSED or type(module) in _PLAIN
 
 
-def switch(layer: nn.Module, mode: str) -> str | None:
-    """Have a PEFT layer fuse its passes where it can ("auto"), or never ("off"); why it cannot as it is now, or None."""
+def switch(layer: nn.Module, mode: str) -> None:
+    """Have a PEFT layer fuse its passes where it can ("auto"), or never ("off")."""
     plain = _PLAIN.get(type(layer), type(layer))
-    if mode == "off":
-        layer.__class__ = plain
-        return "kernels: off"
     # one that cannot now may be able to later: dropout does nothing in evaluation, adapters are switched
-    layer.__class__ = _FUSED[plain]
-    return _why_not(layer, training=True)
+    layer.__class__ = plain if mode == "off" else _FUSED[plain]
+
+
+def why_not_fused(layer: nn.Module) -> str | None:
+    """Why a PEFT layer's passes in training are not fused as it is now; None where they are."""
+    return _why_not(layer, training=True) if type(layer) in _PLAIN else "kernels: off"

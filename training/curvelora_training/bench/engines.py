@@ -12,6 +12,7 @@ import resource
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,12 +20,11 @@ import torch.distributed as dist
 from transformers import PretrainedConfig
 
 from curvelora_eval.environment import describe_environment
-from curvelora_training.bench.adapted import arm_model, set_update_std
+from curvelora_training.bench.adapted import arm_model, set_update_std, switch
 from curvelora_training.bench.arms import Arm
 from curvelora_training.bench.devices import Device
 from curvelora_training.bench.random_base import random_model
 from curvelora_training.distributed import deepspeed_of, rank, world_size
-from curvelora_training.kept_products import keep_products
 from curvelora_training.zero3 import for_what_trains, share_held
 
 WARM_UP = 3  # steps; DeepSpeed and the allocator settle in them
@@ -49,7 +49,11 @@ def measure_engines(
         options: of the adapters, of which each arm takes those that its method has.
         rows, length: of a batch on each process, of random tokens.
         steps: timed steps, after `WARM_UP`.
-        kept: layers that keep their large products (`kept_products`); the others make all again in the backward pass.
+        kept: layers that keep their large products (`kept_products`), of arms that do not say it themselves; the others make all
+            again in the backward pass.
+
+    Raises:
+        UserError: Liger's kernels cannot be had, or take weights that are in shares.
     """
     device.reset_peak()
     started = time.perf_counter()
@@ -66,7 +70,7 @@ def measure_engines(
             "share_of_base": share_held(adapted),
             "base_seconds": ready,
             "base_peak_bytes": _most(building[0] if building else None),
-            **_steps(adapted, stage, rows, length, steps, device, kept),
+            **_steps(adapted, replace(arm, keep=arm.keep or kept), stage, rows, length, steps, device),
         }
         say(
             f"{arm.key}, {base}, ZeRO-{stage}: {record['step_seconds']['median']:.3f} s a step, "
@@ -80,13 +84,13 @@ def measure_engines(
 
 
 def _steps(
-    model: torch.nn.Module, stage: int, rows: int, length: int, steps: int, device: Device, kept: int
+    model: torch.nn.Module, arm: Arm, stage: int, rows: int, length: int, steps: int, device: Device
 ) -> dict[str, Any]:
     import deepspeed
 
     inner = model.get_base_model()
     inner.gradient_checkpointing_enable({"use_reentrant": False})
-    kept = keep_products(inner, kept)
+    computed = switch(model, arm)
     inner.enable_input_require_grads()
     model.train()
     std = set_update_std(model, 1e-2)
@@ -124,7 +128,8 @@ def _steps(
         "processes": world_size(),
         "rows": rows,
         "length": length,
-        "layers_keeping_products": kept,
+        "layers_keeping_products": computed.pop("kept_layers"),
+        **computed,
         "trainable_parameters": sum(p.numel() for p in trained),
         "update_std": std,
         "step_seconds": {"median": median, "all": timed},

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from curvelora.errors import UserError
 from curvelora_eval.files import make_folder, write_json
-from curvelora_training.bench.arms import parse_arms
+from curvelora_training.bench.arms import Arm, parse_arms
 from curvelora_training.bench.options import add_arm_arguments
 from curvelora_training.bench.random_base import BASES
 from curvelora_training.bench.shapes import SHAPES, shape_config
@@ -67,6 +67,11 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--rows, --length, --steps and --rank must be at least 1")
     if args.keep_products < 0:
         raise UserError("--keep-products is a number of layers, at least 0")
+    if 3 in stages and (liger := [arm.key for arm in arms if arm.liger]):
+        raise UserError(
+            f"arm {liger[0]}: Liger's kernels take weights without calling their layers, which gathers nothing of a base in "
+            "shares: leave @liger or stage 3 out"
+        )
     config = shape_config(args.model)
     if config is None:
         raise UserError(f"--model {args.model}: only shapes are measured here: {', '.join(SHAPES)}, or a config.json")
@@ -87,13 +92,13 @@ def run(args: argparse.Namespace) -> int:
         "target_modules": (args.target_modules or LINEAR).split(","),
     }
 
-    def there(arm: str, stage: int) -> bool:
-        kept = min(args.keep_products, config.num_hidden_layers)
-        wanted = (args.model, args.base, arm, stage, world_size(), args.rows, args.length, kept)
+    def there(arm: Arm, stage: int) -> bool:
+        kept = min(arm.keep or args.keep_products, config.num_hidden_layers)
+        wanted = (args.model, args.base, arm.key, stage, world_size(), args.rows, args.length, kept)
         return any((*(record[k] for k in key), record.get("layers_keeping_products", 0)) == wanted for record in held)
 
     for stage in stages:
-        left = [arm for arm in arms if not there(arm.key, stage)]
+        left = [arm for arm in arms if not there(arm, stage)]
         if not left:
             continue
         sizes = (args.rows, args.length, args.steps)
