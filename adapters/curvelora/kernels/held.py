@@ -25,12 +25,15 @@ class Held(torch.autograd.Function):
         ctx.save_for_backward(first, *others)
         ctx.unpacked = None
         ctx.pending = None  # dL/dx so far, of those layers below that have had their turn
+        ctx.task = None  # the backward pass that `pending` belongs to; one for the factors alone, or broken off, ends elsewhere
+        ctx.walked = False  # whether a backward pass has been here: what was saved may be gone
         return first.view_as(first)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """The gradient of `first` as it comes; the others get theirs from the function that took it."""
         ctx.unpacked = ctx.pending = None
+        ctx.walked = True
         return grad, *(None for _ in ctx.needs_input_grad[1:])
 
 
@@ -81,7 +84,8 @@ _last = threading.local()  # the recomputation of a checkpoint runs in a thread 
 def held_input(x: Tensor) -> Tensor:
     """`Held` of a layer's input, the same one for layers that are called with the same tensor one after another (q, k and v)."""
     known = getattr(_last, "input", None)
-    if known is not None and known[0]() is x and known[1] == x._version and torch.is_grad_enabled():
+    current = known is not None and known[0]() is x and known[1] == x._version and torch.is_grad_enabled()
+    if current and not known[2].grad_fn.walked:
         return known[2]
     held = Held.apply(x)
     # x lives as long as its caller wants; what is held of it must not live longer
@@ -105,8 +109,10 @@ def add_product(node: Any, g: Tensor, W: Tensor, shape: torch.Size) -> Tensor | 
         W: (d_out, d_in).
         shape: (..., d_in), of the input.
     """
-    if node.pending is not None:
+    task = torch._C._current_graph_task_id()
+    if node.pending is not None and node.task == task:
         node.pending.addmm_(g, W)
         return None
+    node.task = task
     node.pending = g @ W
     return node.pending.view(shape)

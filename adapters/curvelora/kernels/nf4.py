@@ -17,6 +17,7 @@ from curvelora.kernels.portable import to_bf16
 
 BLOCK = 64  # weights a scale
 BLOCK2 = tl.constexpr(256)  # scales a scale of the second level
+TILE = (16, 256, 4)  # rows, columns and warps of `decoded`
 
 
 def codes_of(base_layer: nn.Module) -> list[Tensor]:
@@ -92,7 +93,7 @@ def decoded(base: list[Tensor], out: Tensor) -> Tensor:
     """Write W0 to `out` (d_out, d_in), bf16 and contiguous; returns it. `base` is from `codes_of`."""
     d_out, d_in = out.shape
     pointers = [*base, *(base[0] for _ in range(6 - len(base)))]  # those that a base has not are not read
-    rows, columns = 16, 256
+    rows, columns, warps = TILE
     grid = (triton.cdiv(d_in, columns), triton.cdiv(d_out, rows))
-    _decoded[grid](out, *pointers, d_out, d_in, len(base) == 6, rows, columns, num_warps=4)
+    _decoded[grid](out, *pointers, d_out, d_in, len(base) == 6, rows, columns, num_warps=warps)
     return out

@@ -9,7 +9,7 @@ import torch
 from kernel_world import nf4_layer
 from torch import nn
 
-from curvelora.kernels import choice, merged_weight, portable, workspace
+from curvelora.kernels import choice, portable, workspace
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -26,7 +26,6 @@ def forget() -> None:
     """Forget what the caches have of the environment."""
     choice.why_no_triton.cache_clear()
     choice.why_no_device.cache_clear()
-    merged_weight.shared_memory.cache_clear()
     workspace.release()
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import bitsandbytes as bnb
 import torch
+from inside_operators import InsideOperators
 from torch import Tensor, nn
 
 from curvelora.activations import Activation
@@ -24,9 +26,10 @@ def nf4_layer(
     bias: bool = False,
     quant_type: str = "nf4",
     std: float = 0.02,
+    seed: int = 11,
 ) -> nn.Module:
     """A frozen bitsandbytes layer with weights N(0, std^2)."""
-    draw = torch.Generator().manual_seed(11)
+    draw = torch.Generator().manual_seed(seed)
     options = dict(compress_statistics=nested, quant_type=quant_type, quant_storage=storage)
     layer = bnb.nn.Linear4bit(d_in, d_out, bias=bias, compute_dtype=torch.bfloat16, **options)
     W0 = (torch.randn(d_out, d_in, generator=draw) * std).bfloat16()
@@ -82,11 +85,66 @@ def gradients(function: Callable[..., Tensor], grad: Tensor, **inputs: Tensor) -
     return {"y": y.detach(), **{name: leaf.grad for name, leaf in leaves.items()}}
 
 
-def exact(W0: Tensor, bias: Tensor | None, delta_map: DeltaMap, grad: Tensor, **inputs: Tensor) -> Gradients:
-    """The same by autograd in fp64 of x W0^T + z (s f(BA))^T + bias; z is x where it is not given."""
+def exact(
+    W0: Tensor, bias: Tensor | None, delta_map: DeltaMap, grad: Tensor, mask: Tensor | None = None, **inputs: Tensor
+) -> Gradients:
+    """The same by autograd in fp64 of x W0^T + drop(x) (s f(BA))^T + bias; drop(x) is x times `mask`."""
 
-    def plain(x: Tensor, A: Tensor, B: Tensor, z: Tensor | None = None) -> Tensor:
-        y = x @ W0.double().T + (x if z is None else z) @ delta_map.value(B @ A).T
+    def plain(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        y = x @ W0.double().T + (x if mask is None else x * mask.double()) @ delta_map.value(B @ A).T
         return y if bias is None else y + bias.double()
 
     return gradients(plain, grad.double(), **{name: value.double() for name, value in inputs.items()})
+
+
+class FusedProducts(InsideOperators):
+    """Counts the fused forward operators that run in its `with` block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def see(self, func: Any, args: tuple, result: Any) -> None:
+        """One operation."""
+        self.count += str(func) in ("curvelora.merged_linear.default", "curvelora.separate_linear.default")
+
+
+class Small(nn.Module):
+    """Two layers with tanh between them: "up" (96, 64) and "down" (64, 128), on NF4 or in bf16."""
+
+    def __init__(self, device: torch.device, base: str = "nf4", bias: bool = False) -> None:
+        super().__init__()
+        self.up, self.down = (base_layer(device, base, *shape, bias=bias) for shape in ((96, 64), (64, 128)))
+        self.is_loaded_in_4bit = base == "nf4"  # PEFT chooses its layer by this
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., 64) -> (..., 64)."""
+        return self.down(torch.cat([torch.tanh(self.up(x)), x[..., :32]], -1))
+
+
+def base_layer(device: torch.device, base: str, d_out: int, d_in: int, bias: bool = False) -> nn.Module:
+    """A frozen layer; base is "nf4" or "bf16"."""
+    if base == "nf4":
+        return nf4_layer(device, d_out, d_in, bias=bias)
+    torch.manual_seed(3)
+    return nn.Linear(d_in, d_out, bias=bias, device=device, dtype=torch.bfloat16).requires_grad_(False)
+
+
+def step(model: nn.Module, x: Tensor, seed: int = 0) -> Gradients:
+    """{"y", "x", parameter: gradient} of sum y^2 under bf16 autocast, with dropout drawn from `seed`."""
+    model.zero_grad()
+    torch.manual_seed(seed)
+    x = x.clone().requires_grad_()
+    with torch.autocast(x.device.type, torch.bfloat16):
+        y = model(x)
+    y.float().square().sum().backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {"y": y.detach(), "x": x.grad, **found}
+
+
+def agree(found: Gradients, wanted: Gradients, bound: float) -> None:
+    """The same names, dtypes and shapes, and numbers within `bound` in the norm."""
+    assert found.keys() == wanted.keys()
+    for name, value in wanted.items():
+        assert (found[name].dtype, found[name].shape) == (value.dtype, value.shape), name
+        assert relative(found[name], value) < bound, (name, relative(found[name], value))

@@ -29,7 +29,9 @@ PATHS = ("merged, NF4", "separate, bf16", "separate, NF4")
 Record = Callable[[str, object], None]
 
 
-def path_of(path: str, device: torch.device, d_out: int, d_in: int) -> tuple[Callable[..., Callable[..., Tensor]], Tensor]:
+def path_of(
+    path: str, device: torch.device, d_out: int, d_in: int
+) -> tuple[Callable[..., Callable[..., Tensor]], Tensor]:
     """(delta_map -> function of x, A and B; W0 in fp64), by one of `PATHS`."""
     layer = nf4_layer(device, d_out, d_in)
     W0, base = stored_weight(layer), codes_of(layer)
@@ -38,7 +40,7 @@ def path_of(path: str, device: torch.device, d_out: int, d_in: int) -> tuple[Cal
     if path == "separate, bf16":
         W0 = W0.bfloat16()
         base = [W0]
-    return lambda f: lambda x, A, B: separate_linear(x, x, A, B, None, base, f), W0.double()
+    return lambda f: lambda x, A, B: separate_linear(x, A, B, None, base, f), W0.double()
 
 
 def update_of(A: Tensor, B: Tensor, delta_map: DeltaMap, base: list[Tensor]) -> Tensor:
@@ -98,7 +100,7 @@ def test_f_in_the_update(
     noise: float | None,
     record_property: Record,
 ) -> None:
-    """dW in bf16. At the published amplitude f is one part in 20,000 of dW, of which bf16 has one in 256: only its mean is there."""
+    """dW in bf16. At the published amplitude f is 1/20,000 of dW, of which bf16 has 1/256: only its mean is there."""
     A, B = factors(device, 448, 512, RANK, std_u)
     arms = [update_of(A, B, sinter(a), []) for a in (amplitude, 0.0)]
     u = B.double() @ A.double()
@@ -116,7 +118,7 @@ def test_f_in_the_update(
 @pytest.mark.parametrize(("std_u", "noise"), [(1e-3, 12), (1e-2, 2.2)])
 def test_f_in_outputs(device: torch.device, path: str, std_u: float, noise: float, record_property: Record) -> None:
     """At amplitude 2e-2, within 10 % in the mean over 230,000 outputs; a single output is mostly W's and y's rounding."""
-    make, W0 = path_of(path, device, 448, 512)
+    make, _ = path_of(path, device, 448, 512)
     A, B = factors(device, 448, 512, RANK, std_u)
     x = normal(device, 512, 512)
     with torch.no_grad():
@@ -158,20 +160,54 @@ def test_updates_of_early_training_are_right_in_the_mean(
         if path == "merged, NF4":
             arms = [merged_linear(x, A, factor, None, base, sinter(5e-5)).double() for factor in (B, 0 * B)]
         else:
-            arms = [separate_linear(x, x, A, f, layer.bias, base, sinter(5e-5)).double() for f in (B, 0 * B)]
+            arms = [separate_linear(x, A, f, layer.bias, base, sinter(5e-5)).double() for f in (B, 0 * B)]
     wanted = x.double() @ sinter(5e-5).value(B.double() @ A.double()).T
     record_property("share of the update", share(arms[0] - arms[1], wanted))
     record_property("noise", relative(arms[0] - arms[1], wanted))
     assert share(arms[0] - arms[1], wanted) == pytest.approx(1, abs=0.15)
 
 
-def test_a_merged_weight_shows_updates_of_1e_6_in_the_mean(device: torch.device, nf4: Callable[..., nn.Module]) -> None:
+def test_a_merged_weight_shows_updates_of_1e_6_in_the_mean(device: torch.device, record_property: Record) -> None:
+    """Of one layer; how far that is from all layers the next test shows."""
+    layer = nf4_layer(device, 448, 512)
     A, B = factors(device, 448, 512, RANK, 4e-6)
-    base = codes_of(nf4(448, 512))
-    found = update_of(A, B, sinter(5e-5), base) - update_of(A, 0 * B, sinter(5e-5), base)
+    found = [update_of(A, factor, sinter(5e-5), codes_of(layer)) for factor in (B, 0 * B)]
     wanted = sinter(5e-5).value(B.double() @ A.double())
-    assert wanted.std() < 1.1e-6 and (found != 0).double().mean() < 0.15
-    assert share(found, wanted) == pytest.approx(1, abs=0.15)
+    record_property("share of the update", share(found[0] - found[1], wanted))
+    assert wanted.std() < 1.1e-6 and (found[0] != found[1]).double().mean() < 0.15
+    assert share(found[0] - found[1], wanted) == pytest.approx(1, abs=0.2)
+
+
+@pytest.mark.parametrize(("nested", "mean", "on_numbers"), [(True, 0.975, 0), (False, 0.92, 0.036)])
+def test_how_good_a_dither_decoded_weights_are(
+    nested: bool, mean: float, on_numbers: float, record_property: Record
+) -> None:
+    """Of rounding alone, over 12 layers: an update of 2.5e-6 has a share of 0.98, or 0.92 without double quantisation.
+
+    There the largest weight of each block is a number of bf16 itself, 3.6 % of all.
+    """
+    shares, exact_weights = [], []
+    for seed in range(12):
+        W0 = stored_weight(nf4_layer(torch.device("cpu"), 448, 512, nested=nested, seed=seed))
+        draw = torch.Generator().manual_seed(100 + seed)
+        dW = 2.5e-6 * torch.randn(448, 512, generator=draw, dtype=torch.float64)
+        rounded = W0.float().bfloat16().double()
+        shares.append(share((W0 + dW).float().bfloat16().double() - rounded, dW))
+        exact_weights.append(((rounded == W0) & (W0 != 0)).double().mean().item())
+    record_property("share of the update", sum(shares) / 12)
+    assert sum(shares) / 12 == pytest.approx(mean, abs=0.035)
+    assert sum(exact_weights) / 12 == pytest.approx(on_numbers, abs=2e-3)
+
+
+def test_the_other_order_of_the_two_products_loses_such_updates(device: torch.device, record_property: Record) -> None:
+    """Why `separate_linear` makes the update's product first: added to a rounded y, less than a fifth of it is there."""
+    A, B = factors(device, 448, 512, RANK, 1e-5)
+    x, W0 = normal(device, 512, 512), stored_weight(nf4_layer(device, 448, 512)).bfloat16()
+    dW = update_of(A, B, sinter(5e-5), [])
+    y = x @ W0.T
+    other = torch.addmm(y, x, dW.bfloat16().T).double() - y.double()
+    record_property("share of the update", share(other, x.double() @ dW.T))
+    assert share(other, x.double() @ dW.T) < 0.2
 
 
 # --- whole outputs and gradients --------------------------------------------------------------------------------------
@@ -183,6 +219,7 @@ class One(nn.Module):
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self.layer = layer
+        self.is_loaded_in_4bit = True  # PEFT chooses its layer by this
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (tokens, d_in) -> (tokens, d_out)."""
@@ -205,8 +242,14 @@ def qlora_errors(device: torch.device, A: Tensor, B: Tensor, x: Tensor, grad: Te
     return {name: relative(found[name], value) for name, value in wanted.items()}
 
 
-@pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize(("name", "std_u"), [("sinter", 1e-3), ("sinter", 1e-2), ("identity", 1e-2)])
+@pytest.mark.parametrize(
+    ("path", "name", "std_u"),
+    [
+        *((path, "sinter", std_u) for path in PATHS[:2] for std_u in (1e-3, 1e-2)),
+        (PATHS[2], "sinter", 1e-2),
+        *((path, "identity", 1e-2) for path in PATHS),
+    ],
+)
 def test_errors_are_no_worse_than_qlora_s(
     device: torch.device, path: str, name: str, std_u: float, record_property: Record
 ) -> None:

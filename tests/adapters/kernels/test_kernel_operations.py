@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from curvelora.activations import Activation
 from curvelora.kernels import curves
 from curvelora.kernels import merged_weight as merged
-from curvelora.kernels.factor_gradients import factor_gradients, gradient_of, low_rank_gradients
-from curvelora.kernels.merged_weight import merged_weight, tile_for
+from curvelora.kernels.factor_gradients import factor_gradients, low_rank_gradients
+from curvelora.kernels.merged_weight import merged_weight
 from curvelora.kernels.nf4 import codes_of, decoded, why_unreadable
 from curvelora.kernels.portable import split, split_product
 from curvelora.layers.dense_delta import DeltaMap
@@ -130,14 +130,12 @@ def test_the_merged_weight_is_the_sum_rounded_once(
     assert relative(found, wanted) < ONCE
 
 
-@pytest.mark.parametrize("tile", [merged.TILE, merged.SMALL_TILE, (32, 64, 3, 4)])
+@pytest.mark.parametrize("tile", [(128, 128, 1, 8, 1), (32, 64, 3, 4, 2), (16, 128, 2, 4, 1)])
 def test_tiles_do_not_change_the_numbers(
-    nf4: Callable[..., nn.Module], device: torch.device, tile: tuple[int, int, int, int]
+    nf4: Callable[..., nn.Module], device: torch.device, tile: merged.Tile
 ) -> None:
     layer, (A, B) = nf4(90, 448), factors(device, 90, 448, 9, 1e-2)
-    found = [
-        merged_weight(A, B, sinter(2e-2), codes_of(layer), empty(90, 448, device), t) for t in (tile, merged.SMALL_TILE)
-    ]
+    found = [merged_weight(A, B, sinter(2e-2), codes_of(layer), empty(90, 448, device), t) for t in (tile, merged.TILE)]
     assert relative(*found) < 1e-4
 
 
@@ -150,13 +148,6 @@ def test_factors_with_strides_are_read_as_they_are_meant(nf4: Callable[..., nn.M
     assert torch.equal(found, wanted)
     pairs = zip(factor_gradients(G, *strided, sinter(2e-2)), factor_gradients(G, A, B, sinter(2e-2)), strict=True)
     assert all(torch.equal(*pair) for pair in pairs)
-
-
-def test_the_small_tile_where_the_large_one_does_not_fit(device: torch.device) -> None:
-    kib = 1 << 10
-    assert tile_for(64, 227 * kib) == tile_for(64, 163 * kib) == tile_for(16, 99 * kib) == merged.TILE
-    assert tile_for(128, 227 * kib) == tile_for(65, 227 * kib) == tile_for(64, 99 * kib) == merged.SMALL_TILE
-    assert merged.shared_memory(device) >= 64 * kib
 
 
 # --- dL/dA, dL/dB -----------------------------------------------------------------------------------------------------
@@ -189,13 +180,13 @@ def test_gradients_of_odd_shapes(device: torch.device, d_out: int, d_in: int, ra
         assert relative(got, wanted) < 2 * ONCE
 
 
-@pytest.mark.parametrize("factor", ["A", "B"])
-def test_a_split_walk_gives_the_same_sum(device: torch.device, factor: str) -> None:
+def test_a_split_walk_gives_the_same_sum(device: torch.device) -> None:
     """One program for each block, or several whose parts are summed; twice the same is the same bits."""
     A, B = factors(device, 140, 150, 8, 1e-2)
     G = normal(device, 140, 150)
-    whole, parts, again = (gradient_of(factor, G, A, B, sinter(2e-2), (64, 64, n, 4, 2)) for n in (1, 40, 40))
-    assert relative(parts, whole) < 1e-5 and torch.equal(parts, again)
+    whole, parts, again = (factor_gradients(G, A, B, sinter(2e-2), (64, 64, n, 4, 2)) for n in (1, 40, 40))
+    for i in range(2):
+        assert relative(parts[i], whole[i]) < 1e-5 and torch.equal(parts[i], again[i])
 
 
 def test_the_slope_at_zero_is_exact_in_bf16() -> None:

@@ -1,0 +1,91 @@
+"""Every kernel compiles, without a GPU, for those of 2020 and later, and fits into the shared memory that they have."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from curvelora.kernels import curves
+
+KIB = 1 << 10
+# Compiled in a process that has no interpreter; prints the bytes of shared memory of one kernel after the other.
+PROGRAM = """
+import json, sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from curvelora.kernels import factor_gradients as gradients, merged_weight as merged, nf4
+
+LAYER = {name: "i32" for name in ("d_out", "d_in", "rank", "span")}
+MAP = {name: "fp32" for name in ("outer", "inner", "amplitude", "frequency", "factor", "at_zero")}
+CODES = {"codes": "*u8", **{name: "*fp32" for name in ("table", "scales2", "table2", "offset")}}
+
+
+def compiled(kernel, types, constants, arch, **options):
+    types = {**LAYER, **MAP, **CODES, "A": "*fp32", "B": "*fp32", **types}
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in constants else types[name] for name in names}
+    source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()})
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options).metadata.shared
+
+
+def shared(kernel, name, rank, arch, _):
+    tile, rank = gradients.tile_for(rank), merged.padded_rank(rank)
+    if kernel == "decoded":
+        constants = {"NESTED": True, "ROWS": nf4.TILE[0], "COLUMNS": nf4.TILE[1]}
+        return compiled(nf4._decoded, {"out": "*bf16", "scales": "*u8"}, constants, arch, num_warps=nf4.TILE[2])
+    if kernel.startswith("weight"):
+        rows, columns, tiles, warps, stages = merged.TILE
+        base = int(kernel[-1])
+        constants = {"NAME": name, "BASE": base, "RANK": rank, "ROWS": rows, "COLUMNS": columns, "TILES": tiles}
+        types = {"out": "*bf16", "scales": "*u8" if base == 2 else "*fp32"}
+        return compiled(merged._merged_weight, types, constants, arch, num_warps=warps, num_stages=stages)
+    rows, columns, _, warps, stages = tile
+    constants = {"NAME": name, "RANK": rank, "ROWS": rows, "COLUMNS": columns}
+    types = {"out_A": "*fp32", "out_B": "*fp32", "G": "*bf16"}
+    return compiled(gradients._gradients, types, constants, arch, num_warps=warps, num_stages=stages)
+
+
+for case in json.loads(sys.argv[1]):
+    print(json.dumps(shared(*case)), flush=True)
+"""
+
+
+def check(cases: list[tuple[str, str, int, int, int]], cache: Path) -> None:
+    """Each case (kernel, f, rank, compute capability, KiB that a program may have) compiles and fits."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(cache)
+    command = [sys.executable, "-c", PROGRAM, json.dumps(cases)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    found = [int(line) for line in done.stdout.split()]
+    assert done.returncode == 0, f"{cases[len(found)]}: {done.stderr[-2000:]}"
+    assert len(found) == len(cases)
+    too_large = [(*case, size / KIB) for case, size in zip(cases, found, strict=True) if size > case[-1] * KIB]
+    assert not too_large
+
+
+def test_kernels_of_sinter_fit_into_99_kib(tmp_path: Path) -> None:
+    """What RTX 30 and 40 have, at the published rank and at the largest."""
+    cases = [(kernel, rank) for kernel in ("weight2", "gradients") for rank in (64, 128)]
+    check([(kernel, "sinter", rank, 80, 99) for kernel, rank in cases], tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("arch", "kib"), [(80, 99), (86, 99), (89, 99), (90, 99), (120, 99)])
+def test_kernels_of_sinter_fit_everywhere(arch: int, kib: int, tmp_path: Path) -> None:
+    """Ranks that are no power of two, bases without double quantisation and no base at all included."""
+    kernels = ("weight0", "weight1", "weight2", "gradients")
+    cases = [(kernel, "sinter", rank, arch, kib) for rank in (1, 17, 64, 128) for kernel in kernels]
+    check([*cases, ("decoded", "", 1, arch, kib)], tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", curves.NAMES)
+def test_kernels_of_every_f_fit_into_99_kib(name: str, tmp_path: Path) -> None:
+    kernels = ("weight0", "weight2") if name == "identity" else ("weight0", "weight2", "gradients")
+    check([(kernel, name, rank, arch, 99) for arch in (80, 90) for rank in (64, 128) for kernel in kernels], tmp_path)
