@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import weakref
 from typing import Any
 
@@ -39,8 +38,10 @@ class Held(torch.autograd.Function):
 
 def saved(node: Any) -> tuple[Tensor, ...]:
     """What `node`, the grad_fn of a `Held`'s result, has saved; for several askers, where a checkpoint unpacks only once."""
+    global _last
     if node.unpacked is None:
         node.unpacked = node.saved_tensors
+        _last = None  # where a checkpoint has just run its layers again, its last input is not needed any more
     return node.unpacked
 
 
@@ -78,25 +79,30 @@ def is_watched() -> bool:
     return is_in_torch_dispatch_mode()
 
 
-_last = threading.local()  # the recomputation of a checkpoint runs in a thread of autograd's
+# The last call of `held_input`, in whichever thread it was: a checkpoint is recomputed in autograd's. One for all threads, so that
+# a pass frees what the pass before it has left.
+_last: tuple[Any, ...] | None = None
+_top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
 
 def held_input(x: Tensor) -> Tensor:
-    """`Held` of a layer's input, the same one for layers that are called with the same tensor one after another (q, k and v)."""
-    known = getattr(_last, "input", None)
-    current = known is not None and known[0]() is x and known[1] == x._version and torch.is_grad_enabled()
-    if current and not known[2].grad_fn.walked:
-        return known[2]
+    """`Held` of a layer's input, the same one for layers that are called with the same tensor one after another (q, k and v).
+
+    They share it within one and the same pass: a checkpoint counts what is saved inside of it, the first time and again.
+    """
+    global _last
+    hooks = _top_hooks(False)
+    pack = None if hooks is None else hooks[0]
+    if _last is not None and torch.is_grad_enabled():
+        tensor, version, packed_by, held = _last
+        same = tensor() is x and version == x._version and (packed_by and packed_by()) is pack
+        if same and not held.grad_fn.walked:
+            return held
     held = Held.apply(x)
-    # x lives as long as its caller wants; what is held of it must not live longer
-    _last.input = (weakref.ref(x, _forget), x._version, held) if held.grad_fn is not None else None
+    trains = held.grad_fn is not None
+    # references that keep nothing alive: x and the pass may end any time
+    _last = (weakref.ref(x), x._version, pack and weakref.ref(pack), held) if trains else None
     return held
-
-
-def _forget(reference: Any) -> None:
-    known = getattr(_last, "input", None)
-    if known is not None and known[0] is reference:
-        _last.input = None
 
 
 def add_product(node: Any, g: Tensor, W: Tensor, shape: torch.Size) -> Tensor | None:

@@ -1,0 +1,85 @@
+"""Layers that read the same tensor, as q, k and v do: one `Held`, one gradient summed inside of the products."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import pytest
+import torch
+from kernel_world import factors, normal, relative, sinter, stored_weight
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from curvelora.kernels import held
+from curvelora.kernels.merged_linear import merged_linear
+from curvelora.kernels.nf4 import codes_of
+
+BOUND = 8e-3  # bf16's own, as for one layer
+SIZES = (96, 64, 130)
+F = sinter(2e-2)
+
+
+def loss_of(products: Iterable[Tensor], x: Tensor) -> Tensor:
+    """Every output with another weight, and x itself, so that its gradient has a part that no layer makes."""
+    return sum((number + 1) * y.double().square().mean() for number, y in enumerate(products)) + x.double().mean()
+
+
+@pytest.mark.parametrize("mode", ["plain", "not reentrant", "reentrant"])
+@pytest.mark.parametrize("frozen", [None, 1], ids=["all train", "one is frozen"])
+def test_three_layers_on_one_tensor(
+    nf4: Callable[..., nn.Module], device: torch.device, mode: str, frozen: int
+) -> None:
+    layers = [nf4(size, 128) for size in SIZES]
+    given = [factors(device, size, 128, 8, 1e-2) for size in SIZES]
+    pairs = [tuple(t.clone().requires_grad_(number != frozen) for t in pair) for number, pair in enumerate(given)]
+    x = normal(device, 6, 128).requires_grad_()
+
+    def block(x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(
+            merged_linear(x, *pair, None, codes_of(layer), F) for pair, layer in zip(pairs, layers, strict=True)
+        )
+
+    made = block(x) if mode == "plain" else checkpoint(block, x, use_reentrant=mode == "reentrant")
+    loss_of(made, x).backward()
+    assert held._last is None, "nothing is held after the backward pass"
+
+    exact_x = x.detach().double().requires_grad_()
+    exact_pairs = [tuple(t.double().requires_grad_() for t in pair) for pair in given]
+    exact = [
+        exact_x @ (stored_weight(layer) + F.value(B @ A)).T for (A, B), layer in zip(exact_pairs, layers, strict=True)
+    ]
+    loss_of(exact, exact_x).backward()
+    assert relative(x.grad, exact_x.grad) < BOUND
+    for number, (pair, wanted) in enumerate(zip(pairs, exact_pairs, strict=True)):
+        for factor, exact_factor in zip(pair, wanted, strict=True):
+            if number == frozen:
+                assert factor.grad is None
+            else:
+                assert relative(factor.grad, exact_factor.grad) < BOUND
+
+
+def test_the_sum_is_made_in_one_tensor(nf4: Callable[..., nn.Module], device: torch.device) -> None:
+    """Three gradients of x reach autograd as one: the hook of `Held`'s input sees a single tensor."""
+    layers = [nf4(size, 128) for size in SIZES]
+    x = normal(device, 6, 128).requires_grad_()
+    made = [
+        merged_linear(x, *(t.requires_grad_() for t in factors(device, size, 128, 8, 1e-2)), None, codes_of(layer), F)
+        for size, layer in zip(SIZES, layers, strict=True)
+    ]
+    assert len({id(y.grad_fn.next_functions[0][0]) for y in made}) == 1
+    node, seen = made[0].grad_fn.next_functions[0][0], []
+    node.register_prehook(
+        lambda grads: seen.append(node.pending is not None and grads[0].data_ptr() == node.pending.data_ptr())
+    )
+    sum(y.float().sum() for y in made).backward()
+    assert seen == [True]
+
+
+def test_another_tensor_or_a_changed_one_is_not_taken_for_it(device: torch.device) -> None:
+    x = normal(device, 6, 128).requires_grad_() * 1
+    first = held.held_input(x)
+    assert held.held_input(x) is first
+    assert held.held_input(x * 1) is not first
+    again = held.held_input(x)
+    x.mul_(2)
+    assert held.held_input(x) is not again

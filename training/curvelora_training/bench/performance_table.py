@@ -1,0 +1,73 @@
+"""The goals table of docs/performance.md, from the records of `bench step` under docs/results/performance.
+
+python -m curvelora_training.bench.performance_table docs/results/performance
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+STEP, KEPT, LARGE = "step_7b_h100.json", "kept_7b_h100.json", "step_70b_h200.json"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A goal: seconds of an arm's step, or its ratio to `baseline` where there is one."""
+
+    label: str
+    file: str
+    arm: str
+    goal: float | None
+    baseline: str | None = None
+
+
+ROWS = (
+    Row("PEFT QLoRA", STEP, "qlora@eager", None),
+    Row("PEFT QLoRA, Liger", STEP, "qlora@eager@liger", None),
+    Row("QLoRA, kernels", STEP, "qlora", None),
+    Row("**QLoRA, kernels, Liger**", STEP, "qlora@liger", 0.62),
+    Row("LoRAN Sinter, kernels", STEP, "loran:sinter", None),
+    Row("**LoRAN Sinter, kernels, Liger**", STEP, "loran:sinter@liger", 0.78),
+    Row("the same, dropout 0.05, `dropout_form: exact`", STEP, "exact", 1.30),
+    Row("the same, dropout 0.05, `dropout_form: features`", STEP, "features", 0.85),
+    Row("QLoRA, kernels, Liger, all activations kept", KEPT, "qlora@liger", 0.50),
+    Row("LoRAN Sinter, kernels, Liger, all activations kept", KEPT, "loran:sinter@liger", None),
+    Row(
+        "70B shape: LoRAN, kernels, over PEFT QLoRA, both with Liger", LARGE, "loran:sinter@liger", 1.30, "qlora@liger"
+    ),
+)
+HEAD = "| what | device | goal | measured (95 %) | tokens/s | peak GB |\n|---|---|---:|---:|---:|---:|"
+
+
+def performance_table(folder: Path) -> str:
+    """The table in Markdown. GB are 1e9 bytes; the interval is of the median step.
+
+    Raises:
+        OSError: a record is missing.
+    """
+    records: dict[str, Any] = {
+        name: json.loads((folder / name).read_text(encoding="utf-8")) for name in (STEP, KEPT, LARGE)
+    }
+    lines = [HEAD]
+    for row in ROWS:
+        record = records[row.file]
+        arm = record["arms"][row.arm]
+        step = arm["step_seconds"]
+        found = f"{step['median']:.3f} s ({step['low']:.3f} to {step['high']:.3f})"
+        goal = "–" if row.goal is None else f"≤ {row.goal:.2f} s"
+        if row.baseline is not None:
+            other = record["arms"][row.baseline]["step_seconds"]["median"]
+            found = f"{step['median'] / other:.2f} x ({step['median']:.2f} s to {other:.2f} s)"
+            goal = f"≤ {row.goal:.2f} x"
+        device = record["device"].removeprefix("NVIDIA ").removesuffix(" HBM3")
+        rate, peak = arm["tokens_per_second_per_device"], arm["peak_allocated_bytes"]
+        lines.append(f"| {row.label} | {device} | {goal} | {found} | {rate:,.0f} | {peak / 1e9:.1f} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(performance_table(Path(sys.argv[1])))
