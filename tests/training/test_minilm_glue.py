@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors import safe_open
 
 from curvelora_eval import benchmarks
 from curvelora_training import minilm_glue
@@ -44,9 +46,21 @@ def test_every_task_is_trained_with_every_method_and_scored(
         assert recipe.output == str(tmp_path / recipe.method.name / task) and recipe.training.epochs == 1
         assert recipe.task.kind == benchmarks.get(task).protocol("head").kind
         assert recipe.data.test.split == "validation" and Path(recipe.data.test.path) == data
+        assert recipe.adapter_options().get("modules_to_save") == (["pooler"] if task == "stsb" else None)
     scored = [command for command in started if "eval" in command]
     assert [command[command.index("--task") + 1] for command in scored] == list(TASKS)
     assert all(command.count("--adapter") == len(METHODS) for command in scored)
+
+
+def test_the_checkpoint_s_pooler_was_never_trained(minilm: Path) -> None:
+    """Why STS-B trains it: its bias is zero throughout, and its weight is Gaussian noise."""
+    with safe_open(str(minilm / "model.safetensors"), framework="pt") as file:
+        weight, bias = (file.get_tensor(f"pooler.dense.{name}").double() for name in ("weight", "bias"))
+    assert not bias.any()
+    standard = (weight - weight.mean()) / weight.std()
+    assert abs(standard.pow(4).mean() - 3) < 0.1  # normal; trained matrices have heavier tails
+    largest = torch.linalg.svdvals(standard)[0] / (2 * len(bias) ** 0.5)  # a random square matrix has 2 sqrt(n)
+    assert abs(largest - 1) < 0.05
 
 
 @pytest.mark.parametrize(
