@@ -79,8 +79,8 @@ def is_watched() -> bool:
     return is_in_torch_dispatch_mode()
 
 
-# The last call of `held_input`, in whichever thread it was: a checkpoint is recomputed in autograd's. One for all threads, so that
-# a pass frees what the pass before it has left.
+# The last call of `held_input`, in whichever thread it was, since a checkpoint is recomputed in autograd's: one for all threads,
+# so that a pass frees what the pass before it has left.
 _last: tuple[Any, ...] | None = None
 _top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 

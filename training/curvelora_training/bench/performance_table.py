@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 STEP, KEPT, LARGE = "step_7b_h100.json", "kept_7b_h100.json", "step_70b_h200.json"
+PROFILE = "profile_7b_h100.json"
 
 
 @dataclass(frozen=True)
@@ -69,5 +70,21 @@ def performance_table(folder: Path) -> str:
     return "\n".join(lines)
 
 
+def profile_table(folder: Path) -> str:
+    """Milliseconds of a step by kind of kernel, an arm a column, in Markdown; the longest of the first arm first.
+
+    Raises:
+        OSError: the record is missing.
+    """
+    arms = json.loads((folder / PROFILE).read_text(encoding="utf-8"))["arms"]
+    kinds = list(dict.fromkeys(kind for arm in arms.values() for kind in arm["kinds"]))
+    lines = [f"| kernels | {' | '.join(arms)} |", f"|---|{'---:|' * len(arms)}"]
+    for kind in kinds:
+        lines.append(f"| {kind} | {' | '.join(format(arm['kinds'].get(kind, 0.0), '.1f') for arm in arms.values())} |")
+    busy = [f"{arm['busy_milliseconds']:.1f}" for arm in arms.values()]
+    whole = [f"{arm['step_seconds'] * 1e3:.0f}" for arm in arms.values()]
+    return "\n".join([*lines, f"| **the GPU is busy** | {' | '.join(busy)} |", f"| **step** | {' | '.join(whole)} |"])
+
+
 if __name__ == "__main__":
-    print(performance_table(Path(sys.argv[1])))
+    print(performance_table(Path(sys.argv[1])), profile_table(Path(sys.argv[1])), sep="\n\n")

@@ -18,7 +18,7 @@ from curvelora_training.bench.ground import Ground
 # what a kernel is for, by the first pattern that its name matches
 KINDS = {
     "kernels: merged weight": r"_merged_weight|_decoded",
-    "kernels: gradients of A and B": r"_gradient_of_",
+    "kernels: gradients of A and B": r"^_gradients",
     "attention": r"flash|fmha|cudnn_generated|sdpa|attention",
     "NF4 dequantisation (bitsandbytes)": r"[dD]equantize|kgemm_4bit",
     "Liger: norms, SwiGLU, RoPE, loss": r"liger|_rms_norm|_swiglu|_rope|_triton_rope|cross_entropy|_element_mul",
