@@ -84,15 +84,12 @@ def why_not(base_layer: nn.Module, rank: int) -> str | None:
     weight = getattr(base_layer, "weight", None)
     if torch.compiler.is_compiling():
         return _why_not_stored(base_layer, weight)
-    state, partition, wish = (
-        getattr(weight, "quant_state", None),
-        getattr(weight, "ds_id", None),
-        os.environ.get(ENVIRONMENT),
-    )
+    names = ("quant_state", "ds_id", "device", "dtype")  # what moving, casting or sharing out the model changes
+    now = (*(getattr(weight, name, None) for name in names), os.environ.get(ENVIRONMENT))
     known = vars(base_layer).get(_KNOWN)
-    if known is None or known[0] is not weight or known[1] is not state or known[2:4] != (partition, wish):
-        known = vars(base_layer)[_KNOWN] = weight, state, partition, wish, _why_not_stored(base_layer, weight)
-    return known[4]
+    if known is None or known[0] is not weight or known[1] != now:
+        known = vars(base_layer)[_KNOWN] = weight, now, _why_not_stored(base_layer, weight)
+    return known[2]
 
 
 def _why_not_stored(base_layer: nn.Module, weight: Tensor | None) -> str | None:

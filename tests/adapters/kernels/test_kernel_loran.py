@@ -211,6 +211,16 @@ def test_what_a_base_must_be(device: torch.device) -> None:
     assert why_not(nn.Linear(64, 64, device="meta", dtype=torch.bfloat16), 8) == "on meta"
 
 
+def test_a_model_that_is_cast_or_moved_is_asked_again(device: torch.device) -> None:
+    """`nn.Module.to` keeps the parameter and changes what it is."""
+    layer = nn.Linear(64, 64, device=device, dtype=torch.bfloat16)
+    weight = layer.weight
+    assert why_not(layer, 8) is None
+    assert why_not(layer.float(), 8) == "a base in float32" and layer.weight is weight
+    assert why_not(layer.bfloat16(), 8) is None
+    assert why_not(layer.to("meta"), 8) == "on meta"
+
+
 def test_switched_off_and_on(device: torch.device, kernels_mode: Mode) -> None:
     model, x = model_of(device), normal(device, 16, 64)
     assert use_kernels(model, "off") == (0, {"kernels: off": 2}) and fused(model, x) == 0
