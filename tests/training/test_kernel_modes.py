@@ -40,17 +40,11 @@ needs_two = [pytest.mark.gpu, pytest.mark.skipif(GPUS < 2, reason=f"needs 2 CUDA
 
 
 @pytest.fixture
-def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU, kernels run in Triton's interpreter."""
     monkeypatch.setenv("CURVELORA_KERNELS", "interpret")
-    choice.why_no_device.cache_clear()
-    choice.why_no_triton.cache_clear()
-    if choice.why_no_triton() is not None:
-        pytest.skip(choice.why_no_triton())
-    yield
-    monkeypatch.undo()
-    choice.why_no_device.cache_clear()
-    choice.why_no_triton.cache_clear()
+    if (reason := choice.why_no_triton("interpret")) is not None:
+        pytest.skip(reason)
 
 
 def check(found: dict[str, Any]) -> None:
@@ -107,6 +101,7 @@ def launched(names: tuple[str, ...], folder: Path, environment: dict[str, str]) 
     return json.loads(out.read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 def test_engines_train_as_without_kernels(tmp_path: Path, interpreted: None) -> None:
     """Two processes. What is not bf16 is bit for bit the same: kernels that read a share's stale codes would show here."""
     environment = {"TRITON_INTERPRET": "1", "CURVELORA_KERNELS": "interpret", "DS_ACCELERATOR": "cpu"}
@@ -157,7 +152,7 @@ def gradients(model: Any) -> dict[str, torch.Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("arm", ["merged", "dense", "qlora"])
+@pytest.mark.parametrize("arm", ["merged", *(pytest.param(arm, marks=pytest.mark.slow) for arm in ("dense", "qlora"))])
 def test_a_base_in_shares_is_read_again_in_the_backward_pass(group: None, interpreted: None, arm: str) -> None:
     """More blocks than buffers: by then the buffer of a layer has been another one's, and was gathered again in its place."""
     base, name, _ = ARMS[arm]

@@ -67,9 +67,15 @@ def use_liger(model: PreTrainedModel, keeps_products: bool = False) -> None:
     wanted |= {} if _has_language_head(model) else {"fused_linear_cross_entropy": False}
     theirs = vars(sys.modules[type(model).__module__])
     before = dict(theirs)
-    _liger()._apply_liger_kernel_to_instance(model=model, **wanted)
-    new = {name: value for name, value in theirs.items() if before.get(name) is not value}
-    theirs.update(before)
+    try:
+        _liger()._apply_liger_kernel_to_instance(model=model, **wanted)
+    finally:
+        new = {name: value for name, value in theirs.items() if before.get(name) is not value}
+        for name in new:
+            if name in before:
+                theirs[name] = before[name]
+            else:
+                del theirs[name]
     twin = functools.cache(lambda function: _with_globals(function, new))
     for module in model.modules():
         forward = type(module).forward

@@ -19,6 +19,7 @@ from curvelora.errors import UserError, nearest
 from curvelora.precision import compute_dtype
 
 ENVIRONMENT = "CURVELORA_KERNELS"
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _KNOWN = "_curvelora_why_no_kernels"
 MODES = ("auto", "off", "interpret")
 MAX_RANK = 128  # a tile's rank is whole in registers
@@ -37,26 +38,27 @@ def environment_mode() -> str:
 @torch.compiler.assume_constant_result
 def why_nowhere(device: torch.device) -> str | None:
     """Why no kernel runs in this process on `device`; None where they do."""
-    return why_no_triton() or why_no_device(device)
+    mode = environment_mode()
+    return why_no_triton(mode) or why_no_device(device, mode)
 
 
 @cache
-def why_no_triton() -> str | None:
-    """Why Triton cannot be used in this process; None where it can."""
+def why_no_triton(mode: str) -> str | None:
+    """Why Triton cannot be used in this process; None where it can. `mode` is from `environment_mode`."""
     try:
         from curvelora.kernels import portable
     except ImportError:
         return "Triton is not installed"
-    if environment_mode() == "interpret" and not portable.INTERPRETED:
+    if mode == "interpret" and not portable.INTERPRETED:
         return "CURVELORA_KERNELS=interpret needs TRITON_INTERPRET=1 before Python starts"
     return None
 
 
 @cache
-def why_no_device(device: torch.device) -> str | None:
+def why_no_device(device: torch.device, mode: str) -> str | None:
     """Why kernels do not run on `device`; None where they do."""
     if device.type == "cpu":
-        return None if environment_mode() == "interpret" else "on a CPU"
+        return None if mode == "interpret" else "on a CPU"
     if device.type != "cuda" or torch.version.hip:
         return f"on {device.type if device.type != 'cuda' else 'ROCm'}"
     major, minor = torch.cuda.get_device_capability(device)
@@ -77,11 +79,16 @@ def why_not(base_layer: nn.Module, rank: int) -> str | None:
 
     It is asked in every pass, so what holds for a weight as it is stored is remembered with the layer.
     """
-    if base_layer._forward_pre_hooks or base_layer._forward_hooks or hasattr(base_layer, "_hf_hook"):
-        return "the base layer has hooks, perhaps one that brings its weight"  # a fused pass does not call the layer
+    # a fused pass does not call the layer
+    if any(getattr(base_layer, hooks) for hooks in _HOOKS) or hasattr(base_layer, "_hf_hook"):
+        return "the base layer has hooks, perhaps one that brings its weight"
+    if "forward" in vars(base_layer):
+        return "the base layer has a forward of its own"
     if rank > MAX_RANK:
         return f"rank {rank} is above {MAX_RANK}"
-    weight = getattr(base_layer, "weight", None)
+    weight, bias = getattr(base_layer, "weight", None), getattr(base_layer, "bias", None)
+    if any(tensor is not None and tensor.requires_grad for tensor in (weight, bias)):
+        return "the base trains"
     if torch.compiler.is_compiling():
         return _why_not_stored(base_layer, weight)
     names = ("quant_state", "ds_id", "device", "dtype")  # what moving, casting or sharing out the model changes
@@ -101,14 +108,17 @@ def _why_not_stored(base_layer: nn.Module, weight: Tensor | None) -> str | None:
         return reason
     from curvelora.kernels import nf4
 
+    if type(base_layer) is not nn.Linear and (reason := nf4.why_unreadable(base_layer)) is not None:
+        return reason
+
     if hasattr(weight, "ds_id"):  # also while it is gathered: it is given back between forward and backward pass
         return "the base is partitioned by DeepSpeed's ZeRO-3"
     d_out, d_in = base_layer.out_features, base_layer.in_features
     if d_out * d_in >= MAX_ENTRIES:
         return f"{d_out} x {d_in} entries, and 2^31 is the limit"
-    if type(base_layer) is nn.Linear:
-        return None if weight.dtype == torch.bfloat16 else f"a base in {str(weight.dtype).removeprefix('torch.')}"
-    return nf4.why_unreadable(base_layer)
+    if type(base_layer) is nn.Linear and weight.dtype != torch.bfloat16:
+        return f"a base in {str(weight.dtype).removeprefix('torch.')}"
+    return None
 
 
 def takes_kernels(x: Tensor, A: Tensor, B: Tensor) -> bool:

@@ -61,5 +61,5 @@ def add_dropped_(out: Tensor, x: Tensor, seed: Tensor, p: float) -> Tensor:
 
 
 def mask_reference(shape: torch.Size, seed: Tensor, p: float) -> Tensor:
-    """m / (1 - p) in fp32 as the kernel draws it, for comparisons: what is left of ones."""
+    """m / (1 - p) as the kernel draws it, rounded to bf16, for comparisons: what is left of ones."""
     return dropped(torch.ones(shape, dtype=torch.bfloat16, device=seed.device), seed, p).float()

@@ -7,11 +7,11 @@ Sinter's at its published setting. So G f'(0) and G e(u) are rounded on their ow
 
     dL/dB = s (f'(0) G + round(G e(u))) A^T
 
-and f'(0), a power of two for every f here, scales G without rounding. u is formed to 2^-16 (`split_product`).
+and f'(0), a power of two or zero for every f here, scales G without rounding. u is formed to 2^-16 (`split_product`).
 
 A program keeps the columns of dL/dA that belong to its columns of G in registers and walks over rows; what its tiles add to
 dL/dB goes to memory and is summed afterwards, so there are no atomics and the sums have one order. Traffic: G once (2 bytes an
-entry), and 4 r / 128 bytes an entry written and read again for the parts of dL/dB, at r = 64 as much as G. Two kernels that read
+entry), and 4 r bytes a row and tile written and read again for the parts of dL/dB, at r = 64 as much as G. Two kernels that read
 G once each, with nothing to sum, took a tenth longer: both form u and f' (docs/decisions.md, 8).
 
 Where f is the identity the layer is LoRA, and the gradients need no G:  dL/dB = s g^T (x A^T),  dL/dA = s (g B)^T x.
@@ -34,6 +34,10 @@ from curvelora.layers.dense_delta import DeltaMap
 TILE = (32, 128, 264, 4, 2)
 # at twice the rank that would take more than the 99 KiB of shared memory that every GPU has
 WIDE_TILE = (32, 64, 264, 4, 1)
+
+
+# entries of the parts of dL/dB that are there at once: 64 MiB, so that a large layer is done in bands of rows
+PARTS = 1 << 24
 
 
 def tile_for(rank: int) -> Tile:
@@ -93,18 +97,24 @@ def factor_gradients(
     """
     (d_out, d_in), rank = G.shape, A.shape[0]
     rows, columns, programs, warps, stages = tile or tile_for(rank)
+    A, B, f = A.contiguous(), B.contiguous(), delta_map.activation
     blocks = cdiv(d_in, columns)
-    span = cdiv(cdiv(d_out, max(1, programs // blocks)), rows) * rows
-    parts = cdiv(d_out, span)
-    of_A = torch.empty((parts, rank, d_in), dtype=torch.float32, device=G.device)
-    of_B = torch.empty((blocks, d_out, rank), dtype=torch.float32, device=G.device)
-    f = delta_map.activation
-    _gradients[(blocks, parts)](
-        of_A, of_B, G, A.contiguous(), B.contiguous(), d_out, d_in, rank, span, delta_map.scale, scales_of(delta_map)[1],
-        f.slope_at_zero, f.amplitude, f.frequency, f.name, padded_rank(rank), rows, columns,
-        num_warps=warps, num_stages=stages,
-    )  # fmt: skip
-    return of_A.sum(0), of_B.sum(0)
+    band = max(rows, PARTS // (blocks * rank) // rows * rows)
+    of_A, of_B = torch.zeros_like(A), torch.empty_like(B)
+    for start in range(0, d_out, band):
+        here = slice(start, min(start + band, d_out))
+        height = here.stop - start
+        span = cdiv(cdiv(height, max(1, programs // blocks)), rows) * rows
+        parts_A = torch.empty((cdiv(height, span), rank, d_in), dtype=torch.float32, device=G.device)
+        parts_B = torch.empty((blocks, height, rank), dtype=torch.float32, device=G.device)
+        _gradients[(blocks, len(parts_A))](
+            parts_A, parts_B, G[here], A, B[here], height, d_in, rank, span, delta_map.scale, scales_of(delta_map)[1],
+            f.slope_at_zero, f.amplitude, f.frequency, f.name, padded_rank(rank), rows, columns,
+            num_warps=warps, num_stages=stages,
+        )  # fmt: skip
+        torch.sum(parts_B, 0, out=of_B[here])
+        of_A += parts_A.sum(0)
+    return of_A, of_B
 
 
 def low_rank_gradients(g: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> tuple[Tensor, Tensor]:

@@ -100,9 +100,21 @@ def held_input(x: Tensor) -> Tensor:
             return held
     held = Held.apply(x)
     trains = held.grad_fn is not None
-    # references that keep nothing alive: x and the pass may end any time
+    # x and the pass may end any time; the result stays until the next pass, with or without gradients, or the backward pass
     _last = (weakref.ref(x), x._version, pack and weakref.ref(pack), held) if trains else None
     return held
+
+
+def forget_input() -> None:
+    """Let go of the last call's result, and with it of the graph before it: a pass without gradients has begun."""
+    global _last
+    _last = None
+
+
+def refuse_second_derivative() -> None:
+    """Raise `RuntimeError` in a backward pass that is to be differentiated itself (create_graph)."""
+    if torch.is_grad_enabled():
+        raise RuntimeError("fused adapter layers have no second derivative: use_kernels(model, 'off') has")
 
 
 def add_product(node: Any, g: Tensor, W: Tensor, shape: torch.Size) -> Tensor | None:

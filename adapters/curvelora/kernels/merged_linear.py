@@ -13,13 +13,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from curvelora.kernels.factor_gradients import gradients_of_factors
-from curvelora.kernels.held import Factors, add_product, held_factor, held_input, is_watched, saved
+from curvelora.kernels.held import (
+    Factors,
+    add_product,
+    forget_input,
+    held_factor,
+    held_input,
+    is_watched,
+    refuse_second_derivative,
+    saved,
+)
 from curvelora.kernels.merged_weight import merged_weight
-from curvelora.kernels.workspace import workspace
+from curvelora.kernels.workspace import LOCK, workspace
 from curvelora.layers.dense_delta import DeltaMap, delta_map_of, map_fields
 
 
@@ -35,7 +43,8 @@ def _product(
     scale: float,
     inside: bool,
 ) -> Tensor:
-    return F.linear(x, _weight(A, B, base, name, amplitude, frequency, scale, inside), bias)
+    with LOCK, torch.cuda.device_of(x):
+        return F.linear(x, _weight(A, B, base, name, amplitude, frequency, scale, inside), bias)
 
 
 def _weight(A: Tensor, B: Tensor, base: list[Tensor], *fields: Any) -> Tensor:
@@ -67,12 +76,12 @@ def _gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dL/dx, dL/dA, dL/dB); what is not needed is empty."""
     fields = (name, amplitude, frequency, scale, inside)
-    d_out, d_in = B.shape[0], A.shape[1]
-    g, x2 = grad.reshape(-1, d_out), x.reshape(-1, d_in)
-    grad_x = (g @ _weight(A, B, base, *fields)).view(x.shape) if needs_x else grad.new_empty(0)
-    if not needs_factors:
-        return grad_x, A.new_empty(0), B.new_empty(0)
-    return grad_x, *gradients_of_factors(g, x2, A, B, delta_map_of(*fields))
+    g, x2 = grad.reshape(-1, B.shape[0]), x.reshape(-1, A.shape[1])
+    with LOCK, torch.cuda.device_of(x):
+        grad_x = (g @ _weight(A, B, base, *fields)).view(x.shape) if needs_x else grad.new_empty(0)
+        if not needs_factors:
+            return grad_x, A.new_empty(0), B.new_empty(0)
+        return grad_x, *gradients_of_factors(g, x2, A, B, delta_map_of(*fields))
 
 
 _gradients_operator = torch.library.custom_op("curvelora::merged_linear_gradients", _gradients, mutates_args=())
@@ -114,16 +123,17 @@ class _Merged(torch.autograd.Function):
         return product(x, A, B, bias, base, *fields)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative()
         needs_x, *needs = ctx.needs_input_grad[:3]
         (x,), (A, B) = saved(ctx.input), ctx.factors.tensors()
         grad_x = grad_A = grad_B = None
         g = grad.reshape(-1, B.shape[0])
-        if needs_x:
-            grad_x = add_product(ctx.input, g, _weight(A, B, ctx.base, *ctx.fields), x.shape)
-        if any(needs):
-            grad_A, grad_B = gradients_of_factors(g, x.reshape(-1, A.shape[1]), A, B, delta_map_of(*ctx.fields))
+        with LOCK, torch.cuda.device_of(x):
+            if needs_x:
+                grad_x = add_product(ctx.input, g, _weight(A, B, ctx.base, *ctx.fields), x.shape)
+            if any(needs):
+                grad_A, grad_B = gradients_of_factors(g, x.reshape(-1, A.shape[1]), A, B, delta_map_of(*ctx.fields))
         return grad_x, grad_A, grad_B, None, None, None
 
 
@@ -141,5 +151,7 @@ def merged_linear(
     """
     fields = map_fields(delta_map)
     if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and x.requires_grad and A.requires_grad):
+        if not torch.compiler.is_compiling():
+            forget_input()
         return _product_operator(x, A, B, bias, base, *fields)
     return _Merged.apply(held_input(x), held_factor(A, B), B, bias, base, fields)

@@ -1,6 +1,7 @@
 """W = W0 + dW in one pass, dW = s f(BA): NF4 codes are decoded, f is applied and the sum is rounded once to bf16.
 
-    A: (r, d_in) fp32   B: (d_out, r) fp32   u = BA, formed to about 2^-16 (`split_product`)   W: (d_out, d_in) bf16
+    A: (r, d_in) fp32   B: (d_out, r) fp32   W: (d_out, d_in) bf16
+    u = BA, formed to about 2^-16 (`split_product`), and where f is the identity from bf16 factors, as LoRA's own products are
 
 One matrix product with W then does what a QLoRA layer does with one large and two thin ones. Rounding W0 + dW to bf16 is
 harmless on an NF4 base and would not be on a bf16 one: decoded weights lie anywhere between bf16's numbers, so the rounding acts
@@ -73,18 +74,18 @@ def scales_of(delta_map: DeltaMap) -> tuple[float, float]:
 
 
 def merged_weight(
-    A: Tensor, B: Tensor, delta_map: DeltaMap, base: list[Tensor], out: Tensor, tile: Tile = TILE
+    A: Tensor, B: Tensor, delta_map: DeltaMap, base: list[Tensor], out: Tensor, tile: Tile | None = None
 ) -> Tensor:
     """Write W0 + dW, or dW where `base` is empty, to `out` (d_out, d_in), bf16 and contiguous; returns it.
 
     Args:
         A, B: factors, (r, d_in) and (d_out, r), fp32.
         base: from `nf4.codes_of`, or [].
-        tile: rows, columns (a multiple of 64), tiles a program, warps, stages.
+        tile: rows, columns (a multiple of 64), tiles a program, warps, stages; None: `TILE`.
     """
     f = delta_map.activation
     (rank, d_in), d_out = A.shape, B.shape[0]
-    rows, columns, tiles, warps, stages = tile
+    rows, columns, tiles, warps, stages = tile or TILE
     A, B = A.contiguous(), B.contiguous()
     # pointers that a base has not are not read; something has to stand in their place
     pointers = [*base, *(A for _ in range(6 - len(base)))]

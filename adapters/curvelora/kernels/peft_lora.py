@@ -33,6 +33,8 @@ def _why_not(layer: Any, training: bool) -> str | None:
         return "LoRA with a bias"
     if training and getattr(layer.lora_dropout[adapter], "p", 0.0) > 0:
         return "dropout on LoRA's input"
+    if layer.base_layer is not layer.get_base_layer():
+        return "an adapter around another one"
     if type(layer.get_base_layer()) is nn.Linear:
         return "a base that is not NF4, where a merged weight would lose small updates"
     return why_not(layer.get_base_layer(), layer.r[adapter])
@@ -64,6 +66,7 @@ def _fused(plain: type[nn.Module]) -> type[nn.Module]:
 
 # PEFT wraps a 4-bit layer in the first where the model says that it was loaded in 4 bits, else in the second
 _FUSED = {plain: _fused(plain) for plain in (Linear4bit, Linear) if plain is not None}
+globals().update({fused.__name__: fused for fused in _FUSED.values()})  # pickle finds a class by its name
 _PLAIN = {fused: plain for plain, fused in _FUSED.items()}
 
 

@@ -18,14 +18,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from curvelora.kernels import nf4
 from curvelora.kernels.dropout import add_dropped_, dropped, new_seed
 from curvelora.kernels.factor_gradients import gradients_of_factors
-from curvelora.kernels.held import Factors, add_product, held_factor, held_input, is_watched, saved
+from curvelora.kernels.held import (
+    Factors,
+    add_product,
+    forget_input,
+    held_factor,
+    held_input,
+    is_watched,
+    refuse_second_derivative,
+    saved,
+)
 from curvelora.kernels.merged_weight import merged_weight
-from curvelora.kernels.workspace import workspace
+from curvelora.kernels.workspace import LOCK, workspace
 from curvelora.layers.dense_delta import DeltaMap, delta_map_of, map_fields
 
 
@@ -55,8 +63,9 @@ def _product(
 ) -> Tensor:
     d_out, d_in = B.shape[0], A.shape[1]
     x2 = x.reshape(-1, d_in)
-    y = (dropped(x2, seed, p) if p else x2) @ _update(A, B, name, amplitude, frequency, scale, inside).T
-    y.addmm_(x2, _base(base, d_out, d_in).T)
+    with LOCK, torch.cuda.device_of(x):
+        y = (dropped(x2, seed, p) if p else x2) @ _update(A, B, name, amplitude, frequency, scale, inside).T
+        y.addmm_(x2, _base(base, d_out, d_in).T)
     if bias is not None:
         y += bias
     return y.view(*x.shape[:-1], d_out)
@@ -91,13 +100,14 @@ def _gradients(
     d_out, d_in = B.shape[0], A.shape[1]
     g, x2 = grad.reshape(-1, d_out), x.reshape(-1, d_in)
     grad_x = grad.new_empty(0)
-    if needs_x:
-        grad_x = g @ _base(base, d_out, d_in)
-        _add_update_product(grad_x, g, seed, A, B, p, fields)
-        grad_x = grad_x.view(x.shape)
-    if not needs_factors:
-        return grad_x, A.new_empty(0), B.new_empty(0)
-    return grad_x, *gradients_of_factors(g, dropped(x2, seed, p) if p else x2, A, B, delta_map_of(*fields))
+    with LOCK, torch.cuda.device_of(x):
+        if needs_x:
+            grad_x = g @ _base(base, d_out, d_in)
+            _add_update_product(grad_x, g, seed, A, B, p, fields)
+            grad_x = grad_x.view(x.shape)
+        if not needs_factors:
+            return grad_x, A.new_empty(0), B.new_empty(0)
+        return grad_x, *gradients_of_factors(g, dropped(x2, seed, p) if p else x2, A, B, delta_map_of(*fields))
 
 
 def _add_update_product(
@@ -167,19 +177,20 @@ class _Separate(torch.autograd.Function):
         return product(x, seed, A, B, bias, base, p, *fields)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative()
         needs_x, *needs = ctx.needs_input_grad[:3]
         (x,), (A, B, *seed) = saved(ctx.input), ctx.factors.tensors()
         seed = seed[0] if seed else None
         grad_x = grad_A = grad_B = None
         g, x2 = grad.reshape(-1, B.shape[0]), x.reshape(-1, A.shape[1])
-        if needs_x:
-            grad_x = add_product(ctx.input, g, _base(ctx.base, B.shape[0], A.shape[1]), x.shape)
-            _add_update_product(ctx.input.pending, g, seed, A, B, ctx.p, ctx.fields)
-        if any(needs):
-            z = dropped(x2, seed, ctx.p) if ctx.p else x2
-            grad_A, grad_B = gradients_of_factors(g, z, A, B, delta_map_of(*ctx.fields))
+        with LOCK, torch.cuda.device_of(x):
+            if needs_x:
+                grad_x = add_product(ctx.input, g, _base(ctx.base, B.shape[0], A.shape[1]), x.shape)
+                _add_update_product(ctx.input.pending, g, seed, A, B, ctx.p, ctx.fields)
+            if any(needs):
+                z = dropped(x2, seed, ctx.p) if ctx.p else x2
+                grad_A, grad_B = gradients_of_factors(g, z, A, B, delta_map_of(*ctx.fields))
         return grad_x, grad_A, grad_B, None, None, None, None, None
 
 
@@ -200,6 +211,8 @@ def separate_linear(
     x = x.contiguous()  # entries are numbered by where they lie
     seed = new_seed(x.device) if p else None
     if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and x.requires_grad and A.requires_grad):
+        if not torch.compiler.is_compiling():
+            forget_input()
         return _product_operator(x, seed, A, B, bias, base, p, *fields)
     held = held_factor(A, B, seed) if p else held_factor(A, B)
     return _Separate.apply(held_input(x), held, B, seed, bias, base, p, fields)

@@ -1,7 +1,8 @@
 """One buffer a device and stream for matrices that live within one layer's pass, so that none of them outlives it.
 
 Forward and backward passes use it for the merged weight, and the backward pass for G after that. Work on one stream runs in
-order, so the next layer may have the same memory; each stream has its own.
+order, so the next layer may have the same memory; each stream has its own. Threads may share a stream, so who uses the buffer
+holds `LOCK` until the last reader is queued.
 
 While a CUDA graph is recorded there is no such buffer: the graph would replay into memory that has another owner, or none, once
 a larger matrix is wanted or the graph before it is gone. PyTorch lends the memory then, from the graph's own, and again to the
@@ -10,9 +11,12 @@ next layer.
 
 from __future__ import annotations
 
+import threading
+
 import torch
 from torch import Tensor
 
+LOCK = threading.RLock()
 _BUFFERS: dict[tuple[torch.device, int], Tensor] = {}
 
 
@@ -25,7 +29,8 @@ def workspace(d_out: int, d_in: int, device: torch.device) -> Tensor:
     if held is None or held.numel() < d_out * d_in:
         _BUFFERS.pop(key, None)
         held = None  # the smaller one goes before the larger one comes
-        held = _BUFFERS[key] = torch.empty(d_out * d_in, dtype=torch.bfloat16, device=device)
+        with torch.inference_mode(False):  # or no training step after an evaluation could write to it
+            held = _BUFFERS[key] = torch.empty(d_out * d_in, dtype=torch.bfloat16, device=device)
     return held[: d_out * d_in].view(d_out, d_in)
 
 

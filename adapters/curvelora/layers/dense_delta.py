@@ -341,7 +341,9 @@ class DenseDeltaLayer(AdapterLayer):
             return "kernels: off"
         if (adapter := self._only_adapter()) is None:
             return "not one active adapter"
-        reason = why_not(self.get_base_layer(), self.configs[adapter].r)
+        if self.base_layer is not self.get_base_layer():
+            return "an adapter around another one"
+        reason = why_not(self.base_layer, self.configs[adapter].r)
         return reason or why_no_curve(self.delta_map(adapter).activation)
 
     def _fused_output(self, adapter: str, x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from kernel_world import nf4_layer
 from torch import nn
 
-from curvelora.kernels import choice, portable, workspace
+from curvelora.kernels import portable, workspace
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -23,9 +23,7 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 
 
 def forget() -> None:
-    """Forget what the caches have of the environment."""
-    choice.why_no_triton.cache_clear()
-    choice.why_no_device.cache_clear()
+    """Give the buffers back."""
     workspace.release()
 
 

@@ -90,7 +90,7 @@ def test_gradients_of_f_by_the_layer(device: torch.device, path: str, std_u: flo
 
 
 # The update's noise is bf16's: two roundings of u (1.7e-3 each) beside 2e-2 u sin(wu).
-@pytest.mark.parametrize("std_u", [1e-3, 1e-2])
+@pytest.mark.parametrize("std_u", [pytest.param(1e-3, marks=pytest.mark.slow), 1e-2])
 @pytest.mark.parametrize(("amplitude", "within", "noise"), [(2e-2, 0.01, 0.2), (5e-5, None, None)])
 def test_f_in_the_update(
     device: torch.device,
@@ -115,7 +115,7 @@ def test_f_in_the_update(
 
 
 @pytest.mark.parametrize("path", PATHS[:2])
-@pytest.mark.parametrize(("std_u", "noise"), [(1e-3, 12), (1e-2, 2.2)])
+@pytest.mark.parametrize(("std_u", "noise"), [pytest.param(1e-3, 12, marks=pytest.mark.slow), (1e-2, 2.2)])
 def test_f_in_outputs(device: torch.device, path: str, std_u: float, noise: float, record_property: Record) -> None:
     """At amplitude 2e-2, within 10 % in the mean over 230,000 outputs; a single output is mostly W's and y's rounding."""
     make, _ = path_of(path, device, 448, 512)

@@ -86,7 +86,7 @@ def test_a_graph_that_is_kept_can_be_walked_twice(chain: Chain, device: torch.de
         torch.autograd.grad(y, parameters)
 
 
-@pytest.mark.parametrize("before", ["whole", "factors", "broken off"])
+@pytest.mark.parametrize("before", [pytest.param("whole", marks=pytest.mark.slow), "factors", "broken off"])
 def test_one_input_of_two_layers_in_several_passes(
     chain: Chain, device: torch.device, before: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

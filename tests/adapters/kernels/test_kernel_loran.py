@@ -198,7 +198,7 @@ def test_what_a_base_must_be(device: torch.device) -> None:
     cases["the base is not NF4"].out_features = 64
     cases["the base is not NF4"].in_features = 64
     for reason, base in cases.items():
-        assert why_not(base, 8) == reason
+        assert why_not(base.requires_grad_(False), 8) == reason
     assert why_not(base_layer(device, "nf4", 96, 128), 129) == "rank 129 is above 128"
     narrow = base_layer(device, "nf4", 64, 96)
     assert why_not(narrow, 8) == "rows of 96 weights in blocks of 64: whole blocks of 64 are read"
@@ -208,12 +208,12 @@ def test_what_a_base_must_be(device: torch.device) -> None:
     offloaded._hf_hook = object()
     assert why_not(offloaded, 8) == "the base layer has hooks, perhaps one that brings its weight"
     assert why_not(huge, 8) == "1048576 x 2048 entries, and 2^31 is the limit"
-    assert why_not(nn.Linear(64, 64, device="meta", dtype=torch.bfloat16), 8) == "on meta"
+    assert why_not(nn.Linear(64, 64, device="meta", dtype=torch.bfloat16).requires_grad_(False), 8) == "on meta"
 
 
 def test_a_model_that_is_cast_or_moved_is_asked_again(device: torch.device) -> None:
     """`nn.Module.to` keeps the parameter and changes what it is."""
-    layer = nn.Linear(64, 64, device=device, dtype=torch.bfloat16)
+    layer = nn.Linear(64, 64, device=device, dtype=torch.bfloat16).requires_grad_(False)
     weight = layer.weight
     assert why_not(layer, 8) is None
     assert why_not(layer.float(), 8) == "a base in float32" and layer.weight is weight

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from curvelora.activations import NAMES, Activation
 from curvelora.errors import UserError
-from curvelora.kernels.choice import MAX_RANK, why_no_triton
+from curvelora.kernels.choice import MAX_RANK, why_nowhere
 from curvelora_eval.files import make_folder, write_json
 from curvelora_training.bench.layer_command import LAYERS, parse_shapes
 
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("--activation identity has no gradient kernel: its gradients are LoRA's")
     if not torch.cuda.is_available():
         raise UserError("bench kernels needs a GPU: on a CPU the kernels run in an interpreter only, for tests")
-    if (reason := why_no_triton()) is not None:
+    if (reason := why_nowhere(torch.device("cuda", 0))) is not None:
         raise UserError(f"bench kernels: {reason}")
     make_folder(args.out.parent)
     from curvelora_training.bench.kernels import measure_kernels

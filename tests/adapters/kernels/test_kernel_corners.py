@@ -1,0 +1,86 @@
+"""Bases and passes that fused kernels must leave alone, or get right although they look alike."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+from kernel_world import factors, normal, relative, sinter
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from curvelora.kernels import use_kernels, workspace
+from curvelora.kernels.choice import why_not
+from curvelora.kernels.factor_gradients import factor_gradients, factor_gradients_reference
+from curvelora.kernels.merged_linear import merged_linear
+from curvelora.kernels.nf4 import codes_of
+from curvelora.methods.loran import LoranConfig
+
+
+class OneLayer(nn.Module):
+    """A model of one layer, `proj`."""
+
+    def __init__(self, proj: nn.Module) -> None:
+        super().__init__()
+        self.proj = proj
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.proj(x)
+
+
+@pytest.mark.parametrize("config", [LoranConfig(r=4), LoraConfig(r=4, target_modules=["proj"], fan_in_fan_out=True)])
+def test_a_layer_of_gpt2(device: torch.device, config: LoranConfig | LoraConfig) -> None:
+    """Its weight lies the other way round."""
+    base = Conv1D(32, 64).to(device, torch.bfloat16)
+    config.target_modules = ["proj"]
+    model = get_peft_model(OneLayer(base), config)
+    fused, reasons = use_kernels(model)
+    assert fused == 0 and sum(reasons.values()) == 1
+    assert model(normal(device, 3, 64)).shape == (3, 32)
+
+
+@pytest.mark.parametrize("part", ["weight", "bias"])
+def test_a_base_that_trains(device: torch.device, part: str) -> None:
+    base = nn.Linear(64, 32, device=device, dtype=torch.bfloat16).requires_grad_(False)
+    assert why_not(base, 4) is None
+    getattr(base, part).requires_grad_()
+    assert why_not(base, 4) == "the base trains"
+
+
+def test_a_base_whose_pass_is_not_its_own(device: torch.device) -> None:
+    base = nn.Linear(64, 32, device=device, dtype=torch.bfloat16).requires_grad_(False)
+    base.forward = lambda x: x
+    assert why_not(base, 4) == "the base layer has a forward of its own"
+    del base.forward
+    base.register_full_backward_hook(lambda *args: None)
+    assert "hooks" in why_not(base, 4)
+
+
+def test_training_after_a_pass_in_inference_mode(nf4: Callable[..., nn.Module], device: torch.device) -> None:
+    layer, (A, B) = nf4(40, 64), factors(device, 40, 64, 4, 1e-2)
+    workspace.release()
+    with torch.inference_mode():
+        merged_linear(normal(device, 3, 64), A, B, None, codes_of(layer), sinter(2e-2))
+    x = normal(device, 3, 64).requires_grad_()
+    merged_linear(x, A.requires_grad_(), B.requires_grad_(), None, codes_of(layer), sinter(2e-2)).sum().backward()
+    assert all(t.grad.isfinite().all() and t.grad.norm() > 0 for t in (x, A, B))
+
+
+def test_a_fused_layer_of_peft_can_be_pickled(nf4: Callable[..., nn.Module], device: torch.device) -> None:
+    model = get_peft_model(OneLayer(nf4(32, 64)), LoraConfig(r=4, target_modules=["proj"]))
+    assert use_kernels(model)[0] == 1
+    kind = type(model.base_model.model.proj)
+    assert kind.__name__.startswith("Fused") and pickle.loads(pickle.dumps(kind)) is kind
+
+
+def test_gradients_in_bands_of_rows(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer whose parts of dL/dB would take too much memory is done in several launches."""
+    A, B = factors(device, 300, 192, 8, 1e-2)
+    G = normal(device, 300, 192)
+    wanted = factor_gradients_reference(G, A, B, sinter(2e-2))
+    monkeypatch.setattr("curvelora.kernels.factor_gradients.PARTS", 2 * 8 * 64)
+    for found, value in zip(factor_gradients(G, A, B, sinter(2e-2)), wanted, strict=True):
+        assert relative(found, value) < 3e-3
