@@ -112,6 +112,8 @@ def test_launchers(
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     folder = Path(small["output"])
     run = result(folder)
+    kernels = {name: run["engine"].pop(name) for name in ("fused_layers", "unfused_layers")}
+    assert kernels["fused_layers"] == 0 and set(kernels["unfused_layers"]) == {"on a CPU"}
     assert run["engine"] == {
         "engine": engine,
         "base_gathered_by": "blocks" if stage == 3 else None,
