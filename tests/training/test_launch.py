@@ -113,7 +113,7 @@ def test_launchers(
     folder = Path(small["output"])
     run = result(folder)
     kernels = {name: run["engine"].pop(name) for name in ("fused_layers", "unfused_layers")}
-    assert kernels["fused_layers"] == 0 and set(kernels["unfused_layers"]) == {"on a CPU"}
+    assert kernels["fused_layers"] == 0 and sum(kernels["unfused_layers"].values()) == 4  # on a CPU, or gathered by hooks
     assert run["engine"] == {
         "engine": engine,
         "base_gathered_by": "blocks" if stage == 3 else None,
