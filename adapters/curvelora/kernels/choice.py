@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from functools import cache
+from weakref import WeakKeyDictionary
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -20,7 +21,7 @@ from curvelora.precision import compute_dtype
 
 ENVIRONMENT = "CURVELORA_KERNELS"
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-_KNOWN = "_curvelora_why_no_kernels"
+_KNOWN: WeakKeyDictionary[nn.Module, tuple] = WeakKeyDictionary()
 MODES = ("auto", "off", "interpret")
 MAX_RANK = 128  # a tile's rank is whole in registers
 MAX_ENTRIES = 1 << 31  # offsets are 32-bit
@@ -93,9 +94,9 @@ def why_not(base_layer: nn.Module, rank: int) -> str | None:
         return _why_not_stored(base_layer, weight)
     names = ("quant_state", "ds_id", "device", "dtype")  # what moving, casting or sharing out the model changes
     now = (*(getattr(weight, name, None) for name in names), os.environ.get(ENVIRONMENT))
-    known = vars(base_layer).get(_KNOWN)
+    known = _KNOWN.get(base_layer)
     if known is None or known[0] is not weight or known[1] != now:
-        known = vars(base_layer)[_KNOWN] = weight, now, _why_not_stored(base_layer, weight)
+        known = _KNOWN[base_layer] = weight, now, _why_not_stored(base_layer, weight)
     return known[2]
 
 
