@@ -78,7 +78,7 @@ def why_no_curve(f: object) -> str | None:
 def why_not(base_layer: nn.Module, rank: int) -> str | None:
     """Why a pass of this base layer with an update f(BA) of this rank takes no kernel, whatever f is; None where it does.
 
-    It is asked in every pass, so what holds for a weight as it is stored is remembered with the layer.
+    It is asked in every pass, so what holds for a weight as it is stored is remembered.
     """
     # a fused pass does not call the layer
     if any(getattr(base_layer, hooks) for hooks in _HOOKS) or hasattr(base_layer, "_hf_hook"):
@@ -92,12 +92,13 @@ def why_not(base_layer: nn.Module, rank: int) -> str | None:
         return "the base trains"
     if torch.compiler.is_compiling():
         return _why_not_stored(base_layer, weight)
-    names = ("quant_state", "ds_id", "device", "dtype")  # what moving, casting or sharing out the model changes
-    now = (*(getattr(weight, name, None) for name in names), os.environ.get(ENVIRONMENT))
+    # what moving, casting or sharing out the model changes; scales are compared by identity, their own == looks at every entry
+    state = getattr(weight, "quant_state", None)
+    now = (*(getattr(weight, name, None) for name in ("ds_id", "device", "dtype")), os.environ.get(ENVIRONMENT))
     known = _KNOWN.get(base_layer)
-    if known is None or known[0] is not weight or known[1] != now:
-        known = _KNOWN[base_layer] = weight, now, _why_not_stored(base_layer, weight)
-    return known[2]
+    if known is None or known[0] is not weight or known[1] is not state or known[2] != now:
+        known = _KNOWN[base_layer] = weight, state, now, _why_not_stored(base_layer, weight)
+    return known[3]
 
 
 def _why_not_stored(base_layer: nn.Module, weight: Tensor | None) -> str | None:
@@ -111,7 +112,6 @@ def _why_not_stored(base_layer: nn.Module, weight: Tensor | None) -> str | None:
 
     if type(base_layer) is not nn.Linear and (reason := nf4.why_unreadable(base_layer)) is not None:
         return reason
-
     if hasattr(weight, "ds_id"):  # also while it is gathered: it is given back between forward and backward pass
         return "the base is partitioned by DeepSpeed's ZeRO-3"
     d_out, d_in = base_layer.out_features, base_layer.in_features

@@ -25,8 +25,8 @@ import triton.language as tl
 from torch import Tensor
 
 from curvelora.kernels import curves
-from curvelora.kernels.merged_weight import Tile, cdiv, padded_rank, scales_of
-from curvelora.kernels.portable import dot, split, split_product, to_bf16
+from curvelora.kernels.merged_weight import Tile, padded_rank, scales_of
+from curvelora.kernels.portable import cdiv, dot, split, split_product, to_bf16
 from curvelora.kernels.workspace import workspace
 from curvelora.layers.dense_delta import DeltaMap
 

@@ -114,7 +114,9 @@ def forget_input() -> None:
 def refuse_second_derivative() -> None:
     """Raise `RuntimeError` in a backward pass that is to be differentiated itself (create_graph)."""
     if torch.is_grad_enabled():
-        raise RuntimeError("fused adapter layers have no second derivative: use_kernels(model, 'off') has")
+        raise RuntimeError(
+            "fused adapter layers have no second derivative: compute inside `curvelora.reference_path.reference_path(model)`"
+        )
 
 
 def add_product(node: Any, g: Tensor, W: Tensor, shape: torch.Size) -> Tensor | None:

@@ -4,7 +4,7 @@
 
     dL/dx = g W           G = g^T x, in the workspace      dL/dA, dL/dB from G: `factor_gradients`
 
-Autograd keeps x, A and B, saved before the product is made (`held`). Traced by torch.compile the layer is one operator.
+Autograd keeps x, saved before the product is made (`held`), and the factors. Traced by torch.compile the layer is one operator.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from curvelora.kernels import curves, nf4
-from curvelora.kernels.portable import dot, split, split_product, to_bf16
+from curvelora.kernels.portable import cdiv, dot, split, split_product, to_bf16
 from curvelora.layers.dense_delta import DeltaMap
 
 # rows and columns of a tile, tiles a program, warps, stages (`curvelora bench kernels`, H100)
@@ -61,11 +61,6 @@ def _merged_weight(
 def padded_rank(rank: int) -> int:
     """The rank that kernels work with: a power of two, at least the 16 terms that a tensor core sums at once."""
     return max(16, 1 << (rank - 1).bit_length())
-
-
-def cdiv(a: int, b: int) -> int:
-    """a / b, rounded up. Triton's own takes longer than a small kernel."""
-    return -(-a // b)
 
 
 def scales_of(delta_map: DeltaMap) -> tuple[float, float]:

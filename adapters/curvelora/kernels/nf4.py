@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from curvelora.kernels.portable import to_bf16
+from curvelora.kernels.portable import cdiv, to_bf16
 
 BLOCK = 64  # weights a scale
 BLOCK2 = tl.constexpr(256)  # scales a scale of the second level
@@ -94,6 +94,6 @@ def decoded(base: list[Tensor], out: Tensor) -> Tensor:
     d_out, d_in = out.shape
     pointers = [*base, *(base[0] for _ in range(6 - len(base)))]  # those that a base has not are not read
     rows, columns, warps = TILE
-    grid = (triton.cdiv(d_in, columns), triton.cdiv(d_out, rows))
+    grid = (cdiv(d_in, columns), cdiv(d_out, rows))
     _decoded[grid](out, *pointers, d_out, d_in, len(base) == 6, rows, columns, num_warps=warps)
     return out

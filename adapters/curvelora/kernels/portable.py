@@ -49,6 +49,11 @@ else:
         return sine, cosine
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up. Triton's own takes longer on the host than a small kernel on the GPU."""
+    return -(-a // b)
+
+
 @triton.jit
 def split(x):
     """x (fp32) as a sum of two bf16 numbers; what is left is below 2^-17 |x|."""

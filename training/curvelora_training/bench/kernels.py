@@ -115,7 +115,7 @@ def _tried(tiles: list[tuple], call: Callable[[tuple], Any]) -> list[dict[str, A
             median = do_bench(partial(call, tile), 5, 20, return_mode="median")
             found.append({"tile": list(tile), "milliseconds": median})
         except Exception as error:  # more registers or shared memory than there are
-            found.append({"tile": list(tile), "milliseconds": float("inf"), "error": str(error)[:200]})
+            found.append({"tile": list(tile), "milliseconds": float("inf"), "error": str(error).split("\n")[0][:100]})
     found.sort(key=lambda one: one["milliseconds"])
     return [{k: v for k, v in one.items() if v != float("inf")} for one in found]
 
