@@ -18,6 +18,7 @@ from transformers.utils import logging
 
 from curvelora.errors import UserError
 from curvelora.layers.base_weight import keep_4bit_layout
+from curvelora_eval.bf16_on_cpu import round_products_once, slow_here
 from curvelora_eval.spec import ModelSpec
 from curvelora_eval.tasks import Task
 
@@ -141,7 +142,9 @@ def load_base(
 
 
 def fill_in(model: PreTrainedModel, spec: ModelSpec, task: Task) -> None:
-    """What every loaded base gets: a padding token in its config, and no gradients."""
+    """What every loaded base gets: a padding token in its config, no gradients, and bf16 products that a CPU forms quickly."""
+    if model.device.type == "cpu" and spec.dtype == "bfloat16" and slow_here():
+        round_products_once()
     if task.spec.kind != "image_classification":
         text = model.config.get_text_config()
         model.config.pad_token_id = text.pad_token_id = _padding(text, spec, task)
