@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig
 
-from curvelora.kernels import dropout, merged_linear, separate_linear, use_kernels
+from curvelora.kernels import dropout, factor_gradients, merged_linear, separate_linear, use_kernels
 from curvelora.layers import dense_delta
 from curvelora_training.bench.adapted import arm_model, set_update_std
 from curvelora_training.bench.arms import parse_arms
@@ -31,13 +31,15 @@ from curvelora_training.distributed import deepspeed_of, leave, rank
 from curvelora_training.kept_products import keep_products
 from curvelora_training.zero3 import for_what_trains
 
-# name -> base, arm, dropout and its form; with an amplitude at which Sinter's part of the gradients is as large as the rest
+# name -> base, arm, dropout and its form; with an amplitude at which Sinter's part of the gradients is as large as the rest, but
+# in FP8, which is for small ones
 ARMS = {
     "merged": ("nf4", "loran:sinter-large", {}),
     "features": ("nf4", "loran:sinter-large", {"dropout": 0.1, "dropout_form": "features"}),
     "exact": ("nf4", "loran:sinter-large", {"dropout": 0.1, "dropout_form": "exact"}),
     "dense": ("bf16", "loran:sinter-large", {}),
     "qlora": ("nf4", "qlora", {}),
+    "fp8": ("nf4", "loran:sinter@fp8", {}),
 }
 SINGLE = ("plain", "nonreentrant", "reentrant", "kept", "offloaded", "autocast", "compiled")
 ENGINES = ("ddp", "ddp_unused", "ddp_accumulated", "zero1", "zero2", "zero3", "zero3_checkpointed")
@@ -58,6 +60,7 @@ def cell(arm: str, mode: str, device: torch.device) -> dict[str, Any]:
         apart: how far apart the updates of A and of B are, relative to their size without kernels.
         calls: how often a kernel made a weight, of each, and how often it should have, with kernels.
         fused, unfused: how many layers have kernels, and why the others have not.
+        fp8: how many products were made in FP8, and how many should have been.
     """
     base, name, options = ARMS[arm]
     on_gpu = device.type == "cuda"
@@ -71,17 +74,21 @@ def cell(arm: str, mode: str, device: torch.device) -> dict[str, Any]:
         **options,
     }
     found = {}
-    for kernels in ("off", "auto"):
+    switched = "fp8" if arm == "fp8" else "auto"
+    for kernels in ("off", switched):
         adapted = arm_model(model, parse_arms(name)[0], options, [], 0, True)
         set_update_std(adapted, 1e-2)
         fused, reasons = use_kernels(adapted, kernels)
-        with counted() as calls, same_masks():
+        with counted() as calls, same_masks(), counted_fp8() as products:
             losses, moved = step(adapted, mode, device)
         found[kernels] = losses, moved, calls[0], fused, reasons
-    (before, wanted, none, *_), (after, given, calls, fused, reasons) = found["off"], found["auto"]
+    (before, wanted, none, *_), (after, given, calls, fused, reasons) = found["off"], found[switched]
     apart = {key: ((given[key] - wanted[key]).norm() / wanted[key].norm()).item() for key in wanted}
     calls = [none, calls, wanted_calls(mode, fused, config.num_hidden_layers)]
-    return {"losses": [before, after], "apart": apart, "calls": calls, "fused": fused, "unfused": dict(reasons)}
+    passes = 2 if mode == "ddp_accumulated" else 1
+    products = [products[0], fused * passes if arm == "fp8" and mode != "compiled" else 0]
+    found = {"losses": [before, after], "apart": apart, "calls": calls, "fp8": products}
+    return found | {"fused": fused, "unfused": dict(reasons)}
 
 
 def wanted_calls(mode: str, layers: int, blocks: int) -> int:
@@ -109,6 +116,19 @@ def counted() -> Iterator[list[int]]:
         mock.patch.object(separate_linear, "merged_weight", counting),
     ):
         yield calls
+
+
+@contextlib.contextmanager
+def counted_fp8() -> Iterator[list[int]]:
+    """Inside, a list of one number: how many products have been made in FP8."""
+    made, make = [0], factor_gradients.fp8_product
+
+    def counting(*args: Any) -> torch.Tensor:
+        made[0] += 1
+        return make(*args)
+
+    with mock.patch.object(factor_gradients, "fp8_product", counting):
+        yield made
 
 
 @contextlib.contextmanager

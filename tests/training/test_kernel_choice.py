@@ -11,9 +11,10 @@ import pytest
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from curvelora.errors import UserError
 from curvelora_training import kernel_choice
 from curvelora_training.config import RecipeError, TrainingSpec, load_recipe
-from curvelora_training.kernel_choice import choose_kernels
+from curvelora_training.kernel_choice import check_fp8, choose_kernels
 from curvelora_training.prepare import load_and_prepare
 from liger_stub import install
 
@@ -35,6 +36,7 @@ def fusing(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[str]]:
     def fuse(layers: int) -> list[str]:
         modes: list[str] = []
         answers = {"auto": (layers, +Counter({"on Mars": ADAPTERS - layers})), "off": (0, Counter({"off": ADAPTERS}))}
+        answers["fp8"] = answers["auto"]
         monkeypatch.setattr(kernel_choice, "use_kernels", lambda model, mode: modes.append(mode) or answers[mode])
         return modes
 
@@ -75,6 +77,8 @@ def test_off_is_no_boolean(recipe: dict[str, Any], write: Callable[..., Path], w
         (4, {"liger": True, "keep_products": 3}, True, "off", "fused kernels: 0 of 4 adapter layers (not: FSDP2 shares the "
             "base), the rest of the model by liger-kernel"),
         (0, {}, False, "auto", None),
+        (4, {"kernels": "fp8"}, False, "fp8", "fused kernels: 4 of 4 adapter layers, FP8 in their gradients where its error is "
+            "bounded"),
     ],
 )  # fmt: skip
 def test_the_line_at_the_start(
@@ -172,3 +176,61 @@ def test_liger_that_is_not_installed_is_said_with_the_other_errors(
         )
     assert "training.liger: liger-kernel is not installed: pip install liger-kernel" in str(caught.value)
     assert "training.keep_best needs validation rows" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("method", "shared", "capability", "said"),
+    [
+        ("loran", False, (9, 0), None),
+        ("loran", False, (8, 9), None),
+        (
+            "loran",
+            False,
+            (8, 6),
+            r"training\.kernels: fp8 cannot be had on a GPU of capability 8\.6.*write kernels auto",
+        ),
+        ("loran", False, None, r"training\.kernels: fp8 needs a GPU: write auto here"),
+        (
+            "loran",
+            True,
+            (9, 0),
+            r"where DeepSpeed gathers the base by modules or FSDP2 shares it: write auto, or take ZeRO-2",
+        ),
+        ("lora", False, (9, 0), r"fp8 is for LoRAN's gradients, and lora has none"),
+    ],
+)
+def test_fp8_where_it_could_act_nowhere(
+    monkeypatch: pytest.MonkeyPatch, method: str, shared: bool, capability: tuple[int, int] | None, said: str | None
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: capability is not None)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device=None: capability)
+    if said is None:
+        check_fp8(method, shared)
+    else:
+        with pytest.raises(UserError, match=said):
+            check_fp8(method, shared)
+
+
+@pytest.mark.parametrize(("stage", "refused"), [(None, False), (2, False), (3, False), ("3 by modules", True)])
+def test_fp8_is_refused_with_the_other_errors_before_weights_are_read(
+    language: dict[str, Any],
+    write: Callable[..., Path],
+    root: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stage: int | str | None,
+    refused: bool,
+) -> None:
+    """ZeRO-3 that gathers the base by blocks is our own, whose layers have kernels."""
+    asked: list[tuple[str, bool]] = []
+    changes: dict[str, Any] = {"training.kernels": "fp8"}
+    if stage is not None:
+        changes["training.deepspeed"] = str(root / f"ds_configs/zero{str(stage)[0]}.json")
+    with monkeypatch.context() as patched:
+        patched.setattr("curvelora_training.prepare.check_fp8", lambda *given: asked.append(given))
+        patched.setattr("curvelora_training.prepare.by_blocks", lambda *_: stage == 3)
+        patched.setattr("curvelora_training.prepare.check_by_modules", lambda *_: None)
+        load_and_prepare(write(language, **changes), [])
+    assert asked == [("loran", refused)]
+    with pytest.raises(RecipeError) as caught:
+        load_and_prepare(write(language, **changes, **{"training.keep_best": True, "data.validation": None}), [])
+    assert "training.kernels: fp8" in str(caught.value) and "training.keep_best" in str(caught.value)

@@ -33,8 +33,15 @@ HOOKED = "the base layer has hooks, perhaps one that brings its weight"
 CPU = torch.device("cpu")
 GPUS = torch.cuda.device_count()
 # launched here: ZeRO-3 with its views of shared buffers, and what all engines do in their own way
-HERE = ("ddp:merged", "zero2:exact", "zero3:merged", "zero3:exact")
-QUICK = ("nonreentrant:features", "reentrant:qlora", "kept:exact", "offloaded:merged", "autocast:dense")
+HERE = ("ddp:merged", "zero2:exact", "zero2:fp8", "zero3:merged", "zero3:exact")
+QUICK = (
+    "nonreentrant:features",
+    "reentrant:qlora",
+    "kept:exact",
+    "offloaded:merged",
+    "autocast:dense",
+    "nonreentrant:fp8",
+)
 needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(GPUS < 1, reason="needs a CUDA GPU")]
 needs_two = [pytest.mark.gpu, pytest.mark.skipif(GPUS < 2, reason=f"needs 2 CUDA GPUs, and there are {GPUS}")]
 
@@ -51,6 +58,7 @@ def check(found: dict[str, Any]) -> None:
     """Losses and updates are those without kernels, and kernels made every weight that they should have, once."""
     none, calls, wanted = found["calls"]
     assert found["fused"] > 0 and not found["unfused"] and (none, calls) == (0, wanted)
+    assert found["fp8"][0] == found["fp8"][1]
     (before, after), (given, then) = found["losses"]
     assert abs(before - after) > 5 * LOSS  # the step did something
     assert abs(given - before) <= LOSS and abs(then - after) <= LOSS

@@ -82,8 +82,8 @@ class TrainingSpec:
     """Recompute activations in the backward pass: less memory, about a third more time."""
     keep_products: Annotated[int, Field(ge=0)] = 0
     """With gradient_checkpointing, so many layers keep the results of large products: most of that time back for more memory."""
-    kernels: Annotated[Literal["auto", "off"], BeforeValidator(lambda v: "off" if v is False else v)] = "auto"
-    """Fused kernels for adapter layers that can take them; off: PyTorch's operators everywhere."""
+    kernels: Annotated[Literal["auto", "off", "fp8"], BeforeValidator(lambda v: "off" if v is False else v)] = "auto"
+    """Fused kernels where adapter layers can take them; off: nowhere; fp8: LoRAN's gradients partly in FP8, to a bound."""
     liger: bool = False
     """liger-kernel's kernels in the rest of the model (RMSNorm, SwiGLU, RoPE, loss): less memory and time; needs a GPU."""
     group_by_length: bool = False

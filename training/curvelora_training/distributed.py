@@ -18,7 +18,7 @@ import torch
 from transformers import Trainer
 
 from curvelora.errors import UserError, nearest
-from curvelora.kernels import fused_layers
+from curvelora.kernels import fp8_record, fused_layers
 from curvelora_training import fsdp
 from curvelora_training.config import TrainingSpec
 from curvelora_training.zero3 import BUCKETS, THRESHOLD, share_held, stage_of
@@ -241,6 +241,7 @@ def engine_in_use(trainer: Trainer) -> dict[str, Any]:
         "base_gathered_by": gathered_by,
         "fused_layers": fused,
         "unfused_layers": dict(reasons),
+        **fp8_record(trainer.model),
     }
 
 

@@ -29,6 +29,7 @@ from curvelora_training.adalora import fit_schedule
 from curvelora_training.config import Recipe, RecipeError, load_recipe
 from curvelora_training.curve_schedule import check_schedules
 from curvelora_training.distributed import accelerate_asks_for_deepspeed, deepspeed_settings, world_size
+from curvelora_training.kernel_choice import check_fp8
 from curvelora_training.liger import check_liger
 from curvelora_training.resuming import check_same_recipe, with_its_steps
 from curvelora_training.run_length import optimiser_steps
@@ -132,8 +133,11 @@ def prepare(recipe: Recipe, source: str = "the recipe") -> Prepared:
                 collect(check_schedules, peft_config, steps)
             collect(_check_weights, base, peft_config)
             settings = deepspeed_settings(recipe.training.deepspeed, recipe.model.dtype) if stage == 3 else None
-            if stage == 3 and not by_blocks(recipe, settings, world_size(), base):
+            by_modules = stage == 3 and not by_blocks(recipe, settings, world_size(), base)
+            if by_modules:
                 collect(check_by_modules, recipe, base, task.new_head)
+            if recipe.training.kernels == "fp8":
+                collect(check_fp8, recipe.method.name, by_modules or fsdp.fsdp_asked())
             with torch.device("meta"):  # the adapter needs no memory either
                 shapes = collect(attach, base, peft_config)
         if recipe.training.liger:

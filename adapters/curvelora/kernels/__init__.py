@@ -2,12 +2,13 @@
 
     merged_weight      W0 + s f(BA), NF4 codes decoded on the way        -> merged_linear     one product a pass
     factor_gradients   dL/dA and dL/dB of s f(BA)                        -> separate_linear   dropout, bf16 bases
+    fp8_product        G for them from FP8                               -> fp8_gate          where its error is bounded
     nf4, curves, portable    what they are made of          workspace, held    where matrices live, and when tensors are saved
 
 One operation a file, with its maths, a plain reference in fp64 beside it, and tests against that on odd shapes. A kernel for
 another family (AuroRA's spline, RanLoRA's and NEAT's activations on the rank axis) is another file of this kind.
 """
 
-from curvelora.kernels.choice import fused_layers, use_kernels
+from curvelora.kernels.choice import fp8_record, fused_layers, use_kernels
 
-__all__ = ["fused_layers", "use_kernels"]
+__all__ = ["fp8_record", "fused_layers", "use_kernels"]

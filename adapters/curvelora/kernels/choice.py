@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from dataclasses import asdict
 from functools import cache
 from weakref import WeakKeyDictionary
 
@@ -22,6 +23,7 @@ from curvelora.precision import compute_dtype
 ENVIRONMENT = "CURVELORA_KERNELS"
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _KNOWN: WeakKeyDictionary[nn.Module, tuple] = WeakKeyDictionary()
+USES = ("auto", "off", "fp8")
 MODES = ("auto", "off", "interpret")
 MAX_RANK = 128  # a tile's rank is whole in registers
 MAX_ENTRIES = 1 << 31  # offsets are 32-bit
@@ -132,14 +134,25 @@ def use_kernels(model: nn.Module, mode: str = "auto") -> tuple[int, Counter[str]
 
     LoRAN's layers take them without being asked; PEFT's LoRA layers on NF4 do after this call.
 
+    Args:
+        model: the module that training calls.
+        mode: "auto", "off", or "fp8": as auto, and the part of the gradients beyond f'(0) is from products in FP8 where its error
+            is bounded (`fp8_gate`; `fp8_gate.taken` tells how often).
+
     Returns:
         How many layers can, and for the others reason -> how many.
 
     Raises:
-        UserError: an unknown mode.
+        UserError: an unknown mode, or a GPU without products in FP8.
     """
-    if mode not in ("auto", "off"):
-        raise UserError(f"kernels {mode!r} is not known{nearest(mode, ('auto', 'off'))}: write auto or off")
+    if mode not in USES:
+        raise UserError(f"kernels {mode!r} is not known{nearest(mode, USES)}: write {', '.join(USES)}")
+    if mode == "fp8" and (reason := why_no_triton(environment_mode())) is not None:
+        raise UserError(f"kernels fp8: {reason}")
+    if why_no_triton(environment_mode()) is None:
+        from curvelora.kernels import fp8_gate
+
+        (fp8_gate.watch if mode == "fp8" else fp8_gate.unwatch)(model)
     from curvelora.kernels.peft_lora import is_lora_layer, switch
     from curvelora.layers.dense_delta import DenseDeltaLayer
 
@@ -149,6 +162,15 @@ def use_kernels(model: nn.Module, mode: str = "auto") -> tuple[int, Counter[str]
         elif is_lora_layer(layer):
             switch(layer, mode)
     return fused_layers(model)
+
+
+def fp8_record(model: nn.Module) -> dict[str, dict[str, int]]:
+    """{"fp8": how many layers, summed over passes, asked for FP8 and may take it}; {} where `use_kernels` was not told "fp8"."""
+    if why_no_triton(environment_mode()) is not None:
+        return {}
+    from curvelora.kernels.fp8_gate import taken
+
+    return {} if (found := taken(model)) is None else {"fp8": asdict(found)}
 
 
 def fused_layers(model: nn.Module) -> tuple[int, Counter[str]]:

@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from curvelora.kernels import curves
+from curvelora.kernels.fp8_product import Codes, codes_of_columns, fp8_product
 from curvelora.kernels.merged_weight import Tile, padded_rank, scales_of
 from curvelora.kernels.portable import cdiv, dot, split, split_product, to_bf16
 from curvelora.kernels.workspace import workspace
@@ -55,7 +56,7 @@ def _slopes(G, u, inner, at_zero, amplitude, frequency, NAME: tl.constexpr):
 @triton.jit
 def _gradients(
     out_A, out_B, G, A, B, d_out, d_in, rank, span, factor, inner, at_zero, amplitude, frequency,
-    NAME: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    NAME: tl.constexpr, LINEAR: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     there = (columns < d_in)[None, :]
@@ -76,7 +77,7 @@ def _gradients(
         b_transposed = tl.trans(b_high)
         sums = dot(b_transposed, beyond, sums)
         part = dot(beyond, a_transposed, tl.zeros((ROWS, RANK), tl.float32))
-        if NAME != "relu":
+        if LINEAR:
             sums = dot(b_transposed, linear, sums)
             part = dot(linear, a_transposed, part)
         tl.store(out_B + tl.program_id(0) * d_out * rank + of_B, factor * part, inside & of_rank[None, :])
@@ -85,7 +86,7 @@ def _gradients(
 
 
 def factor_gradients(
-    G: Tensor, A: Tensor, B: Tensor, delta_map: DeltaMap, tile: Tile | None = None
+    G: Tensor, A: Tensor, B: Tensor, delta_map: DeltaMap, tile: Tile | None = None, linear: bool = True
 ) -> tuple[Tensor, Tensor]:
     """(dL/dA, dL/dB), fp32.
 
@@ -94,6 +95,7 @@ def factor_gradients(
         A, B: factors, (r, d_in) and (d_out, r), fp32.
         delta_map: with an `Activation` of `curves.NAMES`, not the identity.
         tile: rows and columns of a tile, programs to aim at, warps, stages; None: `tile_for`.
+        linear: with the part of f'(0); else only what f' - f'(0) adds.
     """
     (d_out, d_in), rank = G.shape, A.shape[0]
     rows, columns, programs, warps, stages = tile or tile_for(rank)
@@ -109,7 +111,7 @@ def factor_gradients(
         parts_B = torch.empty((blocks, height, rank), dtype=torch.float32, device=G.device)
         _gradients[(blocks, len(parts_A))](
             parts_A, parts_B, G[here], A, B[here], height, d_in, rank, span, delta_map.scale, scales_of(delta_map)[1],
-            f.slope_at_zero, f.amplitude, f.frequency, f.name, padded_rank(rank), rows, columns,
+            f.slope_at_zero, f.amplitude, f.frequency, f.name, linear and f.slope_at_zero != 0, padded_rank(rank), rows, columns,
             num_warps=warps, num_stages=stages,
         )  # fmt: skip
         torch.sum(parts_B, 0, out=of_B[here])
@@ -124,12 +126,28 @@ def low_rank_gradients(g: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float)
     return scale * (back.T @ x).float(), scale * (g.T @ down).float()
 
 
-def gradients_of_factors(g: Tensor, x: Tensor, A: Tensor, B: Tensor, delta_map: DeltaMap) -> tuple[Tensor, Tensor]:
-    """(dL/dA, dL/dB), fp32, from a layer's g = dL/dy (tokens, d_out) and x (tokens, d_in), both bf16; G is in the workspace."""
+def gradients_of_factors(
+    g: Tensor, x: Tensor, A: Tensor, B: Tensor, delta_map: DeltaMap, known: dict[str, Codes] | None = None
+) -> tuple[Tensor, Tensor]:
+    """(dL/dA, dL/dB), fp32; G is in the workspace.
+
+    Args:
+        g: dL/dy (tokens, d_out), bf16.
+        x: (tokens, d_in), bf16.
+        known: None, or what layers with the same x share: the part beyond f'(0) is then from FP8 (`fp8_gate` says when it may).
+    """
     if delta_map.activation.name == "identity":
         return low_rank_gradients(g, x, A, B, delta_map.scale)
-    G = torch.mm(g.T, x, out=workspace(B.shape[0], A.shape[1], x.device))
-    return factor_gradients(G, A, B, delta_map)
+    G = workspace(B.shape[0], A.shape[1], x.device)
+    if known is None:
+        return factor_gradients(torch.mm(g.T, x, out=G), A, B, delta_map)
+    if "x" not in known:
+        known["x"] = codes_of_columns(x)
+    fp8_product(codes_of_columns(g), known["x"], G)
+    beyond = factor_gradients(G, A, B, delta_map, linear=False)
+    return tuple(
+        b.add_(part) for b, part in zip(beyond, low_rank_gradients(g, x, A, B, delta_map.slope_at_zero), strict=True)
+    )
 
 
 def factor_gradients_reference(G: Tensor, A: Tensor, B: Tensor, delta_map: DeltaMap) -> tuple[Tensor, Tensor]:

@@ -116,9 +116,9 @@ class _Merged(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, A: Tensor, B: Tensor, bias: Tensor | None, base: list[Tensor], fields: tuple
+        ctx: Any, x: Tensor, A: Tensor, B: Tensor, bias: Tensor | None, base: list[Tensor], fields: tuple, fp8: bool
     ) -> Tensor:
-        ctx.input, ctx.factors, ctx.base, ctx.fields = x.grad_fn, Factors(A, B), base, fields
+        ctx.input, ctx.factors, ctx.base, ctx.fields, ctx.fp8 = x.grad_fn, Factors(A, B), base, fields, fp8
         product = _product_operator if is_watched() else _product
         return product(x, A, B, bias, base, *fields)
 
@@ -133,12 +133,19 @@ class _Merged(torch.autograd.Function):
             if needs_x:
                 grad_x = add_product(ctx.input, g, _weight(A, B, ctx.base, *ctx.fields), x.shape)
             if any(needs):
-                grad_A, grad_B = gradients_of_factors(g, x.reshape(-1, A.shape[1]), A, B, delta_map_of(*ctx.fields))
-        return grad_x, grad_A, grad_B, None, None, None
+                x2, known = x.reshape(-1, A.shape[1]), ctx.input.codes if ctx.fp8 else None
+                grad_A, grad_B = gradients_of_factors(g, x2, A, B, delta_map_of(*ctx.fields), known)
+        return grad_x, grad_A, grad_B, None, None, None, None
 
 
 def merged_linear(
-    x: Tensor, A: Tensor, B: Tensor, bias: Tensor | None, base: list[Tensor], delta_map: DeltaMap
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    bias: Tensor | None,
+    base: list[Tensor],
+    delta_map: DeltaMap,
+    fp8: bool = False,
 ) -> Tensor:
     """x (W0 + s f(BA))^T + bias: (..., d_out), bf16, differentiable in x, A and B.
 
@@ -148,10 +155,11 @@ def merged_linear(
         bias: (d_out,), bf16, or None; frozen.
         base: the NF4 weight, from `nf4.codes_of`.
         delta_map: with an `Activation` whose kernel exists (`curves.NAMES`).
+        fp8: G of the gradients beyond f'(0) is from FP8, not in a graph of torch.compile: see `fp8_gate`.
     """
     fields = map_fields(delta_map)
     if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and x.requires_grad and A.requires_grad):
         if not torch.compiler.is_compiling():
             forget_input()
         return _product_operator(x, A, B, bias, base, *fields)
-    return _Merged.apply(held_input(x), held_factor(A, B), B, bias, base, fields)
+    return _Merged.apply(held_input(x), held_factor(A, B), B, bias, base, fields, fp8)

@@ -171,8 +171,10 @@ class _Separate(torch.autograd.Function):
         base: list[Tensor],
         p: float,
         fields: tuple,
+        fp8: bool,
     ) -> Tensor:
-        ctx.input, ctx.factors, ctx.base, ctx.p, ctx.fields = x.grad_fn, Factors(A, B), base, p, fields
+        ctx.input, ctx.factors, ctx.base, ctx.p = x.grad_fn, Factors(A, B), base, p
+        ctx.fields, ctx.fp8 = fields, fp8
         product = _product_operator if is_watched() else _product
         return product(x, seed, A, B, bias, base, p, *fields)
 
@@ -190,12 +192,20 @@ class _Separate(torch.autograd.Function):
                 _add_update_product(ctx.input.pending, g, seed, A, B, ctx.p, ctx.fields)
             if any(needs):
                 z = dropped(x2, seed, ctx.p) if ctx.p else x2
-                grad_A, grad_B = gradients_of_factors(g, z, A, B, delta_map_of(*ctx.fields))
-        return grad_x, grad_A, grad_B, None, None, None, None, None
+                known = ({} if ctx.p else ctx.input.codes) if ctx.fp8 else None
+                grad_A, grad_B = gradients_of_factors(g, z, A, B, delta_map_of(*ctx.fields), known)
+        return grad_x, grad_A, grad_B, None, None, None, None, None, None
 
 
 def separate_linear(
-    x: Tensor, A: Tensor, B: Tensor, bias: Tensor | None, base: list[Tensor], delta_map: DeltaMap, p: float = 0.0
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    bias: Tensor | None,
+    base: list[Tensor],
+    delta_map: DeltaMap,
+    p: float = 0.0,
+    fp8: bool = False,
 ) -> Tensor:
     """x W0^T + bias + drop(x) (s f(BA))^T: (..., d_out), bf16, differentiable in x, A and B.
 
@@ -206,6 +216,7 @@ def separate_linear(
         base: [W0] in bf16, or the NF4 weight from `nf4.codes_of`; frozen.
         delta_map: with an `Activation` whose kernel exists (`curves.NAMES`).
         p: the probability with which an entry of x is dropped, in [0, 1).
+        fp8: G of the gradients beyond f'(0) is from FP8, not in a graph of torch.compile: see `fp8_gate`.
     """
     fields = map_fields(delta_map)
     x = x.contiguous()  # entries are numbered by where they lie
@@ -215,4 +226,4 @@ def separate_linear(
             forget_input()
         return _product_operator(x, seed, A, B, bias, base, p, *fields)
     held = held_factor(A, B, seed) if p else held_factor(A, B)
-    return _Separate.apply(held_input(x), held, B, seed, bias, base, p, fields)
+    return _Separate.apply(held_input(x), held, B, seed, bias, base, p, fields, fp8)

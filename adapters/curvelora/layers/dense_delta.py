@@ -300,7 +300,7 @@ class DenseDeltaLayer(AdapterLayer):
     The config of an adapter has r, dropout, dropout_form, init_B_std and `delta_map() -> DeltaMap`.
     """
 
-    kernels = "auto"  # or "off": see `curvelora.kernels.use_kernels`
+    kernels = "auto"  # or "off", "fp8": see `curvelora.kernels.use_kernels`
 
     def delta_map(self, adapter: str) -> DeltaMap:
         """The map u -> dW of `adapter` in this layer as it is now; the config's, unless a method says more."""
@@ -348,6 +348,7 @@ class DenseDeltaLayer(AdapterLayer):
 
     def _fused_output(self, adapter: str, x: Tensor) -> Tensor:
         # Triton is there where this is reached
+        from curvelora.kernels import fp8_gate
         from curvelora.kernels.merged_linear import merged_linear
         from curvelora.kernels.nf4 import codes_of
         from curvelora.kernels.separate_linear import separate_linear
@@ -355,15 +356,15 @@ class DenseDeltaLayer(AdapterLayer):
         base, delta_map, config = self.get_base_layer(), self.delta_map(adapter), self.configs[adapter]
         bias = base.bias if base.bias is None else base.bias.to(torch.bfloat16)
         narrow, (A, B) = x.to(torch.bfloat16), self.factors(adapter)
-        p = config.dropout if self.training else 0.0
+        p, fp8 = config.dropout if self.training else 0.0, fp8_gate.allows(self, adapter)
         if p and config.dropout_form == "features":
             A, p = self._dropped_features(A, p), 0.0
         if type(base) is nn.Linear:  # which leaves its output in bf16 under autocast
-            return separate_linear(narrow, A, B, bias, [base.weight], delta_map, p)
+            return separate_linear(narrow, A, B, bias, [base.weight], delta_map, p, fp8)
         if p:
-            found = separate_linear(narrow, A, B, bias, codes_of(base), delta_map, p)
+            found = separate_linear(narrow, A, B, bias, codes_of(base), delta_map, p, fp8)
         else:
-            found = merged_linear(narrow, A, B, bias, codes_of(base), delta_map)
+            found = merged_linear(narrow, A, B, bias, codes_of(base), delta_map, fp8)
         return found.to(x.dtype)
 
     @staticmethod

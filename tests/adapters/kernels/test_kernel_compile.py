@@ -19,7 +19,7 @@ import json, sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from curvelora.kernels import factor_gradients as gradients, merged_weight as merged, nf4
+from curvelora.kernels import factor_gradients as gradients, fp8_product as fp8, merged_weight as merged, nf4
 
 LAYER = {name: "i32" for name in ("d_out", "d_in", "rank", "span")}
 MAP = {name: "fp32" for name in ("outer", "inner", "amplitude", "frequency", "factor", "at_zero")}
@@ -39,6 +39,10 @@ def shared(kernel, name, rank, arch, _):
     if kernel == "decoded":
         constants = {"NESTED": True, "ROWS": nf4.TILE[0], "COLUMNS": nf4.TILE[1]}
         return compiled(nf4._decoded, {"out": "*bf16", "scales": "*u8"}, constants, arch, num_warps=nf4.TILE[2])
+    if kernel == "codes":
+        types = {"x": "*bf16", "out": "*u8", "scales": "*fp32", **{n: "i32" for n in ("tokens", "width", "stride", "padded")}}
+        constants = {"COLUMNS": fp8.TILE[0], "TOKENS": fp8.TILE[1]}
+        return compiled(fp8._codes, types, constants, arch, num_warps=fp8.TILE[2])
     if kernel.startswith("weight"):
         rows, columns, tiles, warps, stages = merged.TILE
         base = int(kernel[-1])
@@ -46,7 +50,7 @@ def shared(kernel, name, rank, arch, _):
         types = {"out": "*bf16", "scales": "*u8" if base == 2 else "*fp32"}
         return compiled(merged._merged_weight, types, constants, arch, num_warps=warps, num_stages=stages)
     rows, columns, _, warps, stages = tile
-    constants = {"NAME": name, "RANK": rank, "ROWS": rows, "COLUMNS": columns}
+    constants = {"NAME": name, "LINEAR": kernel == "gradients", "RANK": rank, "ROWS": rows, "COLUMNS": columns}
     types = {"out_A": "*fp32", "out_B": "*fp32", "G": "*bf16"}
     return compiled(gradients._gradients, types, constants, arch, num_warps=warps, num_stages=stages)
 
@@ -72,16 +76,16 @@ def check(cases: list[tuple[str, str, int, int, int]], cache: Path) -> None:
 def test_kernels_of_sinter_fit_into_99_kib(tmp_path: Path) -> None:
     """What RTX 30 and 40 have, at the published rank and at the largest."""
     cases = [(kernel, rank) for kernel in ("weight2", "gradients") for rank in (64, 128)]
-    check([(kernel, "sinter", rank, 80, 99) for kernel, rank in cases], tmp_path)
+    check([("codes", "", 1, 80, 99), *((kernel, "sinter", rank, 80, 99) for kernel, rank in cases)], tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("arch", "kib"), [(80, 99), (86, 99), (89, 99), (90, 99), (120, 99)])
 def test_kernels_of_sinter_fit_everywhere(arch: int, kib: int, tmp_path: Path) -> None:
     """Ranks that are no power of two, bases without double quantisation and no base at all included."""
-    kernels = ("weight0", "weight1", "weight2", "gradients")
+    kernels = ("weight0", "weight1", "weight2", "gradients", "gradients beyond f'(0)")
     cases = [(kernel, "sinter", rank, arch, kib) for rank in (1, 17, 64, 128) for kernel in kernels]
-    check([*cases, ("decoded", "", 1, arch, kib)], tmp_path)
+    check([*cases, ("decoded", "", 1, arch, kib), ("codes", "", 1, arch, kib)], tmp_path)
 
 
 @pytest.mark.slow

@@ -52,6 +52,8 @@ def test_switches_stand_behind_any_arm_in_any_order():
         "QLoRA in fp32, eager",
         "full fine-tuning of these layers, Liger",
     ]
+    assert named_arm("loran:sinter@fp8@liger").fp8 and not one.fp8
+    assert named_arm("loran:sinter@fp8@liger").label == "LoRAN Sinter (a = 5e-5), FP8, Liger"
     own = parse_arms("", ["mine=loran@keep=3@eager,r=8"])[0]
     assert (own.key, own.options, own.keep, own.eager) == ("mine", {"r": 8}, 3, True)
     assert own.label == "mine (LoRAN Sinter (a = 5e-5), r=8), eager, products of 3 layers kept"
@@ -79,6 +81,7 @@ def test_own_arms_follow_the_named_ones_and_read_yaml_numbers():
         ("qlora@keep=two", [], ["there is no switch '@keep=two'"]),
         ("qlora@liger=1", [], ["there is no switch '@liger=1'"]),
         ("qlora@eager@eager", [], ["has @eager twice"]),
+        ("loran@fp8@eager", [], ["FP8 is in the kernels, which @eager leaves out"]),
         ("linear_probing", [], ["unknown arm 'linear_probing'"]),
         ("", [], ["--arms names no arm"]),
         ("qlora,lora,qlora", [], ["arm 'qlora' is named twice"]),

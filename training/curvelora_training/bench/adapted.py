@@ -75,7 +75,7 @@ def switch(model: nn.Module, arm: Arm) -> dict[str, Any]:
         UserError: Liger's kernels cannot be had, or no layer can keep its products.
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    fused, reasons = use_kernels(model, "off" if arm.eager else "auto")
+    fused, reasons = use_kernels(model, "off" if arm.eager else "fp8" if arm.fp8 else "auto")
     if arm.liger:
         use_liger(inner, arm.keep > 0)
     kept = keep_products(inner, arm.keep) if arm.keep else 0

@@ -4,6 +4,7 @@ An arm is named `method[:variant][@switch...]`, for example `qlora`, `loran:sint
 
     @fp32    end to end: base, products and adapter in fp32 with TF32 off, as a control for what bf16 takes away
     @eager   without the fused kernels for adapters, which other arms take where a layer can
+    @fp8     LoRAN's gradients partly from products in FP8, where their error is bounded
     @liger   with liger-kernel's kernels in the rest of the model
     @keep=N  the last N layers keep the results of large products under gradient checkpointing
 
@@ -33,7 +34,7 @@ LORAN_VARIANTS: dict[str, tuple[dict[str, Any], str]] = {
 FULL = "full"
 PLAIN = {"lora": "LoRA", "qlora": "QLoRA", "loran": "LoRAN Sinter (a = 5e-5)", "ranlora": "RanLoRA", "aurora": "AuroRA"}
 PLAIN |= {"neat": "NEAT", "moslora": "MoSLoRA", "pissa": "PiSSA", "milora": "MiLoRA", "olora": "OLoRA"}
-SWITCHES = {"fp32": "@fp32", "eager": "@eager", "liger": "@liger", "keep": "@keep=N"}
+SWITCHES = {"fp32": "@fp32", "eager": "@eager", "fp8": "@fp8", "liger": "@liger", "keep": "@keep=N"}
 DEFAULT_ARMS = "qlora,loran:identity,loran:sinter,loran:sinter-large,ranlora,aurora"
 
 
@@ -43,13 +44,19 @@ class Switches:
 
     fp32: bool = False
     eager: bool = False
+    fp8: bool = False
     liger: bool = False
     keep: int = 0
 
     @property
     def said(self) -> str:
         """As the end of a label."""
-        words = {", eager": self.eager, ", Liger": self.liger, f", products of {self.keep} layers kept": self.keep}
+        words = {
+            ", eager": self.eager,
+            ", FP8": self.fp8,
+            ", Liger": self.liger,
+            f", products of {self.keep} layers kept": self.keep,
+        }
         return " in fp32" * self.fp32 + "".join(word for word, on in words.items() if on)
 
 
@@ -147,6 +154,8 @@ def split_switches(text: str) -> tuple[str, Switches]:
         if key in found:
             raise UserError(f"arm {text!r} has @{key} twice")
         found[key] = int(value) if key == "keep" else True
+    if {"eager", "fp8"} <= found.keys():
+        raise UserError(f"arm {text!r}: FP8 is in the kernels, which @eager leaves out: write one of the two")
     return name, Switches(**found)
 
 

@@ -23,6 +23,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from curvelora.errors import UserError
+from curvelora.kernels import fp8_record
 from curvelora.layers.base_weight import linear_shape
 from curvelora_eval.environment import describe_environment
 from curvelora_training.bench.adapted import set_update_std, update_std_of
@@ -111,6 +112,7 @@ def measure_steps(
                     "std_BA_at_the_end": update_std_of(trials[key].model) if done == rounds.rounds else None,
                     "trainable_parameters": trials[key].trainable_parameters,
                     **trials[key].computed,
+                    **fp8_record(trials[key].model),
                     **_rates(found, tokens, flops, gemm, None if key in in_fp32 else device.peak_tflops),
                     "overhead": ratios[key],
                 }

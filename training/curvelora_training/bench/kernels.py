@@ -14,8 +14,9 @@ from triton.testing import do_bench
 
 from curvelora.activations import Activation
 from curvelora.kernels import factor_gradients as gradients
+from curvelora.kernels import fp8_product, nf4
 from curvelora.kernels import merged_weight as merged
-from curvelora.kernels import nf4
+from curvelora.kernels.fp8_gate import why_no_fp8
 from curvelora.layers.dense_delta import DeltaMap
 from curvelora.precision import exact_products
 from curvelora_eval.environment import describe_environment
@@ -23,6 +24,7 @@ from curvelora_training.bench.devices import Device
 from curvelora_training.bench.random_base import nf4_byte_table, random_nf4_linear
 
 WEIGHT_TILES = [*itertools.product((64, 128), (64,), (2, 4, 8), (4, 8), (1, 2, 3))]
+CODE_TILES = [*itertools.product((16, 32, 64), (128, 256, 512), (4, 8))]
 GRADIENT_TILES = [*itertools.product((32, 64), (64, 128, 256), (132, 264, 528), (4, 8), (2, 3))]
 
 
@@ -81,6 +83,8 @@ def _measure_layer(
     for name in tune:
         if name == "merged_weight":
             tried = _tried(WEIGHT_TILES, lambda tile: merged.merged_weight(A, B, delta_map, base, W, tile))
+        elif name == "codes":
+            tried = _tried(CODE_TILES, lambda tile: fp8_product.codes_of_columns(x, tile))
         else:
             tried = _tried(GRADIENT_TILES, lambda tile: gradients.factor_gradients(G, A, B, delta_map, tile))
         record["tiles"][name] = tried
@@ -95,6 +99,15 @@ def _measure_layer(
         "merged_weight": lambda: merged.merged_weight(A, B, delta_map, base, W, best.get("merged_weight")),
         "gradients": lambda: gradients.factor_gradients(G, A, B, delta_map, best.get("gradients")),
     }
+    if why_no_fp8(device) is None:
+        codes = [fp8_product.codes_of_columns(t) for t in (g, x)]
+        record["errors"]["product_G_in_fp8"] = _relative(fp8_product.fp8_product(*codes, G), g.double().T @ x.double())
+        calls |= {
+            "codes": lambda: fp8_product.codes_of_columns(x, best.get("codes")),
+            "product_G_in_fp8": lambda: fp8_product.fp8_product(*codes, G),
+            "gradients_beyond": lambda: gradients.factor_gradients(G, A, B, delta_map, linear=False),
+            "low_rank_gradients": lambda: gradients.low_rank_gradients(g, x, A, B, delta_map.slope_at_zero),
+        }
     merged.merged_weight(A, B, delta_map, base, W)
     record["milliseconds"] = {
         name: do_bench(call, warmup=10, rep=40, return_mode="median") for name, call in calls.items()

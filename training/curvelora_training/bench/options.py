@@ -18,8 +18,8 @@ def add_arm_arguments(parser: argparse.ArgumentParser) -> None:
         "--arms", default=DEFAULT_ARMS, metavar="A,B,...", help=f"the first is the baseline (default {DEFAULT_ARMS})"
     )
     group.description = (
-        "METHOD[:VARIANT], then any of @fp32, @eager (no fused kernels), @liger (liger-kernel's kernels around the layers) and "
-        "@keep=N (the last N layers keep large products)"
+        "METHOD[:VARIANT], then any of @fp32, @eager (no fused kernels), @fp8 (LoRAN's gradients partly from FP8), @liger "
+        "(liger-kernel's kernels around the layers) and @keep=N (the last N layers keep large products)"
     )
     own = "one more arm, for example mine=loran,amplitude=1e-3 (repeatable)"
     group.add_argument("--arm", action="append", default=[], metavar="NAME=METHOD,OPTION=VALUE", help=own)

@@ -19,6 +19,7 @@ from curvelora_training.bench.ground import Ground
 KINDS = {
     "kernels: merged weight": r"_merged_weight|_decoded",
     "kernels: gradients of A and B": r"^_gradients",
+    "kernels: FP8 codes": r"^_codes",
     "attention": r"flash|fmha|cudnn_generated|sdpa|attention",
     "NF4 dequantisation (bitsandbytes)": r"[dD]equantize|kgemm_4bit",
     "Liger: norms, SwiGLU, RoPE, loss": r"liger|_rms_norm|_swiglu|_rope|_triton_rope|cross_entropy|_element_mul",
