@@ -2,7 +2,8 @@
 
 oneDNN multiplies bf16 matrices on x86 CPUs with AVX-512 alone. Elsewhere, so on most laptops and on AMD before Zen 4, torch falls
 back on a loop that takes some sixty times as long as the product in fp32 where a backward pass forms it. Here such products are
-formed in fp32 and rounded once, which is what the instructions do.
+formed in fp32 and rounded once, which is what the instructions do. Products of few rows, as in decoding, are left to torch: there
+the copies in fp32 would take longer than anything.
 """
 
 from __future__ import annotations
@@ -16,11 +17,14 @@ import torch
 from torch import Tensor
 
 NAMES = ("mm", "addmm", "bmm", "baddbmm")
+ROWS = 16  # from which on it pays
 
 
 def slow_here() -> bool:
     """Whether torch multiplies bf16 matrices without oneDNN on this CPU."""
-    return platform.machine() in ("x86_64", "AMD64") and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return False
+    return not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 @functools.cache
@@ -28,7 +32,7 @@ def round_products_once() -> torch.library.Library:
     """Form the products of bf16 matrices on the CPU in fp32, in this process from now on; other dtypes keep their bits.
 
     Returns:
-        what holds the replaced operators; its `_destroy` gives torch's own back, which a process has no need of.
+        what holds the replaced operators.
     """
     library = torch.library.Library("aten", "IMPL")
     with warnings.catch_warnings():
@@ -40,7 +44,7 @@ def round_products_once() -> torch.library.Library:
 
 def _product(product: Any, *operands: Tensor, **scales: Any) -> Tensor:
     """`product` by its form with `out`, which is an operator of its own and still torch's."""
-    narrow = all(operand.dtype == torch.bfloat16 for operand in operands)
+    narrow = operands[-2].shape[-2] >= ROWS and all(operand.dtype == torch.bfloat16 for operand in operands)
     wide = [operand.float() for operand in operands] if narrow else list(operands)
     result = product(*wide, **scales, out=wide[0].new_empty(0))
     return result.bfloat16() if narrow else result

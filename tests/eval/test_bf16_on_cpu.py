@@ -21,7 +21,7 @@ def drawn(*shape):
     return torch.randn(*shape, dtype=torch.float64)
 
 a, b, c = drawn(37, 129), drawn(129, 65), drawn(65)
-stacked, other, added = drawn(3, 7, 129), drawn(3, 129, 5), drawn(3, 7, 5)
+stacked, other, added = drawn(3, 17, 129), drawn(3, 129, 5), drawn(3, 17, 5)
 products = {
     "mm": lambda d: a.to(d) @ b.to(d),
     "mm, both transposed": lambda d: b.to(d).t() @ a.to(d).t(),
@@ -50,6 +50,25 @@ for name, product in products.items():
     exact, ours = product(torch.float64), product(torch.bfloat16)
     assert ours.dtype == torch.bfloat16 and ours.shape == exact.shape, name
     assert ((ours.double() - exact).abs() <= exact.abs() * 2**-8 * 1.001 + 1e-4).all(), name
+""")
+
+
+def test_few_rows_are_left_to_torch() -> None:
+    """As in decoding, where a copy of the weight in fp32 would take longer than the product."""
+    run("""
+few = torch.randn(15, 129).bfloat16(), torch.randn(129, 65).bfloat16(), torch.randn(65).bfloat16()
+many = torch.randn(16, 129).bfloat16(), few[1], few[2]
+replaced = []
+before = [torch.mm(*p[:2]) for p in (few, many)]
+round_products_once()
+floats = torch.Tensor.float
+torch.Tensor.float = lambda t: replaced.append(tuple(t.shape)) or floats(t)
+assert torch.equal(torch.mm(*few[:2]), before[0]) and not replaced
+torch.addmm(few[2], *few[:2])
+torch.bmm(few[0][None], few[1][None])
+assert not replaced
+torch.mm(*many[:2])
+assert replaced == [(16, 129), (129, 65)]
 """)
 
 

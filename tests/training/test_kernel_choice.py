@@ -11,7 +11,9 @@ import pytest
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from curvelora import LoranConfig
 from curvelora.errors import UserError
+from curvelora.kernels import choice
 from curvelora_training import kernel_choice
 from curvelora_training.config import RecipeError, TrainingSpec, load_recipe
 from curvelora_training.kernel_choice import check_fp8, choose_kernels
@@ -179,36 +181,45 @@ def test_liger_that_is_not_installed_is_said_with_the_other_errors(
 
 
 @pytest.mark.parametrize(
-    ("method", "shared", "capability", "said"),
+    ("given", "said"),
     [
-        ("loran", False, (9, 0), None),
-        ("loran", False, (8, 9), None),
-        (
-            "loran",
-            False,
-            (8, 6),
-            r"training\.kernels: fp8 cannot be had on a GPU of capability 8\.6.*write kernels auto",
-        ),
-        ("loran", False, None, r"training\.kernels: fp8 needs a GPU: write auto here"),
-        (
-            "loran",
-            True,
-            (9, 0),
-            r"where DeepSpeed gathers the base by modules or FSDP2 shares it: write auto, or take ZeRO-2",
-        ),
-        ("lora", False, (9, 0), r"fp8 is for LoRAN's gradients, and lora has none"),
+        ({}, None),
+        ({"capability": (8, 9)}, None),
+        ({"capability": (8, 6)}, r"a GPU of capability 8\.6 has no FP8, which needs 8\.9"),
+        ({"capability": None}, "there are no kernels on a CPU"),
+        ({"mode": "off"}, "CURVELORA_KERNELS=off leaves kernels out"),
+        ({"triton": "Triton is not installed"}, "Triton is not installed"),
+        ({"shared": True}, "where DeepSpeed gathers the base by modules or FSDP2 shares it"),
+        ({"config": LoraConfig()}, "it is for LoRAN's gradients, and lora has none"),
+        ({"config": LoranConfig(activation="relu")}, "there is no bound on an f that is learned"),
+        ({"config": LoranConfig(learn="amplitude")}, "there is no bound on an f that is learned"),
+        ({"dtype": "float32"}, r"model\.dtype is float32"),
     ],
 )
 def test_fp8_where_it_could_act_nowhere(
-    monkeypatch: pytest.MonkeyPatch, method: str, shared: bool, capability: tuple[int, int] | None, said: str | None
+    monkeypatch: pytest.MonkeyPatch, given: dict[str, Any], said: str | None
 ) -> None:
-    monkeypatch.setattr("torch.cuda.is_available", lambda: capability is not None)
-    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device=None: capability)
-    if said is None:
-        check_fp8(method, shared)
-    else:
-        with pytest.raises(UserError, match=said):
-            check_fp8(method, shared)
+    given = {
+        "config": LoranConfig(),
+        "dtype": "bfloat16",
+        "shared": False,
+        "capability": (9, 0),
+        "mode": "auto",
+    } | given
+    monkeypatch.setenv("CURVELORA_KERNELS", given["mode"])
+    monkeypatch.setattr(kernel_choice, "why_no_triton", lambda mode: given.get("triton"))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: given["capability"] is not None)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device=None: given["capability"])
+    choice.why_no_device.cache_clear()
+    try:
+        arguments = given["config"], given["dtype"], given["shared"]
+        if said is None:
+            check_fp8(*arguments)
+        else:
+            with pytest.raises(UserError, match=rf"training\.kernels: fp8 would act nowhere: .*{said}.*: write auto"):
+                check_fp8(*arguments)
+    finally:
+        choice.why_no_device.cache_clear()
 
 
 @pytest.mark.parametrize(("stage", "refused"), [(None, False), (2, False), (3, False), ("3 by modules", True)])
@@ -221,16 +232,16 @@ def test_fp8_is_refused_with_the_other_errors_before_weights_are_read(
     refused: bool,
 ) -> None:
     """ZeRO-3 that gathers the base by blocks is our own, whose layers have kernels."""
-    asked: list[tuple[str, bool]] = []
+    asked: list[bool] = []
     changes: dict[str, Any] = {"training.kernels": "fp8"}
     if stage is not None:
         changes["training.deepspeed"] = str(root / f"ds_configs/zero{str(stage)[0]}.json")
     with monkeypatch.context() as patched:
-        patched.setattr("curvelora_training.prepare.check_fp8", lambda *given: asked.append(given))
+        patched.setattr("curvelora_training.prepare.check_fp8", lambda config, dtype, shared: asked.append(shared))
         patched.setattr("curvelora_training.prepare.by_blocks", lambda *_: stage == 3)
         patched.setattr("curvelora_training.prepare.check_by_modules", lambda *_: None)
         load_and_prepare(write(language, **changes), [])
-    assert asked == [("loran", refused)]
+    assert asked == [refused]
     with pytest.raises(RecipeError) as caught:
         load_and_prepare(write(language, **changes, **{"training.keep_best": True, "data.validation": None}), [])
     assert "training.kernels: fp8" in str(caught.value) and "training.keep_best" in str(caught.value)

@@ -3,36 +3,40 @@
 from __future__ import annotations
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 
 from curvelora.errors import UserError
 from curvelora.kernels import use_kernels
+from curvelora.kernels.choice import environment_mode, why_no_triton
+from curvelora.methods.loran import LoranConfig
 from curvelora_training.config import TrainingSpec
 from curvelora_training.liger import use_liger
 
 
-def check_fp8(method: str, shared: bool) -> None:
+def check_fp8(config: PeftConfig, dtype: str, shared: bool) -> None:
     """Raise `UserError` where `training.kernels: fp8` could act nowhere.
 
     Args:
-        method: the adapter's.
+        config: the adapter's.
+        dtype: of the base's products.
         shared: whether DeepSpeed gathers the base by modules or FSDP2 shares it: its layers take no kernels then.
     """
-    if method != "loran":
-        raise UserError(
-            f"training.kernels: fp8 is for LoRAN's gradients, and {method} has none of that kind: write auto"
-        )
-    if shared:
-        raise UserError(
-            "training.kernels: fp8 has no layers to act on where DeepSpeed gathers the base by modules or FSDP2 shares it: "
-            "write auto, or take ZeRO-2"
-        )
-    if not torch.cuda.is_available():
-        raise UserError("training.kernels: fp8 needs a GPU: write auto here")
-    from curvelora.kernels.fp8_gate import why_no_fp8
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    problem = why_no_triton(environment_mode())
+    if not isinstance(config, LoranConfig):
+        problem = f"it is for LoRAN's gradients, and {config.peft_type.value.lower()} has none of that kind"
+    elif config.has_tensors or config.delta_map().activation.name in ("identity", "relu"):
+        problem = "there is no bound on an f that is learned, has a schedule, or is the identity or relu"
+    elif dtype != "bfloat16":
+        problem = f"kernels multiply in bfloat16, and model.dtype is {dtype}"
+    elif shared:
+        problem = "no layer takes kernels where DeepSpeed gathers the base by modules or FSDP2 shares it (ZeRO-2 does neither)"
+    elif problem is None:
+        from curvelora.kernels.fp8_gate import why_no_fp8
 
-    if (reason := why_no_fp8(torch.device("cuda"))) is not None:
-        raise UserError(f"training.kernels: fp8 cannot be had on {reason}")
+        problem = why_no_fp8(device)
+    if problem is not None:
+        raise UserError(f"training.kernels: fp8 would act nowhere: {problem}: write auto")
 
 
 def choose_kernels(model: PeftModel, spec: TrainingSpec, fsdp: bool = False) -> str | None:

@@ -136,8 +136,8 @@ def prepare(recipe: Recipe, source: str = "the recipe") -> Prepared:
             by_modules = stage == 3 and not by_blocks(recipe, settings, world_size(), base)
             if by_modules:
                 collect(check_by_modules, recipe, base, task.new_head)
-            if recipe.training.kernels == "fp8":
-                collect(check_fp8, recipe.method.name, by_modules or fsdp.fsdp_asked())
+            if recipe.training.kernels == "fp8" and peft_config is not None:
+                collect(check_fp8, peft_config, recipe.model.dtype, by_modules or fsdp.fsdp_asked())
             with torch.device("meta"):  # the adapter needs no memory either
                 shapes = collect(attach, base, peft_config)
         if recipe.training.liger:

@@ -147,9 +147,10 @@ def use_kernels(model: nn.Module, mode: str = "auto") -> tuple[int, Counter[str]
     """
     if mode not in USES:
         raise UserError(f"kernels {mode!r} is not known{nearest(mode, USES)}: write {', '.join(USES)}")
-    if mode == "fp8" and (reason := why_no_triton(environment_mode())) is not None:
-        raise UserError(f"kernels fp8: {reason}")
-    if why_no_triton(environment_mode()) is None:
+    no_triton = why_no_triton(environment_mode())
+    if mode == "fp8" and no_triton is not None:
+        raise UserError(f"kernels fp8: {no_triton}: write auto")
+    if no_triton is None:
         from curvelora.kernels import fp8_gate
 
         (fp8_gate.watch if mode == "fp8" else fp8_gate.unwatch)(model)
@@ -165,7 +166,7 @@ def use_kernels(model: nn.Module, mode: str = "auto") -> tuple[int, Counter[str]
 
 
 def fp8_record(model: nn.Module) -> dict[str, dict[str, int]]:
-    """{"fp8": how many layers, summed over passes, asked for FP8 and may take it}; {} where `use_kernels` was not told "fp8"."""
+    """{"fp8": {asked, allowed, products}} as `fp8_gate.Taken` has them; {} where `use_kernels` was not told "fp8"."""
     if why_no_triton(environment_mode()) is not None:
         return {}
     from curvelora.kernels.fp8_gate import taken

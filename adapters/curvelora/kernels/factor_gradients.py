@@ -19,13 +19,15 @@ Where f is the identity the layer is LoRA, and the gradients need no G:  dL/dB =
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from curvelora.kernels import curves
-from curvelora.kernels.fp8_product import Codes, codes_of_columns, fp8_product
+from curvelora.kernels.fp8_product import codes_of_columns, fp8_product
 from curvelora.kernels.merged_weight import Tile, padded_rank, scales_of
 from curvelora.kernels.portable import cdiv, dot, split, split_product, to_bf16
 from curvelora.kernels.workspace import workspace
@@ -127,23 +129,26 @@ def low_rank_gradients(g: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float)
 
 
 def gradients_of_factors(
-    g: Tensor, x: Tensor, A: Tensor, B: Tensor, delta_map: DeltaMap, known: dict[str, Codes] | None = None
+    g: Tensor, x: Tensor, A: Tensor, B: Tensor, delta_map: DeltaMap, fp8: Any = None, node: Any = None
 ) -> tuple[Tensor, Tensor]:
     """(dL/dA, dL/dB), fp32; G is in the workspace.
 
     Args:
         g: dL/dy (tokens, d_out), bf16.
         x: (tokens, d_in), bf16.
-        known: None, or what layers with the same x share: the part beyond f'(0) is then from FP8 (`fp8_gate` says when it may).
+        fp8: None, or from `fp8_gate.allowed`, which counts: G of the part beyond f'(0) is then from FP8.
+        node: where x comes from, if it is shared: a node of `Held`, which keeps x in FP8 for the next layer.
     """
     if delta_map.activation.name == "identity":
         return low_rank_gradients(g, x, A, B, delta_map.scale)
     G = workspace(B.shape[0], A.shape[1], x.device)
-    if known is None:
+    if fp8 is None:
         return factor_gradients(torch.mm(g.T, x, out=G), A, B, delta_map)
-    if "x" not in known:
-        known["x"] = codes_of_columns(x)
-    fp8_product(codes_of_columns(g), known["x"], G)
+    codes = (node and node.codes) or codes_of_columns(x)
+    if node:
+        node.codes = codes
+    fp8_product(codes_of_columns(g), codes, G)
+    fp8.products += 1
     beyond = factor_gradients(G, A, B, delta_map, linear=False)
     return tuple(
         b.add_(part) for b, part in zip(beyond, low_rank_gradients(g, x, A, B, delta_map.slope_at_zero), strict=True)

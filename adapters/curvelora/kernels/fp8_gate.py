@@ -3,17 +3,19 @@
     dL/dB = s (G f'(0) + G e(u)) A^T    e(u) = f'(u) - f'(0)
 
 The first part is LoRA's, f'(0) g^T (x A^T), in bf16: g, x, A and x A^T are rounded by 2^-8 of themselves at most, which may cost
-((1 + 2^-8)^4 - 1) |f'(0)| |g|^T |x| |A|^T. In the second part G is from `fp8_product`, off by ROUNDING |g|^T |x| at most. FP8 is
-taken where it cannot cost more than the first part's roundings can:
+((1 + 2^-8)^4 - 1) |f'(0)| |g|^T |x| |A|^T. In the second part G is from `fp8_product`, off by ROUNDING |g|^T |x|. FP8 is taken
+where that is no more:
 
     |e(u)| <= LIMIT |f'(0)|  for all u of the layer       LIMIT = ((1 + 2^-8)^4 - 1) / ROUNDING = 0.122
 
 |u_ij| <= |B_i| |A_j| (Cauchy-Schwarz), so the largest row of B times the largest column of A bounds all u, and each f has a
 bound on e, written in `_BEYOND`. Sinter at its published setting passes until some |u| may reach 0.24. Nothing of e is
-skipped, however small.
+skipped, however small. What is left to the data: `fp8_product` makes zeros of entries below 2^-19 of their column's largest one,
+and says what small entries add; g and x are not looked at.
 
 The bounds of all layers are read from the GPU at the start of each pass of the model in training: one wait a pass, since the
-factors move with every step. A layer whose factors have been changed since, or whose model was not called itself, takes bf16.
+factors move with every step. A layer takes bf16 where its factors are others by then, or have changed as autograd counts changes;
+writes through `.data`, DeepSpeed's steps among them, are seen by the next pass of the model alone.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from torch import Tensor, nn
 
 from curvelora.activations import SWISH_BETA, Activation
 from curvelora.errors import UserError
+from curvelora.kernels.choice import ENVIRONMENT, environment_mode, why_nowhere
 from curvelora.kernels.fp8_product import MULTIPLE, ROUNDING
 from curvelora.layers.dense_delta import DeltaMap
 
@@ -48,13 +51,16 @@ _BEYOND = {
 
 @dataclass
 class Taken:
-    """How often FP8 was allowed: layers, summed over the passes that asked."""
+    """How often FP8 was asked for and allowed, in layers summed over passes, and how many products it then made."""
 
-    allowed: int = 0
     asked: int = 0
+    allowed: int = 0
+    products: int = 0
 
 
-_ALLOWED: WeakKeyDictionary[nn.Module, tuple[int, int]] = WeakKeyDictionary()  # layer -> its factors' versions
+_ALLOWED: WeakKeyDictionary[nn.Module, tuple[tuple, Taken]] = (
+    WeakKeyDictionary()
+)  # layer -> which factors, and who counts
 _TAKEN: WeakKeyDictionary[nn.Module, Taken] = WeakKeyDictionary()  # model
 
 
@@ -72,25 +78,27 @@ def slope_beyond_zero_bound(delta_map: DeltaMap, largest: float) -> float:
 
 
 def why_no_fp8(device: torch.device) -> str | None:
-    """Why GPUs like `device` have no products in FP8; None where they do, and for a CPU, which emulates them."""
+    """Why there are no kernels with products in FP8 on `device`; None where there are."""
+    if environment_mode() == "off":
+        return f"{ENVIRONMENT}=off leaves kernels out"
+    if (reason := why_nowhere(device)) is not None:
+        return f"there are no kernels {reason}"
     if device.type == "cpu" or torch.cuda.get_device_capability(device) >= NEEDED:
         return None
     major, minor = torch.cuda.get_device_capability(device)
-    return (
-        f"a GPU of capability {major}.{minor}, and FP8 needs {NEEDED[0]}.{NEEDED[1]} (Ada, Hopper): write kernels auto"
-    )
+    return f"a GPU of capability {major}.{minor} has no FP8, which needs {NEEDED[0]}.{NEEDED[1]} (Ada, Hopper)"
 
 
 def watch(model: nn.Module) -> None:
     """Have every pass of `model` in training decide for its layers whose `kernels` is "fp8".
 
     Raises:
-        UserError: its GPU has no products in FP8.
+        UserError: it is where there are no products in FP8.
     """
     unwatch(model)
-    for device in {parameter.device for parameter in model.parameters()}:
-        if device.type in ("cpu", "cuda") and (reason := why_no_fp8(device)) is not None:
-            raise UserError(f"kernels fp8: {reason}")
+    for device in {parameter.device for parameter in model.parameters()} - {torch.device("meta")}:
+        if (reason := why_no_fp8(device)) is not None:
+            raise UserError(f"kernels fp8: {reason}: write auto")
     model.register_forward_pre_hook(look)
     _TAKEN[model] = Taken()
 
@@ -103,60 +111,76 @@ def unwatch(model: nn.Module) -> None:
 
 
 def taken(model: nn.Module) -> Taken | None:
-    """How often FP8 has been allowed in `model` so far; None where nobody watches it."""
+    """How often FP8 has been taken in `model` so far; None where nobody watches it."""
     return _TAKEN.get(model)
 
 
-def _quiet() -> bool:
-    """Whether nothing can be read from the GPU now, or there will be no gradients."""
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return True
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+def _unreadable() -> bool:
+    """Whether nothing can be read from the GPU now."""
+    return torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 
 
 def look(model: nn.Module, _: Any = None) -> None:
     """Decide for all layers of `model`, as their factors are now."""
-    if _quiet() or not model.training:
+    if _unreadable() or not torch.is_grad_enabled():
         return
-    asked, bounds = [], []
-    for layer in model.modules():
-        if getattr(layer, "kernels", None) != "fp8":
-            continue
+    layers = [layer for layer in model.modules() if getattr(layer, "kernels", None) == "fp8"]
+    for layer in layers:
         _ALLOWED.pop(layer, None)
-        adapter = layer._only_adapter()
-        if adapter is None or layer.why_no_kernels() is not None or layer.in_features % MULTIPLE:
-            continue
-        if layer.delta_map(adapter).activation.name == "identity":  # LoRA's gradients, which have no other part
-            continue
-        asked.append((layer, adapter))
-        bounds.append(_largest(*layer.factors(adapter)).to(bounds[0].device if bounds else None))
-    if not asked:
+    if not model.training:
         return
+    asking = [(layer, adapter, layer.factors(adapter)) for layer, adapter in map(_adapter_of, layers) if adapter]
+    able = {
+        device: why_no_fp8(device) is None for device in {A.device for _, _, (A, _) in asking}
+    }  # a model may have moved
+    asking = [one for one in asking if able[one[2][0].device]]
     count = _TAKEN.setdefault(model, Taken())
-    for (layer, adapter), bound in zip(asked, torch.stack(bounds).tolist(), strict=True):
+    count.asked += len(asking)
+    for (layer, adapter, pair), largest in zip(asking, _largest([pair for *_, pair in asking]), strict=True):
         config = layer.configs[adapter]
         spread = (
             1 - config.dropout if config.dropout_form == "features" else 1.0
         )  # what is kept of A is divided by this
-        count.asked += 1
-        if slope_beyond_zero_bound(layer.delta_map(adapter), SLACK * bound / spread) <= LIMIT:
+        if slope_beyond_zero_bound(layer.delta_map(adapter), SLACK * largest / spread) <= LIMIT:
             count.allowed += 1
-            _ALLOWED[layer] = _versions(layer, adapter)
+            _ALLOWED[layer] = _which(adapter, *pair), count
+
+
+def _adapter_of(layer: Any) -> tuple[Any, str | None]:
+    """The layer's one active adapter, if it can take FP8 where it takes kernels: the identity has LoRA's gradients."""
+    adapter = layer._only_adapter()
+    able = adapter and getattr(layer.configs[adapter], "activation", None) != "identity" and layer.in_features % MULTIPLE == 0
+    return layer, adapter if able else None
 
 
 @torch.no_grad()
-def _largest(A: Tensor, B: Tensor) -> Tensor:
-    """A bound on all |(BA)_ij|: the largest column of A times the largest row of B."""
-    return torch.linalg.vector_norm(A, dim=0).amax() * torch.linalg.vector_norm(B, dim=1).amax()
+def _largest(pairs: list[tuple[Tensor, Tensor]]) -> list[float]:
+    """For each (A, B) a bound on all |(BA)_ij|: the largest column of A times the largest row of B.
+
+    Factors of one shape are taken together: a launch a layer would take longer than the layers' norms.
+    """
+    sizes = [[0.0, 0.0] for _ in pairs]
+    groups: dict[tuple, list[tuple[int, int]]] = {}
+    for number, pair in enumerate(pairs):
+        for side, factor in enumerate(pair):
+            groups.setdefault((side, factor.shape, factor.dtype, factor.device), []).append((number, side))
+    found = []
+    for (side, *_), members in groups.items():
+        stacked = torch.stack([pairs[number][side] for number, side in members])
+        found.append(torch.linalg.vector_norm(stacked, dim=1 + side).amax(1))
+    for members, values in zip(groups.values(), [norms.tolist() for norms in found], strict=True):
+        for (number, side), value in zip(members, values, strict=True):
+            sizes[number][side] = value
+    return [of_A * of_B for of_A, of_B in sizes]
 
 
-def _versions(layer: Any, adapter: str) -> tuple[int, int]:
-    A, B = layer.factors(adapter)
-    return A._version, B._version
+def _which(adapter: str, A: Tensor, B: Tensor) -> tuple:
+    return adapter, id(A), id(B), A._version, B._version
 
 
-def allows(layer: Any, adapter: str) -> bool:
-    """Whether this pass of `layer` may take G from FP8."""
-    if layer.kernels != "fp8" or _quiet():
-        return False
-    return _ALLOWED.get(layer) == _versions(layer, adapter)
+def allowed(layer: Any, adapter: str) -> Taken | None:
+    """Who counts the products in FP8 of this pass of `layer`, which takes kernels; None where it takes no FP8."""
+    if layer.kernels != "fp8" or _unreadable() or (found := _ALLOWED.get(layer)) is None:
+        return None
+    which, count = found
+    return count if which == _which(adapter, *layer.factors(adapter)) else None

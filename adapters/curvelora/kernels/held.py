@@ -25,15 +25,14 @@ class Held(torch.autograd.Function):
         ctx.unpacked = None
         ctx.pending = None  # dL/dx so far, of those layers below that have had their turn
         ctx.task = None  # the backward pass that `pending` belongs to; one for the factors alone, or broken off, ends elsewhere
-        ctx.codes = {}  # of `first` in FP8, once a layer below has asked for them
+        ctx.codes = None  # of `first` in FP8, once a layer below has made them
         ctx.walked = False  # whether a backward pass has been here: what was saved may be gone
         return first.view_as(first)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """The gradient of `first` as it comes; the others get theirs from the function that took it."""
-        ctx.unpacked = ctx.pending = None
-        ctx.codes = {}
+        ctx.unpacked = ctx.pending = ctx.codes = None
         ctx.walked = True
         return grad, *(None for _ in ctx.needs_input_grad[1:])
 

@@ -116,7 +116,7 @@ class _Merged(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, A: Tensor, B: Tensor, bias: Tensor | None, base: list[Tensor], fields: tuple, fp8: bool
+        ctx: Any, x: Tensor, A: Tensor, B: Tensor, bias: Tensor | None, base: list[Tensor], fields: tuple, fp8: Any
     ) -> Tensor:
         ctx.input, ctx.factors, ctx.base, ctx.fields, ctx.fp8 = x.grad_fn, Factors(A, B), base, fields, fp8
         product = _product_operator if is_watched() else _product
@@ -133,8 +133,8 @@ class _Merged(torch.autograd.Function):
             if needs_x:
                 grad_x = add_product(ctx.input, g, _weight(A, B, ctx.base, *ctx.fields), x.shape)
             if any(needs):
-                x2, known = x.reshape(-1, A.shape[1]), ctx.input.codes if ctx.fp8 else None
-                grad_A, grad_B = gradients_of_factors(g, x2, A, B, delta_map_of(*ctx.fields), known)
+                x2 = x.reshape(-1, A.shape[1])
+                grad_A, grad_B = gradients_of_factors(g, x2, A, B, delta_map_of(*ctx.fields), ctx.fp8, ctx.input)
         return grad_x, grad_A, grad_B, None, None, None, None
 
 
@@ -145,7 +145,7 @@ def merged_linear(
     bias: Tensor | None,
     base: list[Tensor],
     delta_map: DeltaMap,
-    fp8: bool = False,
+    fp8: Any = None,
 ) -> Tensor:
     """x (W0 + s f(BA))^T + bias: (..., d_out), bf16, differentiable in x, A and B.
 
@@ -155,7 +155,7 @@ def merged_linear(
         bias: (d_out,), bf16, or None; frozen.
         base: the NF4 weight, from `nf4.codes_of`.
         delta_map: with an `Activation` whose kernel exists (`curves.NAMES`).
-        fp8: G of the gradients beyond f'(0) is from FP8, not in a graph of torch.compile: see `fp8_gate`.
+        fp8: from `fp8_gate.allowed`, or None.
     """
     fields = map_fields(delta_map)
     if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and x.requires_grad and A.requires_grad):

@@ -171,7 +171,7 @@ class _Separate(torch.autograd.Function):
         base: list[Tensor],
         p: float,
         fields: tuple,
-        fp8: bool,
+        fp8: Any,
     ) -> Tensor:
         ctx.input, ctx.factors, ctx.base, ctx.p = x.grad_fn, Factors(A, B), base, p
         ctx.fields, ctx.fp8 = fields, fp8
@@ -192,8 +192,8 @@ class _Separate(torch.autograd.Function):
                 _add_update_product(ctx.input.pending, g, seed, A, B, ctx.p, ctx.fields)
             if any(needs):
                 z = dropped(x2, seed, ctx.p) if ctx.p else x2
-                known = ({} if ctx.p else ctx.input.codes) if ctx.fp8 else None
-                grad_A, grad_B = gradients_of_factors(g, z, A, B, delta_map_of(*ctx.fields), known)
+                node = None if ctx.p else ctx.input
+                grad_A, grad_B = gradients_of_factors(g, z, A, B, delta_map_of(*ctx.fields), ctx.fp8, node)
         return grad_x, grad_A, grad_B, None, None, None, None, None, None
 
 
@@ -205,7 +205,7 @@ def separate_linear(
     base: list[Tensor],
     delta_map: DeltaMap,
     p: float = 0.0,
-    fp8: bool = False,
+    fp8: Any = None,
 ) -> Tensor:
     """x W0^T + bias + drop(x) (s f(BA))^T: (..., d_out), bf16, differentiable in x, A and B.
 
@@ -216,7 +216,7 @@ def separate_linear(
         base: [W0] in bf16, or the NF4 weight from `nf4.codes_of`; frozen.
         delta_map: with an `Activation` whose kernel exists (`curves.NAMES`).
         p: the probability with which an entry of x is dropped, in [0, 1).
-        fp8: G of the gradients beyond f'(0) is from FP8, not in a graph of torch.compile: see `fp8_gate`.
+        fp8: from `fp8_gate.allowed`, or None.
     """
     fields = map_fields(delta_map)
     x = x.contiguous()  # entries are numbered by where they lie

@@ -31,7 +31,10 @@ def compiled(kernel, types, constants, arch, **options):
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else types[name] for name in names}
     source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()})
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options).metadata.shared
+    made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    if kernel is fp8._codes:
+        assert "div.full" not in made.asm["ptx"] and "div.rn" in made.asm["ptx"], "codes would not be those of IEEE's division"
+    return made.metadata.shared
 
 
 def shared(kernel, name, rank, arch, _):

@@ -2,7 +2,7 @@
 
 A small model on a large GPU spends its time in Python. Recorded, a step costs what the GPU needs. What is recorded is the same
 code, kernel by kernel, so results are those of the plain step; only batches of one shape can be replayed, so this serves causal
-language models in batches of fixed length.
+language models in batches of fixed length. Arms with FP8, which is decided anew in each step, are not recorded.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def start_trial(ground: Ground, arm: Arm, seed: int) -> tuple[Trial, Callable[[B
     """A new trial, its step recorded unless that was not wanted or cannot be done, and how its batches must be prepared."""
     trial, settings = ground.trial(arm, seed), ground.settings
     alone = ground.device.is_gpu and not torch.distributed.is_initialized()
-    if not settings.recorded or not alone or settings.checkpointing or "CausalLM" not in type(ground.base).__name__:
+    if not settings.recorded or not alone or arm.fp8 or settings.checkpointing or "CausalLM" not in type(ground.base).__name__:
         return trial, lambda batch: batch
     prepare = partial(of_fixed_length, length=settings.length, pad_id=ground.base.config.pad_token_id or 0)
     try:
