@@ -227,7 +227,7 @@ def test_switched_off_and_on(device: torch.device, kernels_mode: Mode) -> None:
     assert use_kernels(model) == (2, {}) and fused(model, x) == 2
     kernels_mode("off")
     assert use_kernels(model) == (0, {"CURVELORA_KERNELS=off": 2}) and fused(model, x) == 0
-    with pytest.raises(UserError, match=r"kernels 'of' is not known.*off.*write auto or off"):
+    with pytest.raises(UserError, match=r"kernels 'of' is not known.*off.*write auto, off, fp8"):
         use_kernels(model, "of")
 
 
