@@ -23,6 +23,7 @@ def run_demo(root: Path, out: Path, *overrides: str) -> str:
     return done.stdout
 
 
+@pytest.mark.timeout(1260)  # five minutes beside another process on two cores
 def test_the_demo_shortened(root: Path, tmp_path: Path) -> None:
     """Every arm runs, the table has them all, and the two LoRAN arms differ as the README says."""
     printed = run_demo(root, tmp_path, "data.train.limit=192", "training.epochs=1", "data.test.limit=64")
