@@ -14,7 +14,7 @@ import pytest
 from curvelora_training.bench import kernels_command, profile_command, step_command
 from curvelora_training.bench.arms import parse_arms
 from curvelora_training.bench.performance_table import KEPT, LARGE, PROFILE, STEP, performance_table, profile_table
-from curvelora_training.bench.profile import KINDS, kind_of
+from curvelora_training.bench.profile import KINDS, idle_of, kind_of
 
 COMMANDS = {"step": step_command, "profile": profile_command, "kernels": kernels_command}
 
@@ -84,3 +84,29 @@ def test_its_commands_are_accepted(page: str) -> None:
 def test_kernels_are_sorted_by_their_names(name: str, kind: str) -> None:
     assert kind_of(name) == kind
     assert kind in {*KINDS, "other"}
+
+
+def test_gaps_between_kernels() -> None:
+    """Two steps; kernels that overlap on two streams, one inside of another, and in any order."""
+    ran = [
+        (0, 10, "a"),
+        (12, 40, "b"),
+        (14, 20, "inside of b"),
+        (39, 60, "overlaps b"),
+        (160, 170, "c"),
+        (170, 180, "d"),
+    ]
+    found = idle_of([*reversed(ran), (5180, 5200, "e")], steps=2)
+    assert found["milliseconds"] == pytest.approx((2 + 100 + 5000) / 1e3 / 2)
+    assert {word: (gap["count"], round(gap["milliseconds"], 6)) for word, gap in found["gaps"].items()} == {
+        "below 5 us": (0.5, 0.001),
+        "5 to 50 us": (0, 0),
+        "50 us to 1 ms": (0.5, 0.05),
+        "1 ms and more": (0.5, 2.5),
+    }
+    assert found["longest"] == [
+        {"milliseconds": 5.0, "after": "d", "before": "e"},
+        {"milliseconds": 0.1, "after": "overlaps b", "before": "c"},
+        {"milliseconds": 0.002, "after": "a", "before": "b"},
+    ]
+    assert idle_of([], 1)["milliseconds"] == 0

@@ -28,6 +28,8 @@ KINDS = {
     "copies and fills": r"[mM]emcpy|[mM]emset|[cC]opy|[fF]ill",
     "elementwise and reductions": r"elementwise|reduce|softmax|index|cat|embedding",
 }
+# lengths of gaps between kernels, microseconds
+GAPS = (("below 5 us", 0, 5), ("5 to 50 us", 5, 50), ("50 us to 1 ms", 50, 1000), ("1 ms and more", 1000, float("inf")))
 
 
 def measure_profile(
@@ -76,8 +78,10 @@ def measure_profile(
 
 def _summary(profiler: profile, steps: int) -> dict[str, Any]:
     kernels: dict[str, list[float]] = {}
+    ran = []
     for event in profiler.events():
         if event.device_type == DeviceType.CUDA:
+            ran.append((event.time_range.start, event.time_range.end, event.name[:200]))
             found = kernels.setdefault(event.name, [0.0, 0])
             found[0] += event.device_time_total / 1e3 / steps
             found[1] += 1 / steps
@@ -88,8 +92,44 @@ def _summary(profiler: profile, steps: int) -> dict[str, Any]:
     ranked = sorted(kernels.items(), key=lambda item: -item[1][0])
     return {
         "busy_milliseconds": sum(ms for ms, _ in kernels.values()),
+        "idle": idle_of(ran, steps),
         "kinds": dict(sorted(kinds.items(), key=lambda item: -item[1])),
         "kernels": [{"name": name[:200], "milliseconds": ms, "calls": calls} for name, (ms, calls) in ranked[:60]],
+    }
+
+
+def idle_of(ran: list[tuple[float, float, str]], steps: int) -> dict[str, Any]:
+    """Where a GPU had nothing to run between its first kernel and its last.
+
+    Short gaps are what one kernel takes to follow another; in long ones it waited for the host.
+
+    Args:
+        ran: (start, end, name) of every kernel, in microseconds, in any order.
+        steps: how many steps they are of.
+
+    Returns:
+        milliseconds: a step, of all gaps.
+        gaps: length -> {"count", "milliseconds"} a step.
+        longest: the twelve longest of all steps, each with its milliseconds and the kernels after and before it.
+    """
+    gaps = []
+    end, last = None, ""
+    for start, stop, name in sorted(ran):
+        if end is not None and start > end:
+            gaps.append((start - end, last, name))
+        if end is None or stop > end:
+            end, last = stop, name
+    table = {}
+    for word, low, high in GAPS:
+        found = [length for length, *_ in gaps if low <= length < high]
+        table[word] = {"count": len(found) / steps, "milliseconds": sum(found) / 1e3 / steps}
+    longest = sorted(gaps, key=lambda gap: -gap[0])[:12]
+    return {
+        "milliseconds": sum(length for length, *_ in gaps) / 1e3 / steps,
+        "gaps": table,
+        "longest": [
+            {"milliseconds": length / 1e3, "after": after, "before": before} for length, after, before in longest
+        ],
     }
 
 
@@ -101,6 +141,7 @@ def kind_of(name: str) -> str:
 def kinds_table(arm: dict[str, Any]) -> str:
     """The kinds of one arm, in Markdown, the longest first."""
     rows = [f"| {kind} | {ms:.1f} |" for kind, ms in arm["kinds"].items()]
-    return "\n".join(
-        ["| kernels | ms a step |", "|---|---:|", *rows, f"| **all** | **{arm['busy_milliseconds']:.1f}** |"]
-    )
+    rows.append(f"| **all** | **{arm['busy_milliseconds']:.1f}** |")
+    for word, gaps in arm["idle"]["gaps"].items():
+        rows.append(f"| idle, {gaps['count']:.0f} gaps {word} | {gaps['milliseconds']:.1f} |")
+    return "\n".join(["| kernels | ms a step |", "|---|---:|", *rows])
