@@ -280,6 +280,11 @@ def test_damaged_files_are_user_errors(tmp_path, file, content, said):
     assert not (tmp_path / "out").exists()
 
 
+def test_scores_of_named_tasks_are_shown_elsewhere(root):
+    with pytest.raises(UserError, match=r"scores has scores of named tasks.*summary\.md.*curvelora compare"):
+        load_runs([root / "docs/results/evaluation/minilm/scores"])
+
+
 def test_missing_folders_are_user_errors(tmp_path):
     with pytest.raises(UserError, match=r"the run folder .*nowhere does not exist"):
         load_runs([tmp_path / "nowhere"])

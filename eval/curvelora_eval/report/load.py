@@ -90,6 +90,11 @@ def load_run(folder: Path) -> Run:
     """Read one run folder. Raises UserError as `load_runs` does."""
     if not folder.is_dir():
         raise _user_error(f"the run folder {folder} does not exist")
+    if not (folder / "result.json").is_file() and (folder / "summary.json").is_file():
+        raise _user_error(
+            f"{folder} has scores of named tasks and no training run: summary.md in it is their table, and "
+            "`curvelora compare` says what two folders of them tell apart"
+        )
     if not (folder / "result.json").is_file():
         raise _user_error(f"{folder} has no result.json; name a folder that a training run has written")
     result = _read_object(folder / "result.json")
