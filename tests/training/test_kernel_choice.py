@@ -186,7 +186,7 @@ def test_liger_that_is_not_installed_is_said_with_the_other_errors(
         ({}, None),
         ({"capability": (8, 9)}, None),
         ({"capability": (8, 6)}, r"a GPU of capability 8\.6 has no FP8, which needs 8\.9"),
-        ({"capability": None}, "there are no kernels on a CPU"),
+        ({"capability": None}, "there are no kernels: on a CPU"),
         ({"mode": "off"}, "CURVELORA_KERNELS=off leaves kernels out"),
         ({"triton": "Triton is not installed"}, "Triton is not installed"),
         ({"shared": True}, "where DeepSpeed gathers the base by modules or FSDP2 shares it"),

@@ -58,10 +58,9 @@ class Taken:
     products: int = 0
 
 
-_ALLOWED: WeakKeyDictionary[nn.Module, tuple[tuple, Taken]] = (
-    WeakKeyDictionary()
-)  # layer -> which factors, and who counts
-_TAKEN: WeakKeyDictionary[nn.Module, Taken] = WeakKeyDictionary()  # model
+# layer -> which factors, and who counts; model -> who counts
+_ALLOWED: WeakKeyDictionary[nn.Module, tuple[tuple, Taken]] = WeakKeyDictionary()
+_TAKEN: WeakKeyDictionary[nn.Module, Taken] = WeakKeyDictionary()
 
 
 def slope_beyond_zero_bound(delta_map: DeltaMap, largest: float) -> float:
@@ -82,7 +81,7 @@ def why_no_fp8(device: torch.device) -> str | None:
     if environment_mode() == "off":
         return f"{ENVIRONMENT}=off leaves kernels out"
     if (reason := why_nowhere(device)) is not None:
-        return f"there are no kernels {reason}"
+        return f"there are no kernels: {reason}"
     if device.type == "cpu" or torch.cuda.get_device_capability(device) >= NEEDED:
         return None
     major, minor = torch.cuda.get_device_capability(device)
@@ -130,17 +129,15 @@ def look(model: nn.Module, _: Any = None) -> None:
     if not model.training:
         return
     asking = [(layer, adapter, layer.factors(adapter)) for layer, adapter in map(_adapter_of, layers) if adapter]
-    able = {
-        device: why_no_fp8(device) is None for device in {A.device for _, _, (A, _) in asking}
-    }  # a model may have moved
+    # a model may have moved since `watch`
+    able = {device: why_no_fp8(device) is None for device in {A.device for _, _, (A, _) in asking}}
     asking = [one for one in asking if able[one[2][0].device]]
     count = _TAKEN.setdefault(model, Taken())
     count.asked += len(asking)
     for (layer, adapter, pair), largest in zip(asking, _largest([pair for *_, pair in asking]), strict=True):
         config = layer.configs[adapter]
-        spread = (
-            1 - config.dropout if config.dropout_form == "features" else 1.0
-        )  # what is kept of A is divided by this
+        # what is kept of A is divided by this
+        spread = 1 - config.dropout if config.dropout_form == "features" else 1.0
         if slope_beyond_zero_bound(layer.delta_map(adapter), SLACK * largest / spread) <= LIMIT:
             count.allowed += 1
             _ALLOWED[layer] = _which(adapter, *pair), count
@@ -149,7 +146,11 @@ def look(model: nn.Module, _: Any = None) -> None:
 def _adapter_of(layer: Any) -> tuple[Any, str | None]:
     """The layer's one active adapter, if it can take FP8 where it takes kernels: the identity has LoRA's gradients."""
     adapter = layer._only_adapter()
-    able = adapter and getattr(layer.configs[adapter], "activation", None) != "identity" and layer.in_features % MULTIPLE == 0
+    able = (
+        adapter
+        and getattr(layer.configs[adapter], "activation", None) != "identity"
+        and layer.in_features % MULTIPLE == 0
+    )
     return layer, adapter if able else None
 
 
