@@ -14,7 +14,7 @@ help:
 	@echo "make demo       LoRAN, RanLoRA and AuroRA against QLoRA on real sentences (runs/demo/report.html)"
 	@echo "make lab        what Sinter costs, whether it is stable and whether it is there (runs/lab/report.html)"
 	@echo "make test       the test suite (about 15 minutes on 2 cores)"
-	@echo "make test-slow  the tests that take minutes each"
+	@echo "make test-slow  the tests that take minutes each (SLICE=1/4: a quarter of them)"
 	@echo "make test-data DATA=D   every row of the whole data sets below D, in the layout of docs/tasks.md (half a minute)"
 	@echo "make test-slurm the job script on a SLURM of three nodes, which it installs and starts; root, Debian (4 minutes)"
 	@echo "make test-slurm-all   the same, with everything that can happen to a job"
@@ -39,7 +39,7 @@ test: $(STAMP)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not gpu and not slurm and not slow"
 
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -m "slow and not gpu and not slurm"
+	$(BIN)/python -m pytest -m "slow and not gpu and not slurm" $(if $(SLICE),--slice $(SLICE))
 
 test-data: $(STAMP)
 	@test -d "$(DATA)" || { echo "error: say DATA=D with the folder that holds the tasks' data (layout: docs/tasks.md)"; exit 1; }

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from slices import parse_slice, taken
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: kernels then run on this CPU
@@ -23,7 +24,8 @@ LONG = {"zero", "faults", "resume_processes", "training", "launch", "docs", "dem
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Options of tests/matrix; pytest reads them from this file only."""
+    """Options of tests/matrix, which pytest reads from this file only, and of parts of a run."""
+    parser.addoption("--slice", type=parse_slice, metavar="K/N", help="of the chosen tests every N-th, from the K-th on")
     group = parser.getgroup("matrix")
     group.addoption("--matrix-device", default="cpu", help="device on which tests/matrix runs")
     group.addoption("--record-matrix", type=Path, metavar="PATH", help="write the matrix page (Markdown) after the run")
@@ -34,7 +36,13 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError("--record-matrix needs all cells in one process: leave out -n")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(trylast=True)  # after markers have chosen
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if (part := config.getoption("--slice")) is not None:
+        chosen = taken(items, part)
+        left = set(map(id, chosen))
+        config.hook.pytest_deselected(items=[item for item in items if id(item) not in left])
+        items[:] = chosen
     if "PYTEST_XDIST_WORKER" in os.environ:
         items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in LONG)
 
