@@ -13,7 +13,7 @@ export HF_HUB_OFFLINE = 1
 help:
 	@echo "make demo       LoRAN, RanLoRA and AuroRA against QLoRA on real sentences (runs/demo/report.html)"
 	@echo "make lab        what Sinter costs, whether it is stable and whether it is there (runs/lab/report.html)"
-	@echo "make test       the test suite (about 15 minutes on 2 cores)"
+	@echo "make test       the test suite (about 17 minutes on 2 cores)"
 	@echo "make test-slow  the tests that take minutes each (SLICE=1/4: a quarter of them)"
 	@echo "make test-data DATA=D   every row of the whole data sets below D, in the layout of docs/tasks.md (half a minute)"
 	@echo "make test-slurm the job script on a SLURM of three nodes, which it installs and starts; root, Debian (4 minutes)"

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from curvelora_eval.bf16_on_cpu import slow_here
 
+CPUINFO = Path("/proc/cpuinfo")
 PRELUDE = """
 import warnings
 warnings.simplefilter("error")
@@ -127,7 +130,12 @@ def test_a_base_in_bf16_asks_for_it_where_it_is_slow(monkeypatch: pytest.MonkeyP
         model.device = torch.device(device)
         models.fill_in(model, spec, Images())
         assert len(asked) == times, (slow, dtype, device)
-    assert slow_here() in (True, False)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64" or not CPUINFO.is_file(), reason="reads the flags of Linux on x86")
+def test_slow_is_a_cpu_without_avx_512() -> None:
+    flags = set(CPUINFO.read_text(encoding="ascii", errors="replace").split())
+    assert slow_here() is not ({"avx512bw", "avx512vl", "avx512dq"} <= flags)
 
 
 class Images:

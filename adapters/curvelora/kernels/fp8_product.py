@@ -10,8 +10,8 @@ entries beside large ones, entry by entry and before G is rounded to bf16,
 
 In the norm it is about 3.7 %, for the roundings do not agree. Small entries add SMALL (max |g| sum |x| + sum |g| max |x|) at
 most, with sums over tokens: a tenth of the above where largest entries are 2,900 times the mean ones and the sizes of g and x do
-not avoid each other. Sums go to fp32 registers on the way (`use_fast_accum=False`): those of the tensor cores have about 14 bits,
-too few for 8,192 tokens.
+not avoid each other. Sums go to fp32 registers on the way (`use_fast_accum=False`): those of the tensor cores have about 14 bits
+(arXiv 2412.19437, section 3.3.2), too few for 8,192 tokens.
 
 The linear part of the gradients is LoRA's, and is formed as LoRA forms it (`low_rank_gradients`), from bf16. `fp8_gate` bounds
 what is left. Tensor cores sum the second index of both operands, so both are written transposed, in one kernel that reads its

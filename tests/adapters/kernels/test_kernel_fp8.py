@@ -121,7 +121,7 @@ def test_small_entries_beside_large_ones_add_what_is_said(device: torch.device) 
     G = torch.empty(16, 16, dtype=torch.bfloat16, device=device)
     fp8_product.fp8_product(codes_of_columns(g), codes_of_columns(x), G)
     size = g.double().T @ x.double()
-    assert not G.any() and (size <= SMALL * (255 + g.double().sum(0))).all() and (size > ROUNDING * size).all()
+    assert not G.any() and (size <= SMALL * (255 + g.double().sum(0))).all()
 
 
 # --- when ---------------------------------------------------------------------------------------------------------------
