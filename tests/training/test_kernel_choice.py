@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,9 +17,12 @@ from curvelora.errors import UserError
 from curvelora.kernels import choice
 from curvelora_training import kernel_choice
 from curvelora_training.config import RecipeError, TrainingSpec, load_recipe
+from curvelora_training.distributed import gpus_elsewhere
 from curvelora_training.kernel_choice import check_fp8, choose_kernels
+from curvelora_training.launch.checks import as_in_job
+from curvelora_training.liger import check_liger
 from curvelora_training.prepare import load_and_prepare
-from liger_stub import install
+from liger_stub import has_gpu, install
 
 ADAPTERS = 4
 
@@ -245,3 +249,28 @@ def test_fp8_is_refused_with_the_other_errors_before_weights_are_read(
     with pytest.raises(RecipeError) as caught:
         load_and_prepare(write(language, **changes, **{"training.keep_best": True, "data.validation": None}), [])
     assert "training.kernels: fp8" in str(caught.value) and "training.keep_best" in str(caught.value)
+
+
+@pytest.mark.parametrize("gpus", [0, 8])
+def test_a_job_on_other_machines_needs_no_gpu_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: Any, gpus: int
+) -> None:
+    """`curvelora launch` on a login node: what its nodes have decides."""
+    install(tmp_path / "site", monkeypatch)
+    has_gpu(monkeypatch, False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    job = SimpleNamespace(world_size=max(gpus, 1), engine="ddp", gpus_per_node=gpus)
+    asks = (
+        lambda: check_fp8(LoranConfig(), "bfloat16", False),
+        lambda: check_liger(model.get_base_model()),
+    )
+    with as_in_job(job):
+        for ask, said in zip(asks, ("on a CPU", "needs a GPU"), strict=True):
+            if gpus:
+                ask()
+            else:
+                with pytest.raises(UserError, match=said):
+                    ask()
+        with pytest.raises(UserError, match="no bound on an f"):
+            check_fp8(LoranConfig(activation="relu"), "bfloat16", False)
+    assert not gpus_elsewhere()

@@ -23,6 +23,8 @@ from curvelora_training import fsdp
 from curvelora_training.config import TrainingSpec
 from curvelora_training.zero3 import BUCKETS, THRESHOLD, share_held, stage_of
 
+JOB_HAS_GPUS = "CURVELORA_JOB_HAS_GPUS"  # set while `curvelora launch` checks a recipe
+
 T = TypeVar("T")
 # How long processes wait for one that writes: a full model on a slow disk takes longer than a collective's usual ten minutes, and
 # one that has died is the launcher's business, which ends the others.
@@ -65,6 +67,11 @@ def rank() -> int:
 def world_size() -> int:
     """Number of processes; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def gpus_elsewhere() -> bool:
+    """Whether a recipe is checked for a job whose nodes have GPUs, perhaps on a machine without one."""
+    return bool(os.environ.get(JOB_HAS_GPUS))
 
 
 def accelerate_asks_for_deepspeed() -> bool:

@@ -10,19 +10,20 @@ from curvelora.kernels import use_kernels
 from curvelora.kernels.choice import environment_mode, why_no_triton
 from curvelora.methods.loran import LoranConfig
 from curvelora_training.config import TrainingSpec
+from curvelora_training.distributed import gpus_elsewhere
 from curvelora_training.liger import use_liger
 
 
 def check_fp8(config: PeftConfig, dtype: str, shared: bool) -> None:
-    """Raise `UserError` where `training.kernels: fp8` could act nowhere.
+    """Raise `UserError` where `training.kernels: fp8` could act nowhere. Of a job elsewhere the GPUs are not known.
 
     Args:
         config: the adapter's.
         dtype: of the base's products.
         shared: whether DeepSpeed gathers the base by modules or FSDP2 shares it: its layers take no kernels then.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    problem = why_no_triton(environment_mode())
+    elsewhere = gpus_elsewhere()
+    problem = None if elsewhere else why_no_triton(environment_mode())
     if not isinstance(config, LoranConfig):
         problem = f"it is for LoRAN's gradients, and {config.peft_type.value.lower()} has none of that kind"
     elif config.has_tensors or config.delta_map().activation.name in ("identity", "relu"):
@@ -31,10 +32,10 @@ def check_fp8(config: PeftConfig, dtype: str, shared: bool) -> None:
         problem = f"kernels multiply in bfloat16, and model.dtype is {dtype}"
     elif shared:
         problem = "no layer takes kernels where DeepSpeed gathers the base by modules or FSDP2 shares it (ZeRO-2 does neither)"
-    elif problem is None:
+    elif problem is None and not elsewhere:
         from curvelora.kernels.fp8_gate import why_no_fp8
 
-        problem = why_no_fp8(device)
+        problem = why_no_fp8(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     if problem is not None:
         raise UserError(f"training.kernels: fp8 would act nowhere: {problem}: write auto")
 

@@ -19,6 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from curvelora.errors import UserError
+from curvelora_training.distributed import gpus_elsewhere
 
 SILU = ("silu", "swish")
 
@@ -31,7 +32,7 @@ def check_liger(model: PreTrainedModel) -> None:
     """
     if importlib.util.find_spec("liger_kernel") is None:
         raise UserError("liger-kernel is not installed: pip install liger-kernel")
-    if not torch.cuda.is_available():
+    if not (torch.cuda.is_available() or gpus_elsewhere()):
         raise UserError("liger-kernel is written in Triton, which needs a GPU: leave it out here")
     try:
         known = _liger().MODEL_TYPE_TO_APPLY_LIGER_FN

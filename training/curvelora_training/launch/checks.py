@@ -16,6 +16,7 @@ from curvelora_eval.models import load_processor
 from curvelora_eval.spec import DataSpec, ModelSpec
 from curvelora_eval.tasks import make_task
 from curvelora_training.config import Recipe
+from curvelora_training.distributed import JOB_HAS_GPUS
 from curvelora_training.launch.cluster import default_partitions, partition_problems, partitions, slurm, state_of
 from curvelora_training.launch.engines import FSDP2
 from curvelora_training.launch.job import Job
@@ -132,8 +133,8 @@ def check_recipe(planned: Plan, resume: bool) -> str:
 
 @contextlib.contextmanager
 def as_in_job(job: Job) -> Iterator[None]:
-    """The variables by which checks see how many processes there will be, and under which engine."""
-    names = {"WORLD_SIZE": str(job.world_size), "RANK": "0"}
+    """The variables by which checks see how many processes there will be, under which engine, and whether on GPUs."""
+    names = {"WORLD_SIZE": str(job.world_size), "RANK": "0", JOB_HAS_GPUS: "1" if job.gpus_per_node else ""}
     if job.engine == FSDP2:
         names |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
     before = {name: os.environ.get(name) for name in names}
