@@ -27,6 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from curvelora.kernels import curves
+from curvelora.kernels.fp8_gate import Taken
 from curvelora.kernels.fp8_product import codes_of_columns, fp8_product
 from curvelora.kernels.merged_weight import Tile, padded_rank, scales_of
 from curvelora.kernels.portable import cdiv, dot, split, split_product, to_bf16
@@ -129,7 +130,7 @@ def low_rank_gradients(g: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float)
 
 
 def gradients_of_factors(
-    g: Tensor, x: Tensor, A: Tensor, B: Tensor, delta_map: DeltaMap, fp8: Any = None, node: Any = None
+    g: Tensor, x: Tensor, A: Tensor, B: Tensor, delta_map: DeltaMap, fp8: Taken | None = None, node: Any = None
 ) -> tuple[Tensor, Tensor]:
     """(dL/dA, dL/dB), fp32; G is in the workspace.
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from curvelora.kernels.factor_gradients import gradients_of_factors
+from curvelora.kernels.fp8_gate import Taken
 from curvelora.kernels.held import (
     Factors,
     add_product,
@@ -116,7 +117,14 @@ class _Merged(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, A: Tensor, B: Tensor, bias: Tensor | None, base: list[Tensor], fields: tuple, fp8: Any
+        ctx: Any,
+        x: Tensor,
+        A: Tensor,
+        B: Tensor,
+        bias: Tensor | None,
+        base: list[Tensor],
+        fields: tuple,
+        fp8: Taken | None,
     ) -> Tensor:
         ctx.input, ctx.factors, ctx.base, ctx.fields, ctx.fp8 = x.grad_fn, Factors(A, B), base, fields, fp8
         product = _product_operator if is_watched() else _product
@@ -145,7 +153,7 @@ def merged_linear(
     bias: Tensor | None,
     base: list[Tensor],
     delta_map: DeltaMap,
-    fp8: Any = None,
+    fp8: Taken | None = None,
 ) -> Tensor:
     """x (W0 + s f(BA))^T + bias: (..., d_out), bf16, differentiable in x, A and B.
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from curvelora.kernels import nf4
 from curvelora.kernels.dropout import add_dropped_, dropped, new_seed
 from curvelora.kernels.factor_gradients import gradients_of_factors
+from curvelora.kernels.fp8_gate import Taken
 from curvelora.kernels.held import (
     Factors,
     add_product,
@@ -171,7 +172,7 @@ class _Separate(torch.autograd.Function):
         base: list[Tensor],
         p: float,
         fields: tuple,
-        fp8: Any,
+        fp8: Taken | None,
     ) -> Tensor:
         ctx.input, ctx.factors, ctx.base, ctx.p = x.grad_fn, Factors(A, B), base, p
         ctx.fields, ctx.fp8 = fields, fp8
@@ -205,7 +206,7 @@ def separate_linear(
     base: list[Tensor],
     delta_map: DeltaMap,
     p: float = 0.0,
-    fp8: Any = None,
+    fp8: Taken | None = None,
 ) -> Tensor:
     """x W0^T + bias + drop(x) (s f(BA))^T: (..., d_out), bf16, differentiable in x, A and B.
 
