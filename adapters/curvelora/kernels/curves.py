@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from curvelora.activations import SWISH_BETA
-from curvelora.kernels.portable import sin_cos_of_multiple
+from curvelora.kernels.portable import sin_cos
 
 BETA = tl.constexpr(SWISH_BETA)
 NAMES = ("identity", "sinter", "tanh", "sigmoid", "relu", "silu", "swish", "cos", "gaussian")
@@ -38,10 +38,10 @@ def tanh(u):
 def value(u, NAME: tl.constexpr, amplitude, frequency):
     """f(u), fp32."""
     if NAME == "sinter":
-        sine, _ = sin_cos_of_multiple(u, frequency)
+        sine, _ = sin_cos(u * frequency)
         return u + amplitude * u * sine
     elif NAME == "cos":
-        _, cosine = sin_cos_of_multiple(u, frequency)
+        _, cosine = sin_cos(u * frequency)
         return u + u * cosine
     elif NAME == "tanh":
         return tanh(u)
@@ -64,10 +64,10 @@ def value(u, NAME: tl.constexpr, amplitude, frequency):
 def slope_beyond_zero(u, NAME: tl.constexpr, amplitude, frequency):
     """f'(u) - f'(0), fp32."""
     if NAME == "sinter":
-        sine, cosine = sin_cos_of_multiple(u, frequency)
+        sine, cosine = sin_cos(u * frequency)
         return amplitude * (sine + frequency * u * cosine)
     elif NAME == "cos":
-        sine, cosine = sin_cos_of_multiple(u, frequency)
+        sine, cosine = sin_cos(u * frequency)
         return cosine - 1 - frequency * u * sine
     elif NAME == "tanh":
         y = tanh(u)

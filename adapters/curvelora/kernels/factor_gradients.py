@@ -3,11 +3,11 @@
     M = G * s f'(u)    dL/dB = M A^T    dL/dA = B^T M          G: (d_out, d_in) bf16   M is never formed
 
 f' = f'(0) + e(u). The tensor cores multiply bf16, and M rounded to bf16 would lose an e of the size of bf16's half unit, 2^-9:
-Sinter's at its published setting. So G f'(0) and G e(u) are rounded on their own and summed in fp32:
+Sinter's at its published setting. So G, which is bf16 already, and G e(u) / f'(0) are multiplied on their own and summed in fp32:
 
-    dL/dB = s (f'(0) G + round(G e(u))) A^T
+    dL/dB = s f'(0) (G + round(G e(u) / f'(0))) A^T        or s round(G e(u)) A^T where f'(0) = 0
 
-and f'(0), a power of two or zero for every f here, scales G without rounding. u is formed to 2^-16 (`split_product`).
+u is formed to 2^-16 (`split_product`).
 
 A program keeps the columns of dL/dA that belong to its columns of G in registers and walks over rows; what its tiles add to
 dL/dB goes to memory and is summed afterwards, so there are no atomics and the sums have one order. Traffic: G once (2 bytes an
@@ -34,8 +34,8 @@ from curvelora.kernels.portable import cdiv, dot, split, split_product, to_bf16
 from curvelora.kernels.workspace import workspace
 from curvelora.layers.dense_delta import DeltaMap
 
-# rows and columns of a tile, programs to aim at, warps, stages (`curvelora bench kernels`, H100)
-TILE = (32, 128, 264, 4, 2)
+# rows and columns of a tile, programs to aim at, warps, stages (`curvelora bench kernels`, H200)
+TILE = (64, 128, 264, 4, 2)
 # at twice the rank that would take more than the 99 KiB of shared memory that every GPU has
 WIDE_TILE = (32, 64, 264, 4, 1)
 
@@ -50,15 +50,8 @@ def tile_for(rank: int) -> Tile:
 
 
 @triton.jit
-def _slopes(G, u, inner, at_zero, amplitude, frequency, NAME: tl.constexpr):
-    """G f'(0) and G (f'(u) - f'(0)), each rounded to bf16."""
-    linear = to_bf16(G * at_zero)
-    return linear, to_bf16(G * curves.slope_beyond_zero(u * inner, NAME, amplitude, frequency))
-
-
-@triton.jit
 def _gradients(
-    out_A, out_B, G, A, B, d_out, d_in, rank, span, factor, inner, at_zero, amplitude, frequency,
+    out_A, out_B, G, A, B, d_out, d_in, rank, span, factor, inner, inverse, amplitude, frequency,
     NAME: tl.constexpr, LINEAR: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -74,15 +67,16 @@ def _gradients(
         inside = (rows < d_out)[:, None]
         of_B = rows[:, None] * rank + ranks[None, :]
         b_high, b_low = split(tl.load(B + of_B, inside & of_rank[None, :], other=0.0))
-        g = tl.load(G + rows[:, None] * d_in + columns[None, :], inside & there, other=0.0).to(tl.float32)
+        g = tl.load(G + rows[:, None] * d_in + columns[None, :], inside & there, other=0.0)
         u = split_product(b_high, b_low, a_high, a_low, tl.zeros((ROWS, COLUMNS), tl.float32))
-        linear, beyond = _slopes(g, u, inner, at_zero, amplitude, frequency, NAME)
+        slope = curves.slope_beyond_zero(u * inner, NAME, amplitude, frequency)
+        beyond = to_bf16(g.to(tl.float32) * (inverse * slope))
         b_transposed = tl.trans(b_high)
-        sums = dot(b_transposed, beyond, sums)
         part = dot(beyond, a_transposed, tl.zeros((ROWS, RANK), tl.float32))
+        sums = dot(b_transposed, beyond, sums)
         if LINEAR:
-            sums = dot(b_transposed, linear, sums)
-            part = dot(linear, a_transposed, part)
+            sums = dot(b_transposed, g, sums)
+            part = dot(g, a_transposed, part)
         tl.store(out_B + tl.program_id(0) * d_out * rank + of_B, factor * part, inside & of_rank[None, :])
     at = tl.program_id(1) * rank * d_in + ranks[:, None] * d_in + columns[None, :]
     tl.store(out_A + at, factor * sums, of_rank[:, None] & there)
@@ -103,6 +97,7 @@ def factor_gradients(
     (d_out, d_in), rank = G.shape, A.shape[0]
     rows, columns, programs, warps, stages = tile or tile_for(rank)
     A, B, f = A.contiguous(), B.contiguous(), delta_map.activation
+    at_zero = f.slope_at_zero or 1.0
     blocks = cdiv(d_in, columns)
     band = max(rows, PARTS // (blocks * rank) // rows * rows)
     of_A, of_B = torch.zeros_like(A), torch.empty_like(B)
@@ -113,8 +108,8 @@ def factor_gradients(
         parts_A = torch.empty((cdiv(height, span), rank, d_in), dtype=torch.float32, device=G.device)
         parts_B = torch.empty((blocks, height, rank), dtype=torch.float32, device=G.device)
         _gradients[(blocks, len(parts_A))](
-            parts_A, parts_B, G[here], A, B[here], height, d_in, rank, span, delta_map.scale, scales_of(delta_map)[1],
-            f.slope_at_zero, f.amplitude, f.frequency, f.name, linear and f.slope_at_zero != 0, padded_rank(rank), rows, columns,
+            parts_A, parts_B, G[here], A, B[here], height, d_in, rank, span, delta_map.scale * at_zero, scales_of(delta_map)[1],
+            1 / at_zero, f.amplitude, f.frequency, f.name, linear and f.slope_at_zero != 0, padded_rank(rank), rows, columns,
             num_warps=warps, num_stages=stages,
         )  # fmt: skip
         torch.sum(parts_B, 0, out=of_B[here])
@@ -122,11 +117,32 @@ def factor_gradients(
     return of_A, of_B
 
 
-def low_rank_gradients(g: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """LoRA's, in bf16 products as autograd would make them. g: (tokens, d_out), x: (tokens, d_in)."""
-    back = g @ B.to(g.dtype)
-    down = x @ A.to(x.dtype).T
-    return scale * (back.T @ x).float(), scale * (g.T @ down).float()
+def low_rank_gradients(
+    g: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, beyond: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """LoRA's, from products of bf16 as autograd would make them, but summed in fp32; added to `beyond`, if given.
+
+    Args:
+        g: (tokens, d_out), bf16.
+        x: (tokens, d_in), bf16.
+    """
+    of_A, of_B = beyond or (None, None)
+    back, down = g @ _scaled(B, scale, g.dtype), x @ _scaled(A, scale, x.dtype).T
+    return _fp32_product(back.T, x, of_A), _fp32_product(g.T, down, of_B)
+
+
+def _scaled(factor: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """scale * factor, rounded once: one kernel instead of two."""
+    return torch.mul(factor, scale, out=torch.empty_like(factor, dtype=dtype))
+
+
+def _fp32_product(a: Tensor, b: Tensor, sums: Tensor | None) -> Tensor:
+    """a b + sums in fp32, of bf16 matrices."""
+    if not a.is_cuda:  # where there is no such operator; products of bf16 numbers are exact in fp32
+        return a.float() @ b.float() if sums is None else torch.addmm(sums, a.float(), b.float())
+    if sums is None:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.addmm(sums, a, b, out_dtype=torch.float32)
 
 
 def gradients_of_factors(
@@ -151,9 +167,7 @@ def gradients_of_factors(
     fp8_product(codes_of_columns(g), codes, G)
     fp8.products += 1
     beyond = factor_gradients(G, A, B, delta_map, linear=False)
-    return tuple(
-        b.add_(part) for b, part in zip(beyond, low_rank_gradients(g, x, A, B, delta_map.slope_at_zero), strict=True)
-    )
+    return low_rank_gradients(g, x, A, B, delta_map.slope_at_zero, beyond)
 
 
 def factor_gradients_reference(G: Tensor, A: Tensor, B: Tensor, delta_map: DeltaMap) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ where that is no more:
 
 |u_ij| <= |B_i| |A_j| (Cauchy-Schwarz), so the largest row of B times the largest column of A bounds all u, and each f has a
 bound on e, written in `_BEYOND`. Sinter at its published setting passes until some |u| may reach 0.24. Nothing of e is
-skipped, however small. What is left to the data: `fp8_product` makes zeros of entries below 2^-19 of their column's largest one,
+skipped, however small. What is left to the data: `fp8_product` makes zeros of entries below 2^-18 of their column's largest one,
 and says what small entries add; g and x are not looked at.
 
 The bounds of all layers are read from the GPU at the start of each pass of the model in training: one wait a pass, since the
@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from curvelora.activations import SWISH_BETA, Activation
 from curvelora.errors import UserError
 from curvelora.kernels.choice import ENVIRONMENT, environment_mode, why_nowhere
+from curvelora.kernels.factor_norms import factor_norms
 from curvelora.kernels.fp8_product import MULTIPLE, ROUNDING
 from curvelora.layers.dense_delta import DeltaMap
 
@@ -58,9 +59,10 @@ class Taken:
     products: int = 0
 
 
-# layer -> which factors, and who counts; model -> who counts
+# layer -> which factors, and who counts; model -> who counts; model -> its layers, for which all modules would be looked at
 _ALLOWED: WeakKeyDictionary[nn.Module, tuple[tuple, Taken]] = WeakKeyDictionary()
 _TAKEN: WeakKeyDictionary[nn.Module, Taken] = WeakKeyDictionary()
+_LAYERS: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()
 
 
 def slope_beyond_zero_bound(delta_map: DeltaMap, largest: float) -> float:
@@ -89,7 +91,7 @@ def why_no_fp8(device: torch.device) -> str | None:
 
 
 def watch(model: nn.Module) -> None:
-    """Have every pass of `model` in training decide for its layers whose `kernels` is "fp8".
+    """Have every pass of `model` in training decide for its layers whose `kernels` is "fp8" by its first pass.
 
     Raises:
         UserError: it is where there are no products in FP8.
@@ -107,6 +109,7 @@ def unwatch(model: nn.Module) -> None:
     for key in [key for key, hook in model._forward_pre_hooks.items() if hook is look]:
         del model._forward_pre_hooks[key]
     _TAKEN.pop(model, None)
+    _LAYERS.pop(model, None)
 
 
 def taken(model: nn.Module) -> Taken | None:
@@ -123,12 +126,15 @@ def look(model: nn.Module, _: Any = None) -> None:
     """Decide for all layers of `model`, as their factors are now."""
     if _unreadable() or not torch.is_grad_enabled():
         return
-    layers = [layer for layer in model.modules() if getattr(layer, "kernels", None) == "fp8"]
+    if model not in _LAYERS:
+        _LAYERS[model] = [layer for layer in model.modules() if getattr(layer, "kernels", None) == "fp8"]
+    layers = [layer for layer in _LAYERS[model] if layer.kernels == "fp8"]
     for layer in layers:
         _ALLOWED.pop(layer, None)
     if not model.training:
         return
     asking = [(layer, adapter, layer.factors(adapter)) for layer, adapter in map(_adapter_of, layers) if adapter]
+    asking = [one for one in asking if all(factor.dtype == torch.float32 for factor in one[2])]
     # a model may have moved since `watch`
     able = {device: why_no_fp8(device) is None for device in {A.device for _, _, (A, _) in asking}}
     asking = [one for one in asking if able[one[2][0].device]]
@@ -156,23 +162,16 @@ def _adapter_of(layer: Any) -> tuple[Any, str | None]:
 
 @torch.no_grad()
 def _largest(pairs: list[tuple[Tensor, Tensor]]) -> list[float]:
-    """For each (A, B) a bound on all |(BA)_ij|: the largest column of A times the largest row of B.
-
-    Factors of one shape are taken together: a launch a layer would take longer than the layers' norms.
-    """
-    sizes = [[0.0, 0.0] for _ in pairs]
-    groups: dict[tuple, list[tuple[int, int]]] = {}
-    for number, pair in enumerate(pairs):
-        for side, factor in enumerate(pair):
-            groups.setdefault((side, factor.shape, factor.dtype, factor.device), []).append((number, side))
-    found = []
-    for (side, *_), members in groups.items():
-        stacked = torch.stack([pairs[number][side] for number, side in members])
-        found.append(torch.linalg.vector_norm(stacked, dim=1 + side).amax(1))
-    for members, values in zip(groups.values(), [norms.tolist() for norms in found], strict=True):
-        for (number, side), value in zip(members, values, strict=True):
-            sizes[number][side] = value
-    return [of_A * of_B for of_A, of_B in sizes]
+    """For each (A, B) a bound on all |(BA)_ij|: the longest column of A times the longest row of B."""
+    found = [0.0] * len(pairs)
+    by_device: dict[torch.device, list[int]] = {}
+    for number, (A, _) in enumerate(pairs):
+        by_device.setdefault(A.device, []).append(number)
+    norms = [factor_norms([pairs[number] for number in numbers]).prod(1) for numbers in by_device.values()]
+    for numbers, products in zip(by_device.values(), norms, strict=True):
+        for number, value in zip(numbers, products.tolist(), strict=True):
+            found[number] = value
+    return found
 
 
 def _which(adapter: str, A: Tensor, B: Tensor) -> tuple:

@@ -23,9 +23,9 @@ from curvelora.kernels import curves, nf4
 from curvelora.kernels.portable import cdiv, dot, split, split_product, to_bf16
 from curvelora.layers.dense_delta import DeltaMap
 
-# rows and columns of a tile, tiles a program, warps, stages (`curvelora bench kernels`, H100)
+# rows and columns of a tile, tiles a program, warps, stages (`curvelora bench kernels`, H200)
 Tile = tuple[int, int, int, int, int]
-TILE = (64, 64, 2, 4, 1)
+TILE = (128, 64, 8, 8, 1)
 
 
 @triton.jit
@@ -36,25 +36,32 @@ def _merged_weight(
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     inside = (rows < d_out)[:, None]
     ranks = tl.arange(0, RANK)
-    b = tl.load(B + rows[:, None] * rank + ranks[None, :], inside & (ranks < rank)[None, :], other=0.0)
-    b_high, b_low = split(b)
+    of_rank = ranks < rank
+    b_high, b_low = split(
+        inner * tl.load(B + rows[:, None] * rank + ranks[None, :], inside & of_rank[None, :], other=0.0)
+    )
+    if BASE != 0:
+        values = nf4.load_table(table)
     nothing = tl.zeros((ROWS, COLUMNS), tl.float32)
     for tile in range(TILES):
         first = (tl.program_id(0) * TILES + tile) * COLUMNS
         columns = first + tl.arange(0, COLUMNS)
-        a = tl.load(
-            A + ranks[:, None] * d_in + columns[None, :], (ranks < rank)[:, None] & (columns < d_in)[None, :], other=0.0
+        if BASE != 0:  # ahead of the products, so that they are on their way meanwhile
+            byte, scale = nf4.load_codes(
+                codes, scales, scales2, table2, offset, rows, first, d_in, inside, BASE == 2, COLUMNS
+            )
+        a_high, a_low = split(
+            tl.load(
+                A + ranks[:, None] * d_in + columns[None, :], of_rank[:, None] & (columns < d_in)[None, :], other=0.0
+            )
         )
-        a_high, a_low = split(a)
         if NAME == "identity":  # noqa: SIM108  LoRA: factors in bf16, as its own products have them
             u = dot(b_high, a_high, nothing)
         else:
             u = split_product(b_high, b_low, a_high, a_low, nothing)
-        weight = outer * curves.value(u * inner, NAME, amplitude, frequency)
+        weight = outer * curves.value(u, NAME, amplitude, frequency)
         if BASE != 0:
-            weight += nf4.decode(
-                codes, scales, table, scales2, table2, offset, rows, first, d_in, inside, BASE == 2, ROWS, COLUMNS
-            )
+            weight += nf4.decode(byte, scale, values, ROWS, COLUMNS)
         tl.store(out + rows[:, None] * d_in + columns[None, :], to_bf16(weight), inside & (columns < d_in)[None, :])
 
 

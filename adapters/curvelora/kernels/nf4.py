@@ -51,13 +51,13 @@ def why_unreadable(base_layer: nn.Module) -> str | None:
 
 
 @triton.jit
-def decode(
-    codes, scales, table, scales2, table2, offset, rows, first, d_in, inside,
-    NESTED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """W0[rows, first : first + COLUMNS] in fp32; `inside` (ROWS, 1) masks rows, columns beyond d_in are 0.
+def load_codes(
+    codes, scales, scales2, table2, offset, rows, first, d_in, inside, NESTED: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """(bytes (ROWS, COLUMNS / 2), scales (ROWS, COLUMNS / 64)) of W0[rows, first : first + COLUMNS], for `decode`.
 
-    d_in and `first` are multiples of 64, so a tile begins and ends with a block.
+    `inside` (ROWS, 1) masks rows, columns beyond d_in are 0. d_in and `first` are multiples of 64, so a tile begins and ends
+    with a block.
     """
     halves = first // 2 + tl.arange(0, COLUMNS // 2)
     byte = tl.load(
@@ -70,10 +70,21 @@ def decode(
     if NESTED:
         scale2 = tl.load(scales2 + index // BLOCK2, there, other=0.0)
         scale = tl.load(table2 + scale.to(tl.int32)) * scale2 + tl.load(offset)
-    high = tl.load(table + (byte >> 4).to(tl.int32))
-    low = tl.load(table + (byte & 0xF).to(tl.int32))
-    value = tl.reshape(tl.join(high, low), (ROWS, COLUMNS // 64, 64)) * scale[:, :, None]
-    return tl.reshape(value, (ROWS, COLUMNS))
+    return byte, scale
+
+
+@triton.jit
+def load_table(table):
+    """The sixteen values, for `decode`."""
+    return tl.load(table + tl.arange(0, 16))
+
+
+@triton.jit
+def decode(byte, scale, values, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """W0 of a tile, fp32, from `load_codes` and `load_table`. The table is read from shared memory, one code a bank."""
+    code = tl.join((byte >> 4).to(tl.int32), (byte & 0xF).to(tl.int32))
+    value = tl.gather(values, tl.reshape(code, (ROWS * COLUMNS,)), 0)
+    return tl.reshape(tl.reshape(value, (ROWS, COLUMNS // 64, 64)) * scale[:, :, None], (ROWS, COLUMNS))
 
 
 @triton.jit
@@ -85,7 +96,8 @@ def _decoded(
     first = tl.program_id(0) * COLUMNS
     columns = first + tl.arange(0, COLUMNS)
     inside = (rows < d_out)[:, None]
-    weight = decode(codes, scales, table, scales2, table2, offset, rows, first, d_in, inside, NESTED, ROWS, COLUMNS)
+    byte, scale = load_codes(codes, scales, scales2, table2, offset, rows, first, d_in, inside, NESTED, COLUMNS)
+    weight = decode(byte, scale, load_table(table), ROWS, COLUMNS)
     tl.store(out + rows[:, None] * d_in + columns[None, :], to_bf16(weight), inside & (columns < d_in)[None, :])
 
 

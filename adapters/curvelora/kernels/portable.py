@@ -2,7 +2,7 @@
 
 Triton's interpreter, in which the tests run on a CPU, truncates where a GPU rounds to bf16 and cannot multiply bf16 tiles. There
 the same numbers are rounded by integer arithmetic and multiplied as fp32: products of bf16 numbers are exact in fp32, so what
-differs from a GPU is the order of sums and the accuracy of sine and cosine.
+differs from a GPU is the order of sums and the accuracy of sine and cosine. Nor does it round to FP8 as GPUs do (ties to even).
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import triton.language as tl
 from triton import knobs
 
 INTERPRETED = knobs.runtime.interpret  # the environment's TRITON_INTERPRET=1, read when this package is imported
-TWO_PI = tl.constexpr(6.283185307179586)
 
 if INTERPRETED:
 
@@ -25,6 +24,21 @@ if INTERPRETED:
     @triton.jit
     def dot(a, b, sums):
         return tl.dot(a.to(tl.float32), b.to(tl.float32), sums, input_precision="ieee")
+
+    @triton.jit
+    def upper_half(bits):
+        return bits.to(tl.float32, bitcast=True)
+
+    @triton.jit
+    def to_e4m3(x):
+        bits = x.to(tl.uint32, bitcast=True)
+        size = bits & 0x7FFFFFFF
+        # from 2^-6 on: three bits of mantissa stay, and the exponent's bias is 7 instead of 127
+        normal = ((size + 0x7FFFF + ((size >> 20) & 1)) >> 20) - (120 << 3)
+        # below: a multiple of 2^-9, which is the last place of numbers at 2^14
+        small = (tl.abs(x) + 16384.0).to(tl.uint32, bitcast=True) & 0xF
+        code = tl.where(size > 0x7F800000, 0x7F, tl.where(size >= 0x3C800000, normal, small))
+        return (code | ((bits >> 24) & 0x80)).to(tl.uint8).to(tl.float8e4nv, bitcast=True)
 
     @triton.jit
     def sin_cos(z):
@@ -42,8 +56,18 @@ else:
         return tl.dot(a, b, sums)
 
     @triton.jit
+    def upper_half(bits):
+        """The bf16 number whose bits are the upper half of `bits`, where the lower half is zero."""
+        return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+
+    @triton.jit
+    def to_e4m3(x):
+        """x (fp32, |x| <= 448) in FP8, rounded to nearest; on GPUs of capability 8.9 and later."""
+        return x.to(tl.float8e4nv)
+
+    @triton.jit
     def sin_cos(z):
-        """Of |z| <= pi, with an absolute error below 2^-20: the hardware's own, without the search for far multiples of pi."""
+        """The hardware's own, off by 2^-23 |z| and at least 2^-20, without a search for multiples of pi: as z itself is."""
         sine = tl.inline_asm_elementwise("sin.approx.f32 $0, $1;", "=f,f", [z], tl.float32, is_pure=True, pack=1)
         cosine = tl.inline_asm_elementwise("cos.approx.f32 $0, $1;", "=f,f", [z], tl.float32, is_pure=True, pack=1)
         return sine, cosine
@@ -56,9 +80,13 @@ def cdiv(a: int, b: int) -> int:
 
 @triton.jit
 def split(x):
-    """x (fp32) as a sum of two bf16 numbers; what is left is below 2^-17 |x|."""
-    high = to_bf16(x)
-    return high, to_bf16(x - high.to(tl.float32))
+    """x (fp32) as a sum of two bf16 numbers; what is left is below 2^-17 |x|.
+
+    The first is rounded by integer arithmetic, ties away from zero: a conversion that is converted back goes through the units
+    of sines, an eighth as many as those of integers.
+    """
+    bits = (x.to(tl.uint32, bitcast=True) + 0x8000) & 0xFFFF0000
+    return upper_half(bits), to_bf16(x - bits.to(tl.float32, bitcast=True))
 
 
 @triton.jit
@@ -70,10 +98,3 @@ def split_product(b_high, b_low, a_high, a_low, sums):
     sums = dot(b_low, a_high, sums)
     sums = dot(b_high, a_low, sums)
     return dot(b_high, a_high, sums)
-
-
-@triton.jit
-def sin_cos_of_multiple(u, frequency):
-    """sin(w u), cos(w u): the multiple of 2 pi is taken off in turns, where an fp32 number of up to 2^10 has 13 digits left."""
-    turns = u * (frequency / TWO_PI)
-    return sin_cos((turns - tl.floor(turns + 0.5)) * TWO_PI)

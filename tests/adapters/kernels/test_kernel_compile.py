@@ -19,10 +19,11 @@ import json, sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from curvelora.kernels import factor_gradients as gradients, fp8_product as fp8, merged_weight as merged, nf4
+from curvelora.kernels import factor_gradients as gradients, factor_norms as norms, fp8_product as fp8
+from curvelora.kernels import merged_weight as merged, nf4
 
 LAYER = {name: "i32" for name in ("d_out", "d_in", "rank", "span")}
-MAP = {name: "fp32" for name in ("outer", "inner", "amplitude", "frequency", "factor", "at_zero")}
+MAP = {name: "fp32" for name in ("outer", "inner", "amplitude", "frequency", "factor", "inverse")}
 CODES = {"codes": "*u8", **{name: "*fp32" for name in ("table", "scales2", "table2", "offset")}}
 
 
@@ -32,8 +33,6 @@ def compiled(kernel, types, constants, arch, **options):
     signature = {name: "constexpr" if name in constants else types[name] for name in names}
     source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()})
     made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    if kernel is fp8._codes:
-        assert "div.full" not in made.asm["ptx"] and "div.rn" in made.asm["ptx"], "codes would not be those of IEEE's division"
     return made.metadata.shared
 
 
@@ -42,9 +41,16 @@ def shared(kernel, name, rank, arch, _):
     if kernel == "decoded":
         constants = {"NESTED": True, "ROWS": nf4.TILE[0], "COLUMNS": nf4.TILE[1]}
         return compiled(nf4._decoded, {"out": "*bf16", "scales": "*u8"}, constants, arch, num_warps=nf4.TILE[2])
+    if kernel == "norms":
+        constants = {"RANK": rank, "BLOCK": norms.BLOCK}
+        return compiled(norms._norms, {"out": "*fp32", "layers": "*i64"}, constants, arch, num_warps=4)
+    sizes = {n: "i32" for n in ("tokens", "width", "stride", "padded", "chunks")}
+    if kernel == "largest":
+        constants = dict(zip(("COLUMNS", "TOKENS", "TURN"), fp8.LARGEST_TILE))
+        return compiled(fp8._largest, {"out": "*fp32", "x": "*bf16", **sizes}, constants, arch, num_warps=fp8.LARGEST_TILE[3])
     if kernel == "codes":
-        types = {"x": "*bf16", "out": "*u8", "scales": "*fp32", **{n: "i32" for n in ("tokens", "width", "stride", "padded")}}
-        constants = {"COLUMNS": fp8.TILE[0], "TOKENS": fp8.TILE[1]}
+        types = {"out": "*fp8e4nv", "x": "*bf16", "scales": "*fp32", "parts": "*fp32", **sizes}
+        constants = {"CHUNKS": 16, "COLUMNS": fp8.TILE[0], "TOKENS": fp8.TILE[1]}
         return compiled(fp8._codes, types, constants, arch, num_warps=fp8.TILE[2])
     if kernel.startswith("weight"):
         rows, columns, tiles, warps, stages = merged.TILE
@@ -79,7 +85,8 @@ def check(cases: list[tuple[str, str, int, int, int]], cache: Path) -> None:
 def test_kernels_of_sinter_fit_into_99_kib(tmp_path: Path) -> None:
     """What RTX 30 and 40 have, at the published rank and at the largest."""
     cases = [(kernel, rank) for kernel in ("weight2", "gradients") for rank in (64, 128)]
-    check([("codes", "", 1, 80, 99), *((kernel, "sinter", rank, 80, 99) for kernel, rank in cases)], tmp_path)
+    fp8_on_rtx_40 = [("largest", "", 1, 89, 99), ("codes", "", 1, 89, 99)]
+    check([*fp8_on_rtx_40, *((kernel, "sinter", rank, 80, 99) for kernel, rank in cases)], tmp_path)
 
 
 @pytest.mark.slow
@@ -88,7 +95,8 @@ def test_kernels_of_sinter_fit_everywhere(arch: int, kib: int, tmp_path: Path) -
     """Ranks that are no power of two, bases without double quantisation and no base at all included."""
     kernels = ("weight0", "weight1", "weight2", "gradients", "gradients beyond f'(0)")
     cases = [(kernel, "sinter", rank, arch, kib) for rank in (1, 17, 64, 128) for kernel in kernels]
-    check([*cases, ("decoded", "", 1, arch, kib), ("codes", "", 1, arch, kib)], tmp_path)
+    others = [("decoded", 1), ("norms", 64), ("norms", 128), *(([("largest", 1), ("codes", 1)]) if arch >= 89 else [])]
+    check([*cases, *((kernel, "", rank, arch, kib) for kernel, rank in others)], tmp_path)
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from curvelora.activations import Activation
 from curvelora.kernels import factor_gradients as module
 from curvelora.kernels import fp8_gate, fp8_product, fp8_record, use_kernels
 from curvelora.kernels.factor_gradients import gradients_of_factors
+from curvelora.kernels.factor_norms import factor_norms, factor_norms_reference
 from curvelora.kernels.fp8_gate import LIMIT, Taken, slope_beyond_zero_bound
 from curvelora.kernels.fp8_product import ROUNDING, SMALL, codes_of_columns, codes_reference
 from curvelora.kernels.merged_linear import merged_linear
@@ -122,6 +123,21 @@ def test_small_entries_beside_large_ones_add_what_is_said(device: torch.device) 
     fp8_product.fp8_product(codes_of_columns(g), codes_of_columns(x), G)
     size = g.double().T @ x.double()
     assert not G.any() and (size <= SMALL * (255 + g.double().sum(0))).all()
+
+
+@pytest.mark.parametrize("layers", [1, 5])
+def test_norms_of_all_factors_in_one_launch(device: torch.device, layers: int) -> None:
+    """Any widths and ranks side by side, factors that are views, and one that is not a number."""
+    shapes = [(8, 48, 160), (5, 129, 16), (64, 128, 300), (17, 1, 1), (8, 64, 64)][:layers]
+    pairs = [
+        (normal(device, r, d_in, seed=r).float(), normal(device, r, d_out, seed=r + 1).float().T)
+        for r, d_in, d_out in shapes
+    ]
+    found, wanted = factor_norms(pairs), factor_norms_reference(pairs)
+    assert torch.allclose(found.double(), wanted, rtol=1e-6, atol=0)
+    pairs[-1][1][3 % len(pairs[-1][1]), 0] = float("nan")
+    found = factor_norms(pairs)
+    assert found[-1, 1] == float("inf") and torch.isfinite(found[:-1]).all() and torch.isfinite(found[-1, 0])
 
 
 # --- when ---------------------------------------------------------------------------------------------------------------

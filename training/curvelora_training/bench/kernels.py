@@ -23,9 +23,9 @@ from curvelora_eval.environment import describe_environment
 from curvelora_training.bench.devices import Device
 from curvelora_training.bench.random_base import nf4_byte_table, random_nf4_linear
 
-WEIGHT_TILES = [*itertools.product((64, 128), (64,), (2, 4, 8), (4, 8), (1, 2, 3))]
-CODE_TILES = [*itertools.product((16, 32, 64), (128, 256, 512), (4, 8))]
-GRADIENT_TILES = [*itertools.product((32, 64), (64, 128, 256), (132, 264, 528), (4, 8), (2, 3))]
+WEIGHT_TILES = [*itertools.product((64, 128), (64,), (2, 4, 8, 16), (4, 8), (1, 2, 3))]
+CODE_TILES = [*itertools.product((32, 64, 128), (64, 128, 256), (4, 8))]
+GRADIENT_TILES = [*itertools.product((32, 64, 128), (64, 128), (132, 264, 396, 528), (4, 8), (1, 2, 3))]
 
 
 def measure_kernels(
