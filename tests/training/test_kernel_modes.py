@@ -217,7 +217,7 @@ def test_a_recorded_graph_keeps_its_workspace() -> None:
     device, delta = torch.device("cuda", 0), DeltaMap(Activation("sinter", 2e-2, 1e4), 1.0)
     draw = torch.Generator(device).manual_seed(0)
 
-    def recorded(width: int) -> tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor]:
+    def recorded(width: int) -> tuple[torch.cuda.CUDAGraph, torch.Tensor, torch.Tensor, tuple]:
         layer = random_nf4_linear(width, width, torch.bfloat16, nf4_byte_table(device), draw)
         A, B = (torch.randn(*shape, device=device, generator=draw) / 40 for shape in ((8, width), (width, 8)))
         x = torch.randn(32, width, device=device, generator=draw).bfloat16()
@@ -226,13 +226,13 @@ def test_a_recorded_graph_keeps_its_workspace() -> None:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             y = merged_linear(x, A, B, None, codes_of(layer), delta)
-        return graph, y, wanted
+        return graph, y, wanted, (layer, A, B, x)  # whose memory the graph reads
 
     held = [recorded(256), recorded(1024), recorded(2048)]
     workspace.release()
     torch.cuda.empty_cache()
     filled = [torch.full((1 << 20,), float("nan"), device=device) for _ in range(64)]
-    for graph, y, wanted in held:
+    for graph, y, wanted, _ in held:
         y.zero_()
         graph.replay()
         assert torch.equal(y, wanted)

@@ -10,9 +10,9 @@ Sinter's at its published setting. So G, which is bf16 already, and G e(u) / f'(
 u is formed to 2^-16 (`split_product`).
 
 A program keeps the columns of dL/dA that belong to its columns of G in registers and walks over rows; what its tiles add to
-dL/dB goes to memory and is summed afterwards, so there are no atomics and the sums have one order. Traffic: G once (2 bytes an
-entry), and 4 r bytes a row and tile written and read again for the parts of dL/dB, at r = 64 as much as G. Two kernels that read
-G once each, with nothing to sum, took a tenth longer: both form u and f' (docs/decisions.md, 8).
+dL/dB goes to memory and is summed by a second kernel, so there are no atomics and the sums have one order. Traffic: G once
+(2 bytes an entry), and 4 r bytes a row and tile written and read again for the parts of dL/dB, at r = 64 as much as G. Two
+kernels that read G once each, with nothing to sum, took a tenth longer: both form u and f' (docs/decisions.md, 8).
 
 Where f is the identity the layer is LoRA, and the gradients need no G:  dL/dB = s g^T (x A^T),  dL/dA = s (g B)^T x.
 """
@@ -40,8 +40,9 @@ TILE = (64, 128, 264, 4, 2)
 WIDE_TILE = (32, 64, 264, 4, 1)
 
 
-# entries of the parts of dL/dB that are there at once: 64 MiB, so that a large layer is done in bands of rows
-PARTS = 1 << 24
+SUM_TILE = (8, 512)  # parts a turn, and entries of a program, of the sums
+# entries of the parts of dL/dB that are there at once: 96 MiB, so that a large layer is done in bands of rows
+PARTS = 3 << 23
 
 
 def tile_for(rank: int) -> Tile:
@@ -52,7 +53,8 @@ def tile_for(rank: int) -> Tile:
 @triton.jit
 def _gradients(
     out_A, out_B, G, A, B, d_out, d_in, rank, span, factor, inner, inverse, amplitude, frequency,
-    NAME: tl.constexpr, LINEAR: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    NAME: tl.constexpr, LINEAR: tl.constexpr, SCALED: tl.constexpr,
+    RANK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     there = (columns < d_in)[None, :]
@@ -69,8 +71,11 @@ def _gradients(
         b_high, b_low = split(tl.load(B + of_B, inside & of_rank[None, :], other=0.0))
         g = tl.load(G + rows[:, None] * d_in + columns[None, :], inside & there, other=0.0)
         u = split_product(b_high, b_low, a_high, a_low, tl.zeros((ROWS, COLUMNS), tl.float32))
-        slope = curves.slope_beyond_zero(u * inner, NAME, amplitude, frequency)
-        beyond = to_bf16(g.to(tl.float32) * (inverse * slope))
+        if SCALED:  # not for factors of 1
+            slope = inverse * curves.slope_beyond_zero(u * inner, NAME, amplitude, frequency)
+        else:
+            slope = curves.slope_beyond_zero(u, NAME, amplitude, frequency)
+        beyond = to_bf16(g.to(tl.float32) * slope)
         b_transposed = tl.trans(b_high)
         part = dot(beyond, a_transposed, tl.zeros((ROWS, RANK), tl.float32))
         sums = dot(b_transposed, beyond, sums)
@@ -80,6 +85,32 @@ def _gradients(
         tl.store(out_B + tl.program_id(0) * d_out * rank + of_B, factor * part, inside & of_rank[None, :])
     at = tl.program_id(1) * rank * d_in + ranks[:, None] * d_in + columns[None, :]
     tl.store(out_A + at, factor * sums, of_rank[:, None] & there)
+
+
+@triton.jit
+def _sum(out, parts, size, count, first, ADD: tl.constexpr, TURN: tl.constexpr, BLOCK: tl.constexpr):
+    at = first + tl.arange(0, BLOCK)
+    there = at < size
+    total = tl.load(out + at, there, other=0.0) if ADD else tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, count, TURN):
+        part = start + tl.arange(0, TURN)
+        of_parts = part.to(tl.int64)[:, None] * size + at[None, :]
+        total += tl.sum(tl.load(parts + of_parts, (part < count)[:, None] & there[None, :], other=0.0), 0)
+    tl.store(out + at, total, there)
+
+
+@triton.jit
+def _sums(
+    out_A, out_B, parts_A, parts_B, size_A, size_B, count_A, count_B,
+    ADD: tl.constexpr, TURN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Parts of both gradients in one launch. With ADD that of A is added to what is there: of bands of rows before this one."""
+    programs_A = tl.cdiv(size_A, BLOCK)
+    program = tl.program_id(0)
+    if program < programs_A:
+        _sum(out_A, parts_A, size_A, count_A, program * BLOCK, ADD, TURN, BLOCK)
+    else:
+        _sum(out_B, parts_B, size_B, count_B, (program - programs_A) * BLOCK, False, TURN, BLOCK)
 
 
 def factor_gradients(
@@ -97,10 +128,10 @@ def factor_gradients(
     (d_out, d_in), rank = G.shape, A.shape[0]
     rows, columns, programs, warps, stages = tile or tile_for(rank)
     A, B, f = A.contiguous(), B.contiguous(), delta_map.activation
-    at_zero = f.slope_at_zero or 1.0
+    at_zero, inner = f.slope_at_zero or 1.0, scales_of(delta_map)[1]
     blocks = cdiv(d_in, columns)
     band = max(rows, PARTS // (blocks * rank) // rows * rows)
-    of_A, of_B = torch.zeros_like(A), torch.empty_like(B)
+    of_A, of_B = torch.empty_like(A), torch.empty_like(B)
     for start in range(0, d_out, band):
         here = slice(start, min(start + band, d_out))
         height = here.stop - start
@@ -108,12 +139,15 @@ def factor_gradients(
         parts_A = torch.empty((cdiv(height, span), rank, d_in), dtype=torch.float32, device=G.device)
         parts_B = torch.empty((blocks, height, rank), dtype=torch.float32, device=G.device)
         _gradients[(blocks, len(parts_A))](
-            parts_A, parts_B, G[here], A, B[here], height, d_in, rank, span, delta_map.scale * at_zero, scales_of(delta_map)[1],
-            1 / at_zero, f.amplitude, f.frequency, f.name, linear and f.slope_at_zero != 0, padded_rank(rank), rows, columns,
-            num_warps=warps, num_stages=stages,
+            parts_A, parts_B, G[here], A, B[here], height, d_in, rank, span, delta_map.scale * at_zero, inner, 1 / at_zero,
+            f.amplitude, f.frequency, f.name, linear and f.slope_at_zero != 0, inner != 1 or at_zero != 1, padded_rank(rank),
+            rows, columns, num_warps=warps, num_stages=stages,
         )  # fmt: skip
-        torch.sum(parts_B, 0, out=of_B[here])
-        of_A += parts_A.sum(0)
+        turn, block = SUM_TILE
+        of_band = of_B[here]
+        _sums[(cdiv(of_A.numel(), block) + cdiv(of_band.numel(), block),)](
+            of_A, of_band, parts_A, parts_B, of_A.numel(), of_band.numel(), len(parts_A), blocks, start > 0, turn, block
+        )
     return of_A, of_B
 
 

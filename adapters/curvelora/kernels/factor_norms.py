@@ -43,7 +43,7 @@ def factor_norms(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
     Args:
         pairs: factors, (r, d_in) and (d_out, r), fp32, all on one device; not empty.
     """
-    pairs = [(A.contiguous(), B.contiguous()) for A, B in pairs]
+    pairs = [(A.detach().contiguous(), B.detach().contiguous()) for A, B in pairs]
     device = pairs[0][0].device
     rows = [(A.data_ptr(), B.data_ptr(), A.shape[1], B.shape[0], A.shape[0]) for A, B in pairs]
     layers = torch.tensor(rows, dtype=torch.int64).to(device)

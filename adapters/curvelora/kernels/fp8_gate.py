@@ -13,16 +13,17 @@ bound on e, written in `_BEYOND`. Sinter at its published setting passes until s
 skipped, however small. What is left to the data: `fp8_product` makes zeros of entries below 2^-18 of their column's largest one,
 and says what small entries add; g and x are not looked at.
 
-The bounds of all layers are read from the GPU at the start of each pass of the model in training: one wait a pass, since the
-factors move with every step. A layer takes bf16 where its factors are others by then, or have changed as autograd counts changes;
-writes through `.data`, DeepSpeed's steps among them, are seen by the next pass of the model alone.
+The bounds of all layers are formed at the start of each pass of the model in training, since the factors move with every step,
+and read when the first layer asks: with gradient checkpointing that is in the backward pass, when they have long arrived. A layer
+takes bf16 where its factors are others by then, or have changed as autograd counts changes; writes through `.data`, DeepSpeed's
+steps among them, are seen by the next pass of the model alone.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor, nn
@@ -59,8 +60,39 @@ class Taken:
     products: int = 0
 
 
-# layer -> which factors, and who counts; model -> who counts; model -> its layers, for which all modules would be looked at
-_ALLOWED: WeakKeyDictionary[nn.Module, tuple[tuple, Taken]] = WeakKeyDictionary()
+class _Look:
+    """What one pass of a model found: the norms of its factors, on their way from the GPU until somebody asks for them."""
+
+    def __init__(self, count: Taken, asking: list[tuple[Any, str, tuple[Tensor, Tensor]]]) -> None:
+        self.count = count
+        # layers keep this, and it must not keep them
+        self.asking = [(ref(layer), adapter, _which(adapter, *pair)) for layer, adapter, pair in asking]
+        by_device: dict[torch.device, list[int]] = {}
+        for number, (*_, (A, _)) in enumerate(asking):
+            by_device.setdefault(A.device, []).append(number)
+        self.norms = [
+            (numbers, *_on_its_way(factor_norms([asking[number][2] for number in numbers])))
+            for numbers in by_device.values()
+        ]
+        self.found: dict[int, tuple] | None = None
+
+    def allowed(self) -> dict[int, tuple]:
+        """id of a layer that may take FP8 -> which factors it had; waits for the GPU the first time."""
+        if self.found is None:
+            self.found = {}
+            for numbers, norms, arrived in self.norms:
+                if arrived is not None:
+                    arrived.synchronize()
+                for number, (of_A, of_B) in zip(numbers, norms.tolist(), strict=True):
+                    layer, adapter, which = self.asking[number]
+                    if (layer := layer()) is not None and _is_bounded(layer, adapter, SLACK * of_A * of_B):
+                        self.found[id(layer)] = which
+            self.count.allowed += len(self.found)
+        return self.found
+
+
+# layer -> the last pass of its model; model -> who counts; model -> its layers, for which all modules would be looked at
+_LOOKS: WeakKeyDictionary[nn.Module, _Look] = WeakKeyDictionary()
 _TAKEN: WeakKeyDictionary[nn.Module, Taken] = WeakKeyDictionary()
 _LAYERS: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()
 
@@ -130,23 +162,22 @@ def look(model: nn.Module, _: Any = None) -> None:
         _LAYERS[model] = [layer for layer in model.modules() if getattr(layer, "kernels", None) == "fp8"]
     layers = [layer for layer in _LAYERS[model] if layer.kernels == "fp8"]
     for layer in layers:
-        _ALLOWED.pop(layer, None)
+        _LOOKS.pop(layer, None)
     if not model.training:
         return
     asking = [(layer, adapter, layer.factors(adapter)) for layer, adapter in map(_adapter_of, layers) if adapter]
-    asking = [one for one in asking if all(factor.dtype == torch.float32 for factor in one[2])]
     # a model may have moved since `watch`
     able = {device: why_no_fp8(device) is None for device in {A.device for _, _, (A, _) in asking}}
-    asking = [one for one in asking if able[one[2][0].device]]
+    asking = [
+        (layer, adapter, (A, B))
+        for layer, adapter, (A, B) in asking
+        if able[A.device] and A.dtype == B.dtype == torch.float32
+    ]
     count = _TAKEN.setdefault(model, Taken())
     count.asked += len(asking)
-    for (layer, adapter, pair), largest in zip(asking, _largest([pair for *_, pair in asking]), strict=True):
-        config = layer.configs[adapter]
-        # what is kept of A is divided by this
-        spread = 1 - config.dropout if config.dropout_form == "features" else 1.0
-        if slope_beyond_zero_bound(layer.delta_map(adapter), SLACK * largest / spread) <= LIMIT:
-            count.allowed += 1
-            _ALLOWED[layer] = _which(adapter, *pair), count
+    if asking:
+        found = _Look(count, asking)
+        _LOOKS.update((layer, found) for layer, *_ in asking)
 
 
 def _adapter_of(layer: Any) -> tuple[Any, str | None]:
@@ -160,18 +191,23 @@ def _adapter_of(layer: Any) -> tuple[Any, str | None]:
     return layer, adapter if able else None
 
 
-@torch.no_grad()
-def _largest(pairs: list[tuple[Tensor, Tensor]]) -> list[float]:
-    """For each (A, B) a bound on all |(BA)_ij|: the longest column of A times the longest row of B."""
-    found = [0.0] * len(pairs)
-    by_device: dict[torch.device, list[int]] = {}
-    for number, (A, _) in enumerate(pairs):
-        by_device.setdefault(A.device, []).append(number)
-    norms = [factor_norms([pairs[number] for number in numbers]).prod(1) for numbers in by_device.values()]
-    for numbers, products in zip(by_device.values(), norms, strict=True):
-        for number, value in zip(numbers, products.tolist(), strict=True):
-            found[number] = value
-    return found
+def _is_bounded(layer: Any, adapter: str, largest: float) -> bool:
+    """Whether the limit holds for |BA| up to `largest`."""
+    config = layer.configs[adapter]
+    # what is kept of A is divided by this
+    spread = 1 - config.dropout if config.dropout_form == "features" else 1.0
+    return slope_beyond_zero_bound(layer.delta_map(adapter), largest / spread) <= LIMIT
+
+
+def _on_its_way(norms: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """The same on the CPU, once the event has come."""
+    if not norms.is_cuda:
+        return norms, None
+    with torch.cuda.device_of(norms):
+        copy = torch.empty(norms.shape, dtype=norms.dtype, pin_memory=True).copy_(norms, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+    return copy, event
 
 
 def _which(adapter: str, A: Tensor, B: Tensor) -> tuple:
@@ -180,7 +216,6 @@ def _which(adapter: str, A: Tensor, B: Tensor) -> tuple:
 
 def allowed(layer: Any, adapter: str) -> Taken | None:
     """Who counts the products in FP8 of this pass of `layer`, which takes kernels; None where it takes no FP8."""
-    if layer.kernels != "fp8" or _unreadable() or (found := _ALLOWED.get(layer)) is None:
+    if layer.kernels != "fp8" or _unreadable() or not torch.is_grad_enabled() or (look := _LOOKS.get(layer)) is None:
         return None
-    which, count = found
-    return count if which == _which(adapter, *layer.factors(adapter)) else None
+    return look.count if look.allowed().get(id(layer)) == _which(adapter, *layer.factors(adapter)) else None

@@ -2,10 +2,10 @@
 
     g: (tokens, d_out) bf16   x: (tokens, d_in) bf16   G: (d_out, d_in) bf16
 
-Each column of g and of x has a scale, the smallest power of two that brings its largest entry to 448 or less, the largest number
-of E4M3 (arXiv 2209.05433): a power of two scales without rounding and takes no division. An entry of at least 2^-13 of the largest
-is rounded by 2^-4 of itself at most, any other by 2^-10 of the scale. Where a column has no such small entries beside large ones,
-entry by entry and before G is rounded to bf16,
+Each column of g and of x has a scale, the smallest power of two that brings its largest entry to 448 or less, the largest
+number of E4M3 (arXiv 2209.05433): a power of two scales without rounding and takes no division. An entry of at least 2^-13 of
+the largest is rounded by 2^-4 of itself at most, any other by 2^-10 of the scale. Where a column has no such small entries beside
+large ones, entry by entry and before G is rounded to bf16,
 
     |G - g^T x| <= ROUNDING |g|^T |x|       ROUNDING = (1 + 2^-4)^2 - 1 = 0.129
 
@@ -34,7 +34,7 @@ MULTIPLE = 16  # of which the products' sizes are; beyond them there are zeros
 # columns and tokens of a tile, warps (`curvelora bench kernels`, H200)
 TILE = (64, 128, 4)
 # of the search for the largest entries: columns and tokens of a program, tokens a turn, warps
-LARGEST_TILE = (128, 512, 16, 4)
+LARGEST_TILE = (128, 256, 64, 4)
 
 
 @triton.jit

@@ -25,7 +25,7 @@ from curvelora.layers.dense_delta import DeltaMap
 
 # rows and columns of a tile, tiles a program, warps, stages (`curvelora bench kernels`, H200)
 Tile = tuple[int, int, int, int, int]
-TILE = (128, 64, 8, 8, 1)
+TILE = (128, 64, 8, 4, 1)
 
 
 @triton.jit

@@ -14,6 +14,8 @@ product more than `merged_linear` in every pass.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -48,6 +50,21 @@ def _update(A: Tensor, B: Tensor, *fields: Any) -> Tensor:
     return merged_weight(A, B, delta_map_of(*fields), [], workspace(B.shape[0], A.shape[1], A.device))
 
 
+@contextlib.contextmanager
+def _sums_in_fp32() -> Iterator[None]:
+    """Parts of a product of bf16 matrices are summed in fp32, and what it is added to is added before it is rounded.
+
+    PyTorch lets cuBLAS round the sums of parts to bf16, which it does for few tokens: the update, in y already, is lost then.
+    """
+    settings = torch.backends.cuda.matmul
+    before = settings.allow_bf16_reduced_precision_reduction
+    settings.allow_bf16_reduced_precision_reduction = False
+    try:
+        yield
+    finally:
+        settings.allow_bf16_reduced_precision_reduction = before
+
+
 def _product(
     x: Tensor,
     seed: Tensor | None,
@@ -66,7 +83,8 @@ def _product(
     x2 = x.reshape(-1, d_in)
     with LOCK, torch.cuda.device_of(x):
         y = (dropped(x2, seed, p) if p else x2) @ _update(A, B, name, amplitude, frequency, scale, inside).T
-        y.addmm_(x2, _base(base, d_out, d_in).T)
+        with _sums_in_fp32():
+            y.addmm_(x2, _base(base, d_out, d_in).T)
     if bias is not None:
         y += bias
     return y.view(*x.shape[:-1], d_out)

@@ -44,6 +44,11 @@ def shared(kernel, name, rank, arch, _):
     if kernel == "norms":
         constants = {"RANK": rank, "BLOCK": norms.BLOCK}
         return compiled(norms._norms, {"out": "*fp32", "layers": "*i64"}, constants, arch, num_warps=4)
+    if kernel == "sums":
+        types = {name: "*fp32" for name in ("out_A", "out_B", "parts_A", "parts_B")}
+        types |= {name: "i32" for name in ("size_A", "size_B", "count_A", "count_B")}
+        constants = {"ADD": True, "TURN": gradients.SUM_TILE[0], "BLOCK": gradients.SUM_TILE[1]}
+        return compiled(gradients._sums, types, constants, arch)
     sizes = {n: "i32" for n in ("tokens", "width", "stride", "padded", "chunks")}
     if kernel == "largest":
         constants = dict(zip(("COLUMNS", "TOKENS", "TURN"), fp8.LARGEST_TILE))
@@ -59,7 +64,8 @@ def shared(kernel, name, rank, arch, _):
         types = {"out": "*bf16", "scales": "*u8" if base == 2 else "*fp32"}
         return compiled(merged._merged_weight, types, constants, arch, num_warps=warps, num_stages=stages)
     rows, columns, _, warps, stages = tile
-    constants = {"NAME": name, "LINEAR": kernel == "gradients", "RANK": rank, "ROWS": rows, "COLUMNS": columns}
+    constants = {"NAME": name, "LINEAR": kernel == "gradients", "SCALED": name != "sinter", "RANK": rank}
+    constants |= {"ROWS": rows, "COLUMNS": columns}
     types = {"out_A": "*fp32", "out_B": "*fp32", "G": "*bf16"}
     return compiled(gradients._gradients, types, constants, arch, num_warps=warps, num_stages=stages)
 
@@ -95,7 +101,13 @@ def test_kernels_of_sinter_fit_everywhere(arch: int, kib: int, tmp_path: Path) -
     """Ranks that are no power of two, bases without double quantisation and no base at all included."""
     kernels = ("weight0", "weight1", "weight2", "gradients", "gradients beyond f'(0)")
     cases = [(kernel, "sinter", rank, arch, kib) for rank in (1, 17, 64, 128) for kernel in kernels]
-    others = [("decoded", 1), ("norms", 64), ("norms", 128), *(([("largest", 1), ("codes", 1)]) if arch >= 89 else [])]
+    others = [
+        ("decoded", 1),
+        ("sums", 1),
+        ("norms", 64),
+        ("norms", 128),
+        *(([("largest", 1), ("codes", 1)]) if arch >= 89 else []),
+    ]
     check([*cases, *((kernel, "", rank, arch, kib) for kernel, rank in others)], tmp_path)
 
 
