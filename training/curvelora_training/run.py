@@ -40,6 +40,7 @@ from curvelora_training.distributed import (
     world_size,
 )
 from curvelora_training.effects import describe_start, last_spline, measure_gap, measure_start, merges_approximately
+from curvelora_training.garbage import long_lived
 from curvelora_training.keep_best import KeepBest, best_checkpoint
 from curvelora_training.kept_products import keep_products
 from curvelora_training.kernel_choice import choose_kernels
@@ -247,7 +248,8 @@ def _run(prepared: Prepared, trainer: AdapterTrainer, parts: Parts, checkpoint: 
         look_at_the_start()
     if recipe.training.max_steps != 0:
         try:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            with long_lived():
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         finally:
             # ends the line of a progress bar that was stopped midway, so that the error has one of its own
             for callback in trainer.callback_handler.callbacks:

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from curvelora.kernels.launch import launch
 from curvelora.kernels.portable import cdiv, to_bf16
 
 SIZE = 1024  # a program has four times as many entries, since Philox makes four numbers at a time
@@ -46,7 +47,7 @@ def _dropped(out, x, seed, entries, p, ADD: tl.constexpr, SIZE: tl.constexpr):
 
 
 def _launch(out: Tensor, x: Tensor, seed: Tensor, p: float, add: bool) -> Tensor:
-    _dropped[(cdiv(x.numel(), 4 * SIZE),)](out, x, seed, x.numel(), p, add, SIZE, num_warps=4)
+    launch(_dropped, (cdiv(x.numel(), 4 * SIZE),), out, x, seed, x.numel(), p, add, SIZE, num_warps=4)
     return out
 
 

@@ -29,6 +29,7 @@ from torch import Tensor
 from curvelora.kernels import curves
 from curvelora.kernels.fp8_gate import Taken
 from curvelora.kernels.fp8_product import codes_of_columns, fp8_product
+from curvelora.kernels.launch import launch
 from curvelora.kernels.merged_weight import Tile, padded_rank, scales_of
 from curvelora.kernels.portable import cdiv, dot, split, split_product, to_bf16
 from curvelora.kernels.workspace import workspace
@@ -138,16 +139,18 @@ def factor_gradients(
         span = cdiv(cdiv(height, max(1, programs // blocks)), rows) * rows
         parts_A = torch.empty((cdiv(height, span), rank, d_in), dtype=torch.float32, device=G.device)
         parts_B = torch.empty((blocks, height, rank), dtype=torch.float32, device=G.device)
-        _gradients[(blocks, len(parts_A))](
-            parts_A, parts_B, G[here], A, B[here], height, d_in, rank, span, delta_map.scale * at_zero, inner, 1 / at_zero,
-            f.amplitude, f.frequency, f.name, linear and f.slope_at_zero != 0, inner != 1 or at_zero != 1, padded_rank(rank),
-            rows, columns, num_warps=warps, num_stages=stages,
+        launch(
+            _gradients, (blocks, len(parts_A)), parts_A, parts_B, G[here], A, B[here], height, d_in, rank, span,
+            delta_map.scale * at_zero, inner, 1 / at_zero, f.amplitude, f.frequency,
+            f.name, linear and f.slope_at_zero != 0, inner != 1 or at_zero != 1, padded_rank(rank), rows, columns,
+            num_warps=warps, num_stages=stages,
         )  # fmt: skip
         turn, block = SUM_TILE
         of_band = of_B[here]
-        _sums[(cdiv(of_A.numel(), block) + cdiv(of_band.numel(), block),)](
-            of_A, of_band, parts_A, parts_B, of_A.numel(), of_band.numel(), len(parts_A), blocks, start > 0, turn, block
-        )
+        launch(
+            _sums, (cdiv(of_A.numel(), block) + cdiv(of_band.numel(), block),), of_A, of_band, parts_A, parts_B,
+            of_A.numel(), of_band.numel(), len(parts_A), blocks, start > 0, turn, block,
+        )  # fmt: skip
     return of_A, of_B
 
 
@@ -176,7 +179,7 @@ def _fp32_product(a: Tensor, b: Tensor, sums: Tensor | None) -> Tensor:
         return a.float() @ b.float() if sums is None else torch.addmm(sums, a.float(), b.float())
     if sums is None:
         return torch.mm(a, b, out_dtype=torch.float32)
-    return torch.addmm(sums, a, b, out_dtype=torch.float32)
+    return torch.addmm(sums, a, b, out_dtype=torch.float32, out=sums)
 
 
 def gradients_of_factors(

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from curvelora.kernels.launch import launch
 from curvelora.kernels.merged_weight import padded_rank
 
 BLOCK = 128  # columns of A, or rows of B, a turn
@@ -48,7 +49,7 @@ def factor_norms(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
     rows = [(A.data_ptr(), B.data_ptr(), A.shape[1], B.shape[0], A.shape[0]) for A, B in pairs]
     layers = torch.tensor(rows, dtype=torch.int64).to(device)
     out = torch.empty((len(pairs), 2), dtype=torch.float32, device=device)
-    _norms[(len(pairs), 2)](out, layers, padded_rank(max(row[4] for row in rows)), BLOCK, num_warps=4)
+    launch(_norms, (len(pairs), 2), out, layers, padded_rank(max(row[4] for row in rows)), BLOCK, num_warps=4)
     return out
 
 

@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from curvelora.kernels.launch import launch
 from curvelora.kernels.portable import cdiv, to_e4m3
 
 ROUNDING = (1 + 2**-4) ** 2 - 1
@@ -90,11 +91,13 @@ def codes_of_columns(x: Tensor, tile: tuple[int, int, int] | None = None) -> Cod
     wide, long, short, few = LARGEST_TILE
     chunks, padded = cdiv(tokens, long), cdiv(tokens, MULTIPLE) * MULTIPLE
     parts = torch.empty((chunks, width), dtype=torch.float32, device=x.device)
-    _largest[(cdiv(width, wide), chunks)](parts, x, tokens, width, x.stride(0), wide, long, short, num_warps=few)
+    launch(
+        _largest, (cdiv(width, wide), chunks), parts, x, tokens, width, x.stride(0), wide, long, short, num_warps=few
+    )
     out = torch.empty((width, padded), dtype=torch.float8_e4m3fn, device=x.device)
     scales = torch.empty(width, dtype=torch.float32, device=x.device)
-    _codes[(cdiv(width, columns), cdiv(padded, turn))](
-        out, scales, parts, x, tokens, width, x.stride(0), padded, chunks,
+    launch(
+        _codes, (cdiv(width, columns), cdiv(padded, turn)), out, scales, parts, x, tokens, width, x.stride(0), padded, chunks,
         triton.next_power_of_2(chunks), columns, turn, num_warps=warps,
     )  # fmt: skip
     return out, scales

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from curvelora.kernels import curves, nf4
+from curvelora.kernels.launch import launch
 from curvelora.kernels.portable import cdiv, dot, split, split_product, to_bf16
 from curvelora.layers.dense_delta import DeltaMap
 
@@ -92,8 +93,8 @@ def merged_weight(
     # pointers that a base has not are not read; something has to stand in their place
     pointers = [*base, *(A for _ in range(6 - len(base)))]
     grid = (cdiv(d_in, columns * tiles), cdiv(d_out, rows))
-    _merged_weight[grid](
-        out, A, B, *pointers, d_out, d_in, rank, *scales_of(delta_map), f.amplitude, f.frequency,
+    launch(
+        _merged_weight, grid, out, A, B, *pointers, d_out, d_in, rank, *scales_of(delta_map), f.amplitude, f.frequency,
         f.name, len(base) // 3, padded_rank(rank), rows, columns, tiles, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return out

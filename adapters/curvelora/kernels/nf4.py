@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
+from curvelora.kernels.launch import launch
 from curvelora.kernels.portable import cdiv, to_bf16
 
 BLOCK = 64  # weights a scale
@@ -107,5 +108,5 @@ def decoded(base: list[Tensor], out: Tensor) -> Tensor:
     pointers = [*base, *(base[0] for _ in range(6 - len(base)))]  # those that a base has not are not read
     rows, columns, warps = TILE
     grid = (cdiv(d_in, columns), cdiv(d_out, rows))
-    _decoded[grid](out, *pointers, d_out, d_in, len(base) == 6, rows, columns, num_warps=warps)
+    launch(_decoded, grid, out, *pointers, d_out, d_in, len(base) == 6, rows, columns, num_warps=warps)
     return out

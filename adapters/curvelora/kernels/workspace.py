@@ -17,21 +17,30 @@ import torch
 from torch import Tensor
 
 LOCK = threading.RLock()
-_BUFFERS: dict[tuple[torch.device, int], Tensor] = {}
+# (device, stream) -> the buffer, and the views of it that have been handed out, by shape: it is asked for several times a layer
+_BUFFERS: dict[tuple[torch.device, int], tuple[Tensor, dict[tuple[int, int], Tensor]]] = {}
 
 
 def workspace(d_out: int, d_in: int, device: torch.device) -> Tensor:
     """An uninitialised (d_out, d_in) bf16 matrix, which the next call on this stream hands out again."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return torch.empty(d_out, d_in, dtype=torch.bfloat16, device=device)
-    key = (device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0)
-    held = _BUFFERS.get(key)
-    if held is None or held.numel() < d_out * d_in:
-        _BUFFERS.pop(key, None)
-        held = None  # the smaller one goes before the larger one comes
-        with torch.inference_mode(False):  # or no training step after an evaluation could write to it
-            held = _BUFFERS[key] = torch.empty(d_out * d_in, dtype=torch.bfloat16, device=device)
-    return held[: d_out * d_in].view(d_out, d_in)
+    stream = 0
+    if device.type == "cuda":
+        if torch.cuda.is_current_stream_capturing():
+            return torch.empty(d_out, d_in, dtype=torch.bfloat16, device=device)
+        # as `torch.cuda.current_stream` asks, without an object around it
+        stream = torch._C._cuda_getCurrentStream(device.index)[0]
+    key, shape = (device, stream), (d_out, d_in)
+    held, views = _BUFFERS.get(key, (None, {}))
+    if (found := views.get(shape)) is not None:
+        return found
+    with torch.inference_mode(False):  # or no training step after an evaluation could write to it
+        if held is None or held.numel() < d_out * d_in:
+            _BUFFERS.pop(key, None)
+            held, views = None, {}  # the smaller one goes before the larger one comes
+            held = torch.empty(d_out * d_in, dtype=torch.bfloat16, device=device)
+            _BUFFERS[key] = held, views
+        views[shape] = found = held[: d_out * d_in].view(shape)
+    return found
 
 
 def release() -> None:

@@ -325,10 +325,10 @@ class DenseDeltaLayer(AdapterLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x: (..., d_in) -> (..., d_out), by the fused kernels where `curvelora.kernels.choice` finds that they apply."""
-        if not (args or kwargs or self.disable_adapters or self.merged) and self.why_no_kernels() is None:
-            A, B = self.factors(self._only_adapter())
-            if takes_kernels(x, A, B):
-                return self._fused_output(self._only_adapter(), x)
+        if not (args or kwargs or self.disable_adapters or self.merged):
+            adapter = self._only_adapter()
+            if self._why_no_kernels(adapter) is None and takes_kernels(x, *self.factors(adapter)):
+                return self._fused_output(adapter, x)
         return super().forward(x, *args, **kwargs)
 
     def _only_adapter(self) -> str | None:
@@ -337,9 +337,12 @@ class DenseDeltaLayer(AdapterLayer):
 
     def why_no_kernels(self) -> str | None:
         """Why a pass takes no fused kernel as the layer is now; None where it does if the input is bf16."""
+        return self._why_no_kernels(self._only_adapter())
+
+    def _why_no_kernels(self, adapter: str | None) -> str | None:
         if self.kernels == "off":
             return "kernels: off"
-        if (adapter := self._only_adapter()) is None:
+        if adapter is None:
             return "not one active adapter"
         if self.base_layer is not self.get_base_layer():
             return "an adapter around another one"

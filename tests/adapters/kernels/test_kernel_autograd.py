@@ -184,12 +184,12 @@ def test_results_do_not_live_in_the_workspace(nf4: Callable[..., nn.Module], dev
     small, large = codes_of(nf4(40, 64)), codes_of(nf4(96, 128))
     first = gradients(lambda x, A, B: separate_linear(x, A, B, None, small, f), grad, **given)
     before = {name: value.clone() for name, value in first.items()}
-    (buffer,) = workspace._BUFFERS.values()
+    ((buffer, _),) = workspace._BUFFERS.values()
     other = inputs(device, 96, 128, 8, 16)
     gradients(lambda x, A, B: separate_linear(x, A, B, None, large, f), **other)
     gradients(lambda x, A, B: merged_linear(x, A, B, None, large, f), **other)
     assert all(torch.equal(first[name], value) for name, value in before.items())
-    (grown,) = workspace._BUFFERS.values()
+    ((grown, _),) = workspace._BUFFERS.values()
     assert buffer.numel() == 40 * 64 and grown.numel() == 96 * 128
     assert workspace.workspace(40, 64, device).data_ptr() == grown.data_ptr()
     storages = {value.untyped_storage().data_ptr() for value in first.values()}

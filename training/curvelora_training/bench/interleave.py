@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from curvelora_eval.lab.statistics import paired_ratio, summarise
 from curvelora_training.bench.devices import Device
+from curvelora_training.garbage import uncollected
 
 ENERGY_SECONDS = 0.5  # the driver's counter is too coarse for shorter turns
 
@@ -91,7 +92,8 @@ def interleave(
                 arm.run()
             device.synchronise()
             before = device.joules()
-            steps = [arm.run() for _ in range(rounds.steps)]
+            with uncollected():
+                steps = [arm.run() for _ in range(rounds.steps)]
             after, clocks = device.joules(), device.clocks()
             peak = device.peak()
             arm.leave()

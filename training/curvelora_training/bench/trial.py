@@ -129,6 +129,7 @@ class Trial:
         )
         self.types = module_types(self.named, heads)
         self.taken = 0
+        self._training: bool | None = None  # the mode that was set last
         self.graph: Callable[[Batch], dict[str, Any]] | None = None  # see `step_graph`
         self._random = self._seeded(seed)
 
@@ -167,7 +168,7 @@ class Trial:
 
     def compute(self, batch: Batch, mark: Callable[[str], None], observe: bool) -> dict[str, Any]:
         """Forward, backward, exchange and update, without anything that waits for the device; see `step`."""
-        self.model.train()
+        self._set_mode(training=True)
         with self.precision():
             loss = self.model(**batch).loss
             mark("forward")
@@ -213,7 +214,7 @@ class Trial:
     @torch.no_grad()
     def held_out(self, batches: list[Batch]) -> dict[str, float | None]:
         """Mean loss over these batches, and the accuracy where the model classifies (else None); in evaluation mode."""
-        self.model.eval()
+        self._set_mode(training=False)
         losses, right, rows = [], 0, 0
         for batch in batches:
             batch = {key: value.to(self.device.device) for key, value in batch.items()}
@@ -227,6 +228,12 @@ class Trial:
             return {"loss": None, "accuracy": None}
         loss = sum(value.item() * size for value, size in losses) / sum(size for _, size in losses)
         return {"loss": loss if math.isfinite(loss) else None, "accuracy": right / rows if rows else None}
+
+    def _set_mode(self, training: bool) -> None:
+        """Visits every module, so only where the mode changes; the model's own flag says nothing of the modules in it."""
+        if self._training is not training:
+            self.model.train(training)
+            self._training = training
 
     @contextlib.contextmanager
     def precision(self) -> Iterator[None]:
