@@ -14,8 +14,6 @@ product more than `merged_linear` in every pass.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -50,21 +48,6 @@ def _update(A: Tensor, B: Tensor, *fields: Any) -> Tensor:
     return merged_weight(A, B, delta_map_of(*fields), [], workspace(B.shape[0], A.shape[1], A.device))
 
 
-@contextlib.contextmanager
-def _sums_in_fp32() -> Iterator[None]:
-    """Parts of a product of bf16 matrices are summed in fp32, and what it is added to is added before it is rounded.
-
-    PyTorch lets cuBLAS round the sums of parts to bf16, which it does for few tokens: the update, in y already, is lost then.
-    """
-    settings = torch.backends.cuda.matmul
-    before = settings.allow_bf16_reduced_precision_reduction
-    settings.allow_bf16_reduced_precision_reduction = False
-    try:
-        yield
-    finally:
-        settings.allow_bf16_reduced_precision_reduction = before
-
-
 def _product(
     x: Tensor,
     seed: Tensor | None,
@@ -82,9 +65,11 @@ def _product(
     d_out, d_in = B.shape[0], A.shape[1]
     x2 = x.reshape(-1, d_in)
     with LOCK, torch.cuda.device_of(x):
-        y = (dropped(x2, seed, p) if p else x2) @ _update(A, B, name, amplitude, frequency, scale, inside).T
-        with _sums_in_fp32():
-            y.addmm_(x2, _base(base, d_out, d_in).T)
+        y = x2.new_empty(x2.shape[0], d_out)
+        # twice the one, then half of it beside the other: to add the whole of it, cuBLAS's kernels for Hopper round the product
+        # to bf16 first and add in memory, and the update is lost as in the other order
+        y.addmm_(dropped(x2, seed, p) if p else x2, _update(A, B, name, amplitude, frequency, scale, inside).T, beta=0, alpha=2)
+        y.addmm_(x2, _base(base, d_out, d_in).T, beta=0.5)
     if bias is not None:
         y += bias
     return y.view(*x.shape[:-1], d_out)
