@@ -15,11 +15,13 @@ from collections.abc import Iterator
 def long_lived() -> Iterator[None]:
     """What is there now is not looked at again; what is made from now on is."""
     gc.collect()
+    was_frozen = gc.get_freeze_count() > 0
     gc.freeze()
     try:
         yield
     finally:
-        gc.unfreeze()
+        if not was_frozen:  # by somebody else, whose objects would be let go as well
+            gc.unfreeze()
 
 
 @contextlib.contextmanager

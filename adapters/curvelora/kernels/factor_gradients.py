@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from curvelora.kernels import curves
-from curvelora.kernels.fp8_gate import Taken
+from curvelora.kernels.fp8_gate import Asked, Taken
 from curvelora.kernels.fp8_product import codes_of_columns, fp8_product
 from curvelora.kernels.launch import launch
 from curvelora.kernels.merged_weight import Tile, padded_rank, scales_of
@@ -183,26 +183,26 @@ def _fp32_product(a: Tensor, b: Tensor, sums: Tensor | None) -> Tensor:
 
 
 def gradients_of_factors(
-    g: Tensor, x: Tensor, A: Tensor, B: Tensor, delta_map: DeltaMap, fp8: Taken | None = None, node: Any = None
+    g: Tensor, x: Tensor, A: Tensor, B: Tensor, delta_map: DeltaMap, fp8: Asked | Taken | None = None, node: Any = None
 ) -> tuple[Tensor, Tensor]:
     """(dL/dA, dL/dB), fp32; G is in the workspace.
 
     Args:
         g: dL/dy (tokens, d_out), bf16.
         x: (tokens, d_in), bf16.
-        fp8: None, or from `fp8_gate.allowed`, which counts: G of the part beyond f'(0) is then from FP8.
+        fp8: who is asked whether G of the part beyond f'(0) may be from FP8, and counts; or None.
         node: where x comes from, if it is shared: a node of `Held`, which keeps x in FP8 for the next layer.
     """
     if delta_map.activation.name == "identity":
         return low_rank_gradients(g, x, A, B, delta_map.scale)
     G = workspace(B.shape[0], A.shape[1], x.device)
-    if fp8 is None:
+    if fp8 is None or (count := fp8.granted()) is None:
         return factor_gradients(torch.mm(g.T, x, out=G), A, B, delta_map)
     codes = (node and node.codes) or codes_of_columns(x)
     if node:
         node.codes = codes
     fp8_product(codes_of_columns(g), codes, G)
-    fp8.products += 1
+    count.products += 1
     beyond = factor_gradients(G, A, B, delta_map, linear=False)
     return low_rank_gradients(g, x, A, B, delta_map.slope_at_zero, beyond)
 

@@ -47,9 +47,10 @@ def factor_norms(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
     pairs = [(A.detach().contiguous(), B.detach().contiguous()) for A, B in pairs]
     device = pairs[0][0].device
     rows = [(A.data_ptr(), B.data_ptr(), A.shape[1], B.shape[0], A.shape[0]) for A, B in pairs]
-    layers = torch.tensor(rows, dtype=torch.int64).to(device)
-    out = torch.empty((len(pairs), 2), dtype=torch.float32, device=device)
-    launch(_norms, (len(pairs), 2), out, layers, padded_rank(max(row[4] for row in rows)), BLOCK, num_warps=4)
+    with torch.cuda.device_of(pairs[0][0]):
+        layers = torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
+        out = torch.empty((len(pairs), 2), dtype=torch.float32, device=device)
+        launch(_norms, (len(pairs), 2), out, layers, padded_rank(max(row[4] for row in rows)), BLOCK, num_warps=4)
     return out
 
 

@@ -10,17 +10,18 @@ where that is no more:
 
 |u_ij| <= |B_i| |A_j| (Cauchy-Schwarz), so the largest row of B times the largest column of A bounds all u, and each f has a
 bound on e, written in `_BEYOND`. Sinter at its published setting passes until some |u| may reach 0.24. Nothing of e is
-skipped, however small. What is left to the data: `fp8_product` makes zeros of entries below 2^-18 of their column's largest one,
-and says what small entries add; g and x are not looked at.
+skipped, however small. What is left to the data: `fp8_product` makes zeros of entries below some 2^-18 of their column's largest
+one, and says what small entries add; g and x are not looked at.
 
 The bounds of all layers are formed at the start of each pass of the model in training, since the factors move with every step,
-and read when the first layer asks: with gradient checkpointing that is in the backward pass, when they have long arrived. A layer
-takes bf16 where its factors are others by then, or have changed as autograd counts changes; writes through `.data`, DeepSpeed's
-steps among them, are seen by the next pass of the model alone.
+and read by the first layer of the backward pass, when they have long arrived. A layer takes bf16 where its factors are others in
+its forward pass, or have changed as autograd counts changes; writes through `.data`, DeepSpeed's steps among them, are seen by
+the next pass of the model alone.
 """
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary, ref
@@ -53,11 +54,18 @@ _BEYOND = {
 
 @dataclass
 class Taken:
-    """How often FP8 was asked for and allowed, in layers summed over passes, and how many products it then made."""
+    """How often FP8 was asked for and allowed, in layers summed over passes, and how many products it then made.
+
+    A layer is counted as allowed once a backward pass of the model has asked for any layer.
+    """
 
     asked: int = 0
     allowed: int = 0
     products: int = 0
+
+    def granted(self) -> Taken | None:
+        """Who counts; for a layer that is allowed whatever its factors are."""
+        return self
 
 
 class _Look:
@@ -65,8 +73,9 @@ class _Look:
 
     def __init__(self, count: Taken, asking: list[tuple[Any, str, tuple[Tensor, Tensor]]]) -> None:
         self.count = count
+        self.which = {id(layer): _which(adapter, *pair) for layer, adapter, pair in asking}
         # layers keep this, and it must not keep them
-        self.asking = [(ref(layer), adapter, _which(adapter, *pair)) for layer, adapter, pair in asking]
+        self.asking = [(ref(layer), adapter) for layer, adapter, _ in asking]
         by_device: dict[torch.device, list[int]] = {}
         for number, (*_, (A, _)) in enumerate(asking):
             by_device.setdefault(A.device, []).append(number)
@@ -74,27 +83,42 @@ class _Look:
             (numbers, *_on_its_way(factor_norms([asking[number][2] for number in numbers])))
             for numbers in by_device.values()
         ]
-        self.found: dict[int, tuple] | None = None
+        self.found: set[int] | None = None
 
-    def allowed(self) -> dict[int, tuple]:
-        """id of a layer that may take FP8 -> which factors it had; waits for the GPU the first time."""
-        if self.found is None:
-            self.found = {}
-            for numbers, norms, arrived in self.norms:
-                if arrived is not None:
-                    arrived.synchronize()
-                for number, (of_A, of_B) in zip(numbers, norms.tolist(), strict=True):
-                    layer, adapter, which = self.asking[number]
-                    if (layer := layer()) is not None and _is_bounded(layer, adapter, SLACK * of_A * of_B):
-                        self.found[id(layer)] = which
-            self.count.allowed += len(self.found)
+    def allowed(self) -> set[int]:
+        """ids of the layers that may take FP8; waits for the GPU the first time."""
+        with _LOCK:  # a thread for each GPU runs backward passes
+            if self.found is None:
+                found = set()
+                for numbers, norms, arrived in self.norms:
+                    if arrived is not None:
+                        arrived.synchronize()
+                    for number, (of_A, of_B) in zip(numbers, norms.tolist(), strict=True):
+                        layer, adapter = self.asking[number][0](), self.asking[number][1]
+                        if layer is not None and _is_bounded(layer, adapter, SLACK * of_A * of_B):
+                            found.add(id(layer))
+                self.found = found
+                self.count.allowed += len(found)
         return self.found
 
 
+@dataclass
+class Asked:
+    """One pass of one layer, whose backward pass wants to know whether it may take FP8."""
+
+    look: _Look
+    layer: int
+
+    def granted(self) -> Taken | None:
+        """Who counts the products in FP8; None where there are none."""
+        return self.look.count if self.layer in self.look.allowed() else None
+
+
+_LOCK = threading.Lock()
 # layer -> the last pass of its model; model -> who counts; model -> its layers, for which all modules would be looked at
 _LOOKS: WeakKeyDictionary[nn.Module, _Look] = WeakKeyDictionary()
 _TAKEN: WeakKeyDictionary[nn.Module, Taken] = WeakKeyDictionary()
-_LAYERS: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()
+_LAYERS: WeakKeyDictionary[nn.Module, list[ref]] = WeakKeyDictionary()
 
 
 def slope_beyond_zero_bound(delta_map: DeltaMap, largest: float) -> float:
@@ -159,8 +183,8 @@ def look(model: nn.Module, _: Any = None) -> None:
     if _unreadable() or not torch.is_grad_enabled():
         return
     if model not in _LAYERS:
-        _LAYERS[model] = [layer for layer in model.modules() if getattr(layer, "kernels", None) == "fp8"]
-    layers = [layer for layer in _LAYERS[model] if layer.kernels == "fp8"]
+        _LAYERS[model] = [ref(layer) for layer in model.modules() if getattr(layer, "kernels", None) == "fp8"]
+    layers = [layer for known in _LAYERS[model] if (layer := known()) is not None and layer.kernels == "fp8"]
     for layer in layers:
         _LOOKS.pop(layer, None)
     if not model.training:
@@ -193,7 +217,8 @@ def _adapter_of(layer: Any) -> tuple[Any, str | None]:
 
 def _is_bounded(layer: Any, adapter: str, largest: float) -> bool:
     """Whether the limit holds for |BA| up to `largest`."""
-    config = layer.configs[adapter]
+    if (config := layer.configs.get(adapter)) is None:  # deleted since
+        return False
     # what is kept of A is divided by this
     spread = 1 - config.dropout if config.dropout_form == "features" else 1.0
     return slope_beyond_zero_bound(layer.delta_map(adapter), largest / spread) <= LIMIT
@@ -214,8 +239,8 @@ def _which(adapter: str, A: Tensor, B: Tensor) -> tuple:
     return adapter, id(A), id(B), A._version, B._version
 
 
-def allowed(layer: Any, adapter: str) -> Taken | None:
-    """Who counts the products in FP8 of this pass of `layer`, which takes kernels; None where it takes no FP8."""
+def asked(layer: Any, adapter: str) -> Asked | None:
+    """What the backward pass of this pass of `layer`, which takes kernels, asks; None where it takes no FP8 in any case."""
     if layer.kernels != "fp8" or _unreadable() or not torch.is_grad_enabled() or (look := _LOOKS.get(layer)) is None:
         return None
-    return look.count if look.allowed().get(id(layer)) == _which(adapter, *layer.factors(adapter)) else None
+    return Asked(look, id(layer)) if look.which.get(id(layer)) == _which(adapter, *layer.factors(adapter)) else None

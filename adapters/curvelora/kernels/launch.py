@@ -1,7 +1,8 @@
 """Launching a kernel that has been launched before, without looking at every argument again.
 
 Triton asks in each launch for what every argument may specialise the code: 50 us and more for twenty of them, longer than the
-smaller kernels run. Here the same question is asked by less, and what Triton compiled for the answer is launched as it is.
+smaller kernels run. Here the same question is asked by less, and what Triton compiled for the answer is launched as it is. What
+changes how Triton compiles (debugging, instrumentation) has to be set before a kernel's first launch.
 """
 
 from __future__ import annotations

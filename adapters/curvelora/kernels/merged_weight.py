@@ -38,9 +38,11 @@ def _merged_weight(
     inside = (rows < d_out)[:, None]
     ranks = tl.arange(0, RANK)
     of_rank = ranks < rank
-    b_high, b_low = split(
-        inner * tl.load(B + rows[:, None] * rank + ranks[None, :], inside & of_rank[None, :], other=0.0)
-    )
+    b = inner * tl.load(B + rows[:, None] * rank + ranks[None, :], inside & of_rank[None, :], other=0.0)
+    if NAME == "identity":  # LoRA: factors in bf16, as its own products have them
+        b_high = to_bf16(b)
+    else:
+        b_high, b_low = split(b)
     if BASE != 0:
         values = nf4.load_table(table)
     nothing = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -51,14 +53,13 @@ def _merged_weight(
             byte, scale = nf4.load_codes(
                 codes, scales, scales2, table2, offset, rows, first, d_in, inside, BASE == 2, COLUMNS
             )
-        a_high, a_low = split(
-            tl.load(
-                A + ranks[:, None] * d_in + columns[None, :], of_rank[:, None] & (columns < d_in)[None, :], other=0.0
-            )
+        a = tl.load(
+            A + ranks[:, None] * d_in + columns[None, :], of_rank[:, None] & (columns < d_in)[None, :], other=0.0
         )
-        if NAME == "identity":  # noqa: SIM108  LoRA: factors in bf16, as its own products have them
-            u = dot(b_high, a_high, nothing)
+        if NAME == "identity":
+            u = dot(b_high, to_bf16(a), nothing)
         else:
+            a_high, a_low = split(a)
             u = split_product(b_high, b_low, a_high, a_low, nothing)
         weight = outer * curves.value(u, NAME, amplitude, frequency)
         if BASE != 0:

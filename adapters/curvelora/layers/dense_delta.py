@@ -359,7 +359,7 @@ class DenseDeltaLayer(AdapterLayer):
         base, delta_map, config = self.get_base_layer(), self.delta_map(adapter), self.configs[adapter]
         bias = base.bias if base.bias is None else base.bias.to(torch.bfloat16)
         narrow, (A, B) = x.to(torch.bfloat16), self.factors(adapter)
-        p, fp8 = config.dropout if self.training else 0.0, fp8_gate.allowed(self, adapter)
+        p, fp8 = config.dropout if self.training else 0.0, fp8_gate.asked(self, adapter)
         if p and config.dropout_form == "features":
             A, p = self._dropped_features(A, p), 0.0
         if type(base) is nn.Linear:  # which leaves its output in bf16 under autocast

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -67,6 +69,16 @@ def test_every_number_has_its_code(device: torch.device) -> None:
     assert scales.item() == 1
     wanted = every.float().T.to(torch.float8_e4m3fn)
     assert torch.equal(codes[:, : len(every)].view(torch.uint8), wanted.view(torch.uint8))
+
+
+def test_codes_of_what_is_not_finite(device: torch.device) -> None:
+    """NaN stays NaN, and what is beside it has a code; infinity is the largest number, beside which others are zeros."""
+    x = torch.ones(16, 16, dtype=torch.bfloat16, device=device)
+    x[3, 0], x[3, 1], x[4, 1] = float("nan"), float("inf"), -float("inf")
+    codes, scales = codes_of_columns(x)
+    found = codes.float()
+    assert found[0, 3].isnan() and found[0].isnan().sum() == 1 and (found[0, 4:] * scales[0] == 1).all()
+    assert found[1, 3:5].tolist() == [448, -448] and not found[1, 5:].any() and scales.isfinite().all()
 
 
 def test_columns_with_strides_are_read_as_they_are_meant(device: torch.device) -> None:
@@ -219,6 +231,44 @@ def test_layers_take_it_up_to_the_limit(device: torch.device, products: list[int
 
 
 @needs_fp8
+@pytest.mark.parametrize("reentrant", [None, True, False])
+def test_bounds_are_waited_for_in_the_backward_pass(device: torch.device, reentrant: bool | None) -> None:
+    """Without checkpointing and with both kinds, so that a pass does not begin with a wait for the GPU."""
+    model, x = model_of(device), normal(device, 3, 16, 64).requires_grad_()
+    set_largest(model, 1e-2)
+    with torch.autocast(device.type, torch.bfloat16):
+        y = model(x) if reentrant is None else checkpoint(model, x, use_reentrant=reentrant)
+    assert fp8_record(model)["fp8"]["allowed"] == 0
+    y.float().square().sum().backward()
+    assert fp8_record(model)["fp8"]["allowed"] == 2 and fp8_record(model)["fp8"]["products"] == 2
+
+
+def test_an_adapter_that_is_gone_is_not_allowed(device: torch.device) -> None:
+    """Deleted between a pass and the first question, by which nothing else suffers."""
+    model = model_of(device)
+    set_largest(model, 1e-3)
+    fp8_gate.look(model)
+    layer = model.base_model.model.up
+    look = fp8_gate._LOOKS[layer]
+    assert look is fp8_gate._LOOKS[model.base_model.model.down]
+    model.delete_adapter("default")
+    assert look.allowed() == set() and look.allowed() == set()
+
+
+def test_layers_are_not_kept(device: torch.device) -> None:
+    """Not by what is remembered of them, a lone layer either, whose list would be found by itself."""
+    model = model_of(device)
+    layer = model.base_model.model.up
+    use_kernels(layer, "fp8")
+    fp8_gate.look(layer)
+    fp8_gate.look(model)
+    held = [weakref.ref(layer), weakref.ref(model)]
+    del layer, model
+    gc.collect()
+    assert [one() for one in held] == [None, None]
+
+
+@needs_fp8
 def test_a_bound_that_may_be_stale_is_not_used(device: torch.device, products: list[int]) -> None:
     """Factors that changed after the model was called, and a model inside of it that is called itself."""
     model, x = model_of(device), normal(device, 3, 16, 64)
@@ -348,11 +398,11 @@ def test_f_s_own_part_is_right_to_ten_per_cent(
 
 
 @needs_fp8
-@pytest.mark.parametrize("name", ["sinter", "silu", "tanh"])
+@pytest.mark.parametrize("name", ["sinter", "silu", "tanh", "sigmoid"])
 def test_at_the_limit_errors_are_no_worse_than_qlora_s(
     device: torch.device, name: str, record_property: Record
 ) -> None:
-    """With factors as large as the limit lets them be: at most 1.5 times PEFT's error (found 1.03)."""
+    """With factors as large as the limit lets them be: at most 1.5 times PEFT's error (found 0.87)."""
     A, B = factors(device, D_OUT, D_IN, RANK, 1e-2)
     f = DeltaMap(Activation(name, 5e-5, 1e4), 0.25)
     largest = (A.norm(dim=0).max() * B.norm(dim=1).max()).item()

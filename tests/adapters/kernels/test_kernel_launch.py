@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from curvelora.kernels import launch as module
-from curvelora.kernels.launch import launch
+from curvelora.kernels.launch import _kind, launch
 
 
 class Jitted:
@@ -68,6 +68,21 @@ def test_other_kinds_are_compiled_for_themselves(on_gpu: dict[str, int], other: 
         on_gpu["device"] = one["device"]
         launch(kernel, (2,), one["x"], one["number"], one["name"], num_warps=one["warps"])
     assert len(kernel.compiled) == 2 and len(kernel.launched) == 2
+
+
+def test_what_triton_may_specialise_for_has_a_kind_of_its_own() -> None:
+    """Triton's own answers for two arguments differ only where ours do."""
+    from triton._C.libtriton import native_specialize_impl
+    from triton.backends.nvidia.compiler import CUDABackend
+
+    x = torch.zeros(64)
+    numbers = [0, 1, 2, 15, 16, 17, 2**31 - 1, 2**31, 2**31 + 16, 2**40, 2**62, 2**63, -1, -16, -(2**31), -(2**31) - 16]
+    tensors = [x, x[1:], x[4:], x[:0], x.bfloat16(), x.to(torch.uint8), x.to(torch.float8_e4m3fn), x.long()]
+    answers: dict[Any, Any] = {}
+    for argument in (*numbers, *tensors, 0.5, 1.0):
+        answer = native_specialize_impl(CUDABackend, argument, False, True, True)
+        assert answers.setdefault(_kind(argument), answer) == answer, argument
+    assert len(set(answers.values())) > 10
 
 
 def test_constants_come_last(on_gpu: dict[str, int]) -> None:

@@ -190,10 +190,22 @@ def test_a_split_walk_gives_the_same_sum(device: torch.device) -> None:
 
 
 def test_the_slope_at_zero_is_exact_in_bf16() -> None:
-    """Else G f'(0) would be rounded, and the curves' names could not be LoRAN's."""
+    """So f' / f'(0) and s f'(0) are as exact as f' and s."""
     for name in curves.NAMES:
         at_zero = Activation(name).slope_at_zero
         assert at_zero == 0 or torch.tensor(at_zero).frexp().mantissa == 0.5, name
+
+
+@pytest.mark.parametrize("f", ["identity", "sinter", "tanh"])
+def test_a_factor_that_is_not_a_number_shows(device: torch.device, f: str) -> None:
+    """Also one whose bits are all ones, as GPUs write it: arithmetic on them must not make a number of it."""
+    delta_map = DeltaMap(Activation(f), 0.25)
+    for side in (0, 1):
+        for bits in (0x7FFFFFFF, 0x7FC00000):
+            pair = [factor.clone() for factor in factors(device, 48, 96, 8, 1e-2)]
+            pair[side].view(torch.int32)[2, 1] = bits
+            found = merged_weight(*pair, delta_map, [], empty(48, 96, device))
+            assert found.isnan().sum() == (48 if side == 0 else 96)
 
 
 def test_lora_s_gradients_need_no_G(device: torch.device) -> None:

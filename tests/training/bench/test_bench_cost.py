@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import statistics
 from types import SimpleNamespace
@@ -52,6 +53,15 @@ class FakeArm:
 
     def leave(self) -> None:
         self.diary.append(f"{self.name} leaves")
+
+
+def test_garbage_is_collected_before_a_turn_s_steps_and_not_between_them(monkeypatch):
+    """Nor between the untimed and the timed ones, where a device would cool, and its energy be counted."""
+    diary, arm = [], FakeArm("a", [], 1)
+    arm.run, run = lambda: diary.append("on" if gc.isenabled() else "off") or run(), arm.run
+    monkeypatch.setattr(gc, "collect", lambda: diary.append("collected"))
+    list(interleave({"a": arm}, Rounds(rounds=1, steps=2, warmup=1), FakeDevice()))
+    assert diary == ["collected", *["off"] * 4] and gc.isenabled()
 
 
 def test_arms_take_turns_in_an_order_that_rotates():

@@ -88,13 +88,13 @@ def interleave(
             arm, found = arms[name], timings[name]
             device.reset_peak()
             arm.enter()
-            for _ in range(rounds.warmup * (2 if turn == 0 else 1)):
-                arm.run()
-            device.synchronise()
-            before = device.joules()
-            with uncollected():
+            with uncollected():  # from here, as a collection between untimed and timed steps would let the device cool
+                for _ in range(rounds.warmup * (2 if turn == 0 else 1)):
+                    arm.run()
+                device.synchronise()
+                before = device.joules()
                 steps = [arm.run() for _ in range(rounds.steps)]
-            after, clocks = device.joules(), device.clocks()
+                after, clocks = device.joules(), device.clocks()
             peak = device.peak()
             arm.leave()
             for step in steps:

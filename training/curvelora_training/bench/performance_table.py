@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-STEP, KEPT, LARGE = "step_7b_h100.json", "kept_7b_h100.json", "step_70b_h200.json"
-PROFILE = "profile_7b_h100.json"
+STEP, KEPT, LARGE = "step_7b_h200.json", "kept_7b_h200.json", "step_70b_h200.json"
+PROFILE = "profile_7b_h200.json"
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,7 @@ ROWS = (
     Row("the same, dropout 0.05, `dropout_form: features`", STEP, "features", 0.85),
     Row("QLoRA, kernels, Liger, all activations kept", KEPT, "qlora@liger", 0.50),
     Row("LoRAN Sinter, kernels, Liger, all activations kept", KEPT, "loran:sinter@liger", None),
-    Row(
-        "70B shape: LoRAN, kernels, over PEFT QLoRA, both with Liger", LARGE, "loran:sinter@liger", 1.30, "qlora@liger"
-    ),
+    Row("70B shape: LoRAN over QLoRA, kernels and Liger in both", LARGE, "loran:sinter@liger", 1.30, "qlora@liger"),
 )
 HEAD = "| what | device | goal | measured (95 %) | tokens/s | peak GB |\n|---|---|---:|---:|---:|---:|"
 

@@ -50,9 +50,9 @@ def measure_profile(
         def step(number: int, trial: Any = trial) -> None:
             trial.step(ground.source.batch(ground.settings.seeds[0], number, 0, 1))
 
-        for number in range(2):
-            step(number)
         with uncollected():
+            for number in range(2):
+                step(number)
             torch.cuda.synchronize()
             started = time.perf_counter()
             step(2)
