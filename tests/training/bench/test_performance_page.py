@@ -84,6 +84,15 @@ def test_what_the_text_makes_of_them_is_so(page: str, folder: Path) -> None:
     assert round(json.loads((folder / STEP).read_text(encoding="utf-8"))["gemm_tflops"]) == 787
 
 
+def test_the_readme_says_the_same(root: Path, folder: Path) -> None:
+    step, large = seconds(folder, STEP), seconds(folder, LARGE)
+    text = (root / "README.md").read_text(encoding="utf-8")
+    ours, peft = (f"{step[arm]:.2f} s" for arm in ("qlora@liger", "qlora@eager"))
+    assert f"takes {ours} for a QLoRA step at 7B and {step['loran:sinter@liger']:.2f} s for LoRAN's" in text
+    assert f"PEFT's QLoRA takes {peft} there, and {step['qlora@eager@liger']:.2f} s with Liger" in text
+    assert f"At 70B it is {large['qlora@liger']:.2f} and {large['loran:sinter@liger']:.2f} s" in text
+
+
 def test_its_commands_are_accepted(page: str) -> None:
     lines = [line for block in re.findall(r"```bash\n(.*?)```", page, flags=re.DOTALL) for line in block.splitlines()]
     assert len(lines) == 3
