@@ -6,14 +6,19 @@ from collections.abc import Callable
 from typing import Any
 
 import bitsandbytes as bnb
+import pytest
 import torch
 from inside_operators import InsideOperators
 from torch import Tensor, nn
 
 from curvelora.activations import Activation
+from curvelora.kernels import fp8_gate
 from curvelora.layers.dense_delta import DeltaMap
 
 Gradients = dict[str, Tensor]
+needs_fp8 = pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < fp8_gate.NEEDED, reason="needs a GPU with FP8"
+)
 
 
 def nf4_layer(
