@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from curvelora.kernels import curves
-from curvelora.kernels.fp8_gate import Asked, Taken
+from curvelora.kernels.fp8_gate import Asked
 from curvelora.kernels.fp8_product import codes_of_columns, fp8_product
 from curvelora.kernels.launch import launch
 from curvelora.kernels.merged_weight import Tile, padded_rank, scales_of
@@ -157,11 +157,13 @@ def factor_gradients(
 def low_rank_gradients(
     g: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, beyond: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """LoRA's, from products of bf16 as autograd would make them, but summed in fp32; added to `beyond`, if given.
+    """(dL/dA, dL/dB) of dW = scale BA, fp32: products of bf16 as autograd would make them, but summed in fp32.
 
     Args:
         g: (tokens, d_out), bf16.
         x: (tokens, d_in), bf16.
+        A, B: factors, (r, d_in) and (d_out, r), fp32.
+        beyond: what they are added to, (r, d_in) and (d_out, r), fp32, and may be written to; None: nothing.
     """
     of_A, of_B = beyond or (None, None)
     back, down = g @ _scaled(B, scale, g.dtype), x @ _scaled(A, scale, x.dtype).T
@@ -183,7 +185,7 @@ def _fp32_product(a: Tensor, b: Tensor, sums: Tensor | None) -> Tensor:
 
 
 def gradients_of_factors(
-    g: Tensor, x: Tensor, A: Tensor, B: Tensor, delta_map: DeltaMap, fp8: Asked | Taken | None = None, node: Any = None
+    g: Tensor, x: Tensor, A: Tensor, B: Tensor, delta_map: DeltaMap, fp8: Asked | None = None, node: Any = None
 ) -> tuple[Tensor, Tensor]:
     """(dL/dA, dL/dB), fp32; G is in the workspace.
 

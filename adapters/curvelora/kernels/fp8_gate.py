@@ -63,10 +63,6 @@ class Taken:
     allowed: int = 0
     products: int = 0
 
-    def granted(self) -> Taken | None:
-        """Who counts; for a layer that is allowed whatever its factors are."""
-        return self
-
 
 class _Look:
     """What one pass of a model found: the norms of its factors, on their way from the GPU until somebody asks for them."""
@@ -147,7 +143,7 @@ def why_no_fp8(device: torch.device) -> str | None:
 
 
 def watch(model: nn.Module) -> None:
-    """Have every pass of `model` in training decide for its layers whose `kernels` is "fp8" by its first pass.
+    """Have every pass of `model` in training decide for those layers whose `kernels` is "fp8" in its first one.
 
     Raises:
         UserError: it is where there are no products in FP8.
@@ -179,7 +175,7 @@ def _unreadable() -> bool:
 
 
 def look(model: nn.Module, _: Any = None) -> None:
-    """Decide for all layers of `model`, as their factors are now."""
+    """Form the bounds of all layers of `model`, as their factors are now; the backward pass decides by them."""
     if _unreadable() or not torch.is_grad_enabled():
         return
     if model not in _LAYERS:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from curvelora.kernels.factor_gradients import gradients_of_factors
-from curvelora.kernels.fp8_gate import Asked, Taken
+from curvelora.kernels.fp8_gate import Asked
 from curvelora.kernels.held import (
     Factors,
     add_product,
@@ -124,7 +124,7 @@ class _Merged(torch.autograd.Function):
         bias: Tensor | None,
         base: list[Tensor],
         fields: tuple,
-        fp8: Asked | Taken | None,
+        fp8: Asked | None,
     ) -> Tensor:
         ctx.input, ctx.factors, ctx.base, ctx.fields, ctx.fp8 = x.grad_fn, Factors(A, B), base, fields, fp8
         product = _product_operator if is_watched() else _product
@@ -153,7 +153,7 @@ def merged_linear(
     bias: Tensor | None,
     base: list[Tensor],
     delta_map: DeltaMap,
-    fp8: Asked | Taken | None = None,
+    fp8: Asked | None = None,
 ) -> Tensor:
     """x (W0 + s f(BA))^T + bias: (..., d_out), bf16, differentiable in x, A and B.
 
@@ -163,7 +163,7 @@ def merged_linear(
         bias: (d_out,), bf16, or None; frozen.
         base: the NF4 weight, from `nf4.codes_of`.
         delta_map: with an `Activation` whose kernel exists (`curves.NAMES`).
-        fp8: from `fp8_gate.asked`, a count for FP8 whatever the factors are, or None.
+        fp8: from `fp8_gate.asked`, or None.
     """
     fields = map_fields(delta_map)
     if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and x.requires_grad and A.requires_grad):

@@ -49,7 +49,7 @@ def _merged_weight(
     for tile in range(TILES):
         first = (tl.program_id(0) * TILES + tile) * COLUMNS
         columns = first + tl.arange(0, COLUMNS)
-        if BASE != 0:  # ahead of the products, so that they are on their way meanwhile
+        if BASE != 0:
             byte, scale = nf4.load_codes(
                 codes, scales, scales2, table2, offset, rows, first, d_in, inside, BASE == 2, COLUMNS
             )

@@ -22,7 +22,7 @@ from torch import Tensor
 from curvelora.kernels import nf4
 from curvelora.kernels.dropout import add_dropped_, dropped, new_seed
 from curvelora.kernels.factor_gradients import gradients_of_factors
-from curvelora.kernels.fp8_gate import Asked, Taken
+from curvelora.kernels.fp8_gate import Asked
 from curvelora.kernels.held import (
     Factors,
     add_product,
@@ -180,7 +180,7 @@ class _Separate(torch.autograd.Function):
         base: list[Tensor],
         p: float,
         fields: tuple,
-        fp8: Asked | Taken | None,
+        fp8: Asked | None,
     ) -> Tensor:
         ctx.input, ctx.factors, ctx.base, ctx.p = x.grad_fn, Factors(A, B), base, p
         ctx.fields, ctx.fp8 = fields, fp8
@@ -214,7 +214,7 @@ def separate_linear(
     base: list[Tensor],
     delta_map: DeltaMap,
     p: float = 0.0,
-    fp8: Asked | Taken | None = None,
+    fp8: Asked | None = None,
 ) -> Tensor:
     """x W0^T + bias + drop(x) (s f(BA))^T: (..., d_out), bf16, differentiable in x, A and B.
 
@@ -225,7 +225,7 @@ def separate_linear(
         base: [W0] in bf16, or the NF4 weight from `nf4.codes_of`; frozen.
         delta_map: with an `Activation` whose kernel exists (`curves.NAMES`).
         p: the probability with which an entry of x is dropped, in [0, 1).
-        fp8: from `fp8_gate.asked`, a count for FP8 whatever the factors are, or None.
+        fp8: from `fp8_gate.asked`, or None.
     """
     fields = map_fields(delta_map)
     x = x.contiguous()  # entries are numbered by where they lie

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from curvelora.kernels import factor_gradients, fp8_product
+from curvelora.kernels.merged_weight import TILE as MERGED_TILE
 from curvelora_training.bench import kernels_command, profile_command, step_command
 from curvelora_training.bench.arms import parse_arms
 from curvelora_training.bench.performance_table import KEPT, LARGE, PROFILE, STEP, performance_table, profile_table
@@ -93,9 +95,18 @@ def test_the_readme_says_the_same(root: Path, folder: Path) -> None:
     assert f"At 70B it is {large['qlora@liger']:.2f} and {large['loran:sinter@liger']:.2f} s" in text
 
 
+def test_tiles_are_nearly_the_fastest_that_were_measured(page: str, folder: Path) -> None:
+    chosen = {"merged_weight": MERGED_TILE, "gradients": factor_gradients.tile_for(64), "codes": fp8_product.TILE}
+    for layer in json.loads((folder / "kernels_h200_tiles.json").read_text(encoding="utf-8"))["layers"]:
+        for name, tile in chosen.items():
+            times = {tuple(one["tile"]): one.get("milliseconds") for one in layer["tiles"][name]}
+            assert times[tile] <= 1.05 * min(time for time in times.values() if time), (layer["d_out"], name)
+    assert "within 5 % of the fastest" in page
+
+
 def test_its_commands_are_accepted(page: str) -> None:
     lines = [line for block in re.findall(r"```bash\n(.*?)```", page, flags=re.DOTALL) for line in block.splitlines()]
-    assert len(lines) == 3
+    assert len(lines) == 5
     for line in lines:
         _, _, name, *rest = shlex.split(line)
         parser = argparse.ArgumentParser()

@@ -16,6 +16,7 @@ from curvelora.activations import Activation
 from curvelora.kernels import factor_gradients as gradients
 from curvelora.kernels import fp8_product, nf4
 from curvelora.kernels import merged_weight as merged
+from curvelora.kernels.factor_norms import factor_norms
 from curvelora.kernels.fp8_gate import why_no_fp8
 from curvelora.layers.dense_delta import DeltaMap
 from curvelora.precision import exact_products
@@ -106,6 +107,7 @@ def _measure_layer(
             "codes": lambda: fp8_product.codes_of_columns(x, best.get("codes")),
             "product_G_in_fp8": lambda: fp8_product.fp8_product(*codes, G),
             "gradients_beyond": lambda: gradients.factor_gradients(G, A, B, delta_map, linear=False),
+            "factor_norms": lambda: factor_norms([(A, B)]),
             "low_rank_gradients": lambda: gradients.low_rank_gradients(g, x, A, B, delta_map.slope_at_zero),
         }
     merged.merged_weight(A, B, delta_map, base, W)
