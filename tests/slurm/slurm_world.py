@@ -18,7 +18,8 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 SCRIPT = HERE / "cluster.sh"
 BIN = Path(sys.executable).parent
-SMALL = Path(os.environ.get("SLURMCI_STATE", "/run/slurmci"), "small")  # a file system of 1 MB
+STATE = Path(os.environ.get("SLURMCI_STATE", "/run/slurmci"))  # where `cluster.sh` keeps all
+SMALL = STATE / "small"  # a file system of 1 MB
 NODES = ("n1", "n2", "n3")
 PATIENCE = 240.0  # seconds for anything to happen; a busy machine imports our libraries in 30
 
@@ -50,6 +51,10 @@ class Cluster:
             cwd=ROOT,
         )
 
+    def deaths(self) -> list[str]:
+        """A line for each time that a daemon died unasked, and was started again."""
+        return [line for path in sorted(STATE.glob("n*.died")) for line in path.read_text("utf-8").splitlines()]
+
     def crash(self, node: str) -> None:
         """Power a node off: all of its processes are gone at once."""
         self.touched.add(node)
@@ -68,16 +73,33 @@ class Cluster:
     def restore(self) -> None:
         """No jobs, and all nodes as new."""
         self.run("scancel", "--user=root")
+        self._power_cycle()
+        until(lambda: not self.run("squeue", "-h").stdout.strip(), "the queue is empty", self.words)
+        try:
+            until(lambda: not self._busy(), "all nodes are idle", self.words, 60)
+        except AssertionError:  # drained, or with a daemon that hangs: not for the next test to suffer from
+            self.touched |= self._busy()
+            self._power_cycle()
+            until(lambda: not self._busy(), "all nodes are idle", self.words)
+
+    def _power_cycle(self) -> None:
         for node in self.touched:
             self.control("plug", node)
             self.control("node-crash", node)
             self.control("node-start", node)
+            self.run(
+                "scontrol", "update", f"nodename={node}", "state=resume"
+            )  # refused where it is not drained or down
         self.touched.clear()
-        until(lambda: not self.run("squeue", "-h").stdout.strip(), "the queue is empty")
-        until(
-            lambda: len(self.run("sinfo", "-hN", "-p", "main", "-t", "idle").stdout.split("\n")) > len(NODES),
-            "all nodes are idle",
-        )
+
+    def _busy(self) -> set[str]:
+        """Nodes that are not idle."""
+        return set(NODES) - set(self.run("sinfo", "-hN", "-p", "main", "-t", "idle", "-o", "%N").stdout.split())
+
+    def words(self) -> str:
+        """The state of nodes and queue, why nodes are down, and which daemons died, for messages."""
+        shown = [self.run(*command.split()).stdout for command in ("sinfo -N -l", "sinfo -R", "squeue -l")]
+        return "\n".join([*shown, *self.deaths()])
 
     def submit(self, job: Job, **variables: str) -> Submitted:
         """Render and submit a job.
@@ -149,7 +171,8 @@ class Submitted:
     def words(self) -> str:
         """The ends of all logs, for messages."""
         logs = sorted((self.run / "logs").glob("*"))
-        return "\n".join(f"--- {log.name}\n{log.read_text('utf-8', errors='replace')[-1500:]}" for log in logs)
+        ends = [f"--- {log.name}\n{log.read_text('utf-8', errors='replace')[-1500:]}" for log in logs]
+        return "\n".join([*ends, "--- cluster", self.cluster.words()])
 
 
 def until(happened: Callable[[], Any], what: str, words: Callable[[], str] = str, patience: float = PATIENCE) -> None:
