@@ -28,7 +28,8 @@ from torch import Tensor
 
 from curvelora.kernels import curves
 from curvelora.kernels.fp8_gate import Asked
-from curvelora.kernels.fp8_product import codes_of_columns, fp8_product
+from curvelora.kernels.fp8_product import Codes, codes_of_columns, fp8_product
+from curvelora.kernels.fp8_readings import first_readings, second_readings
 from curvelora.kernels.launch import launch
 from curvelora.kernels.merged_weight import Tile, padded_rank, scales_of
 from curvelora.kernels.portable import cdiv, dot, split, split_product, to_bf16
@@ -40,7 +41,8 @@ TILE = (64, 128, 264, 4, 2)
 # at twice the rank that would take more than the 99 KiB of shared memory that every GPU has
 WIDE_TILE = (32, 64, 264, 4, 1)
 
-
+# whether g and x are read twice each for FP8 instead of four times: not until a GPU has run it (docs/decisions.md, 8)
+TWO_READINGS = False
 SUM_TILE = (8, 512)  # parts a turn, and entries of a program, of the sums
 # entries of the parts of dL/dB that are there at once: 96 MiB, so that a large layer is done in bands of rows
 PARTS = 3 << 23
@@ -89,33 +91,50 @@ def _gradients(
 
 
 @triton.jit
-def _sum(out, parts, size, count, first, ADD: tl.constexpr, TURN: tl.constexpr, BLOCK: tl.constexpr):
+def _add_parts(total, parts, at, there, count, apart, TURN: tl.constexpr):
+    for start in range(0, count, TURN):
+        part = start + tl.arange(0, TURN)
+        of_parts = part.to(tl.int64)[:, None] * apart + at[None, :]
+        total += tl.sum(tl.load(parts + of_parts, (part < count)[:, None] & there[None, :], other=0.0), 0)
+    return total
+
+
+@triton.jit
+def _sum(
+    out, parts, more, size, count, count_more, apart_more, first,
+    ADD: tl.constexpr, TURN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     at = first + tl.arange(0, BLOCK)
     there = at < size
     total = tl.load(out + at, there, other=0.0) if ADD else tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, count, TURN):
-        part = start + tl.arange(0, TURN)
-        of_parts = part.to(tl.int64)[:, None] * size + at[None, :]
-        total += tl.sum(tl.load(parts + of_parts, (part < count)[:, None] & there[None, :], other=0.0), 0)
+    total = _add_parts(total, parts, at, there, count, size, TURN)
+    total = _add_parts(total, more, at, there, count_more, apart_more, TURN)
     tl.store(out + at, total, there)
 
 
 @triton.jit
 def _sums(
-    out_A, out_B, parts_A, parts_B, size_A, size_B, count_A, count_B,
+    out_A, out_B, parts_A, parts_B, more_A, more_B, size_A, size_B, count_A, count_B, count_more_A, count_more_B, apart_more_B,
     ADD: tl.constexpr, TURN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Parts of both gradients in one launch. With ADD that of A is added to what is there: of bands of rows before this one."""
     programs_A = tl.cdiv(size_A, BLOCK)
     program = tl.program_id(0)
     if program < programs_A:
-        _sum(out_A, parts_A, size_A, count_A, program * BLOCK, ADD, TURN, BLOCK)
+        _sum(out_A, parts_A, more_A, size_A, count_A, count_more_A, size_A, program * BLOCK, ADD, TURN, BLOCK)
     else:
-        _sum(out_B, parts_B, size_B, count_B, (program - programs_A) * BLOCK, False, TURN, BLOCK)
+        first = (program - programs_A) * BLOCK
+        _sum(out_B, parts_B, more_B, size_B, count_B, count_more_B, apart_more_B, first, False, TURN, BLOCK)
 
 
 def factor_gradients(
-    G: Tensor, A: Tensor, B: Tensor, delta_map: DeltaMap, tile: Tile | None = None, linear: bool = True
+    G: Tensor,
+    A: Tensor,
+    B: Tensor,
+    delta_map: DeltaMap,
+    tile: Tile | None = None,
+    linear: bool = True,
+    more: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(dL/dA, dL/dB), fp32.
 
@@ -125,6 +144,7 @@ def factor_gradients(
         delta_map: with an `Activation` of `curves.NAMES`, not the identity.
         tile: rows and columns of a tile, programs to aim at, warps, stages; None: `tile_for`.
         linear: with the part of f'(0); else only what f' - f'(0) adds.
+        more: parts of both that are added, (n, r, d_in) and (m, d_out, r), fp32, contiguous.
     """
     (d_out, d_in), rank = G.shape, A.shape[0]
     rows, columns, programs, warps, stages = tile or tile_for(rank)
@@ -133,6 +153,7 @@ def factor_gradients(
     blocks = cdiv(d_in, columns)
     band = max(rows, PARTS // (blocks * rank) // rows * rows)
     of_A, of_B = torch.empty_like(A), torch.empty_like(B)
+    more_A, more_B = more or (of_A[:0], of_B[:0, None])
     for start in range(0, d_out, band):
         here = slice(start, min(start + band, d_out))
         height = here.stop - start
@@ -149,25 +170,22 @@ def factor_gradients(
         of_band = of_B[here]
         launch(
             _sums, (cdiv(of_A.numel(), block) + cdiv(of_band.numel(), block),), of_A, of_band, parts_A, parts_B,
-            of_A.numel(), of_band.numel(), len(parts_A), blocks, start > 0, turn, block,
+            more_A, more_B[:, here], of_A.numel(), of_band.numel(), len(parts_A), blocks,
+            0 if start else len(more_A), len(more_B), of_B.numel(), start > 0, turn, block,
         )  # fmt: skip
     return of_A, of_B
 
 
-def low_rank_gradients(
-    g: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, beyond: tuple[Tensor, Tensor] | None = None
-) -> tuple[Tensor, Tensor]:
+def low_rank_gradients(g: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """(dL/dA, dL/dB) of dW = scale BA, fp32: products of bf16 as autograd would make them, but summed in fp32.
 
     Args:
         g: (tokens, d_out), bf16.
         x: (tokens, d_in), bf16.
         A, B: factors, (r, d_in) and (d_out, r), fp32.
-        beyond: what they are added to, (r, d_in) and (d_out, r), fp32, and may be written to; None: nothing.
     """
-    of_A, of_B = beyond or (None, None)
     back, down = g @ _scaled(B, scale, g.dtype), x @ _scaled(A, scale, x.dtype).T
-    return _fp32_product(back.T, x, of_A), _fp32_product(g.T, down, of_B)
+    return _fp32_product(back.T, x), _fp32_product(g.T, down)
 
 
 def _scaled(factor: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
@@ -175,13 +193,11 @@ def _scaled(factor: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     return torch.mul(factor, scale, out=torch.empty_like(factor, dtype=dtype))
 
 
-def _fp32_product(a: Tensor, b: Tensor, sums: Tensor | None) -> Tensor:
-    """a b + sums in fp32, of bf16 matrices."""
-    if not a.is_cuda:  # where there is no such operator; products of bf16 numbers are exact in fp32
-        return a.float() @ b.float() if sums is None else torch.addmm(sums, a.float(), b.float())
-    if sums is None:
+def _fp32_product(a: Tensor, b: Tensor) -> Tensor:
+    """a b in fp32, of bf16 matrices."""
+    if a.is_cuda:
         return torch.mm(a, b, out_dtype=torch.float32)
-    return torch.addmm(sums, a, b, out_dtype=torch.float32, out=sums)
+    return a.float() @ b.float()  # where there is no such operator; products of bf16 numbers are exact in fp32
 
 
 def gradients_of_factors(
@@ -200,13 +216,36 @@ def gradients_of_factors(
     G = workspace(B.shape[0], A.shape[1], x.device)
     if fp8 is None or (count := fp8.granted()) is None:
         return factor_gradients(torch.mm(g.T, x, out=G), A, B, delta_map)
-    codes = (node and node.codes) or codes_of_columns(x)
+    codes_g, codes_x, linear = (_two_readings if TWO_READINGS else _four_readings)(
+        g, x, A, B, delta_map.slope_at_zero, node.codes if node else None
+    )
     if node:
-        node.codes = codes
-    fp8_product(codes_of_columns(g), codes, G)
+        node.codes = codes_x
+    fp8_product(codes_g, codes_x, G)
     count.products += 1
-    beyond = factor_gradients(G, A, B, delta_map, linear=False)
-    return low_rank_gradients(g, x, A, B, delta_map.slope_at_zero, beyond)
+    return factor_gradients(G, A, B, delta_map, linear=False, more=linear)
+
+
+# (codes of g, codes of x, parts of the gradients that f'(0) makes)
+Read = tuple[Codes, Codes, tuple[Tensor, Tensor]]
+
+
+def _four_readings(g: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, known: Codes | None) -> Read:
+    of_A, of_B = low_rank_gradients(g, x, A, B, scale)
+    return codes_of_columns(g), known or codes_of_columns(x), (of_A[None], of_B[None])
+
+
+def _two_readings(g: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, known: Codes | None) -> Read:
+    g, x = (t if t.stride(1) == 1 else t.contiguous() for t in (g, x))
+    of_x = known is None
+    A, B = (_scaled(factor.contiguous(), scale, x.dtype) for factor in (A, B))
+    back, down, largest = first_readings(g, x, A, B, of_x)
+    if known is not None:
+        down = x @ A.T
+    codes_g, codes_x, parts_A, parts_B = second_readings(g, x, back, down, largest, of_x)
+    if known is not None:
+        codes_x, parts_A = known, _fp32_product(back.T, x)[None]
+    return codes_g, codes_x, (parts_A, parts_B)
 
 
 def factor_gradients_reference(G: Tensor, A: Tensor, B: Tensor, delta_map: DeltaMap) -> tuple[Tensor, Tensor]:

@@ -40,6 +40,15 @@ LARGEST_TILE = (128, 256, 64, 4)
 
 
 @triton.jit
+def scale_of(largest):
+    """(scale, 1 / scale) of columns with these largest entries; 1 where there is none, or a NaN."""
+    # 448 is 1.75 2^8: a mantissa above 1.75 takes the next power. No power is below the smallest normal number
+    power = ((largest.to(tl.uint32, bitcast=True) + 0x1FFFFF) >> 23).to(tl.int32) - 8
+    power = tl.where(largest > 0, tl.maximum(power, 1), 127)
+    return (power << 23).to(tl.float32, bitcast=True), ((254 - power) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _largest(out, x, tokens, width, stride, COLUMNS: tl.constexpr, TOKENS: tl.constexpr, TURN: tl.constexpr):
     columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     there = columns < width
@@ -63,12 +72,9 @@ def _codes(
     part = tl.arange(0, CHUNKS)
     of_parts = part[:, None] * width + columns[None, :]
     largest = tl.max(tl.load(parts + of_parts, (part < chunks)[:, None] & there[None, :], other=0.0), 0)
-    # 448 is 1.75 2^8: a mantissa above 1.75 takes the next power. No power is below the smallest normal number
-    power = ((largest.to(tl.uint32, bitcast=True) + 0x1FFFFF) >> 23).to(tl.int32) - 8
-    power = tl.where(largest > 0, tl.maximum(power, 1), 127)
-    inverse = ((254 - power) << 23).to(tl.float32, bitcast=True)
+    scale, inverse = scale_of(largest)
     if tl.program_id(1) == 0:
-        tl.store(scales + columns, (power << 23).to(tl.float32, bitcast=True), there)
+        tl.store(scales + columns, scale, there)
     at = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
     of_x = at.to(tl.int64)[:, None] * stride + columns[None, :]
     value = tl.load(x + of_x, (at < tokens)[:, None] & there[None, :], other=0.0)

@@ -20,6 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from curvelora.kernels import factor_gradients as gradients, factor_norms as norms, fp8_product as fp8
+from curvelora.kernels import fp8_readings as readings
 from curvelora.kernels import merged_weight as merged, nf4
 
 LAYER = {name: "i32" for name in ("d_out", "d_in", "rank", "span")}
@@ -45,8 +46,9 @@ def shared(kernel, name, rank, arch, _):
         constants = {"RANK": rank, "BLOCK": norms.BLOCK}
         return compiled(norms._norms, {"out": "*fp32", "layers": "*i64"}, constants, arch, num_warps=4)
     if kernel == "sums":
-        types = {name: "*fp32" for name in ("out_A", "out_B", "parts_A", "parts_B")}
-        types |= {name: "i32" for name in ("size_A", "size_B", "count_A", "count_B")}
+        types = {name: "*fp32" for name in ("out_A", "out_B", "parts_A", "parts_B", "more_A", "more_B")}
+        counts = ("count_A", "count_B", "count_more_A", "count_more_B", "apart_more_B")
+        types |= {name: "i32" for name in ("size_A", "size_B", *counts)}
         constants = {"ADD": True, "TURN": gradients.SUM_TILE[0], "BLOCK": gradients.SUM_TILE[1]}
         return compiled(gradients._sums, types, constants, arch)
     sizes = {n: "i32" for n in ("tokens", "width", "stride", "padded", "chunks")}
@@ -57,6 +59,17 @@ def shared(kernel, name, rank, arch, _):
         types = {"out": "*fp8e4nv", "x": "*bf16", "scales": "*fp32", "parts": "*fp32", **sizes}
         constants = {"CHUNKS": 16, "COLUMNS": fp8.TILE[0], "TOKENS": fp8.TILE[1]}
         return compiled(fp8._codes, types, constants, arch, num_warps=fp8.TILE[2])
+    if kernel.endswith("readings"):
+        matrices = ("back", "down", "g", "x", "A", "B")
+        types = {name: "*bf16" for name in matrices} | {"codes_g": "*fp8e4nv", "codes_x": "*fp8e4nv"}
+        types |= {name: "*fp32" for name in ("scales_g", "scales_x", "parts_A", "parts_B")}
+        types |= {name: "*i32" for name in ("largest_g", "largest_x")}
+        types |= {name: "i32" for name in ("tokens", "stride_g", "stride_x", "padded", "spans")}
+        first = kernel == "first readings"
+        turn, columns, *_, warps, stages = readings.first_tile_for(rank) if first else readings.SECOND_TILE
+        constants = {"RANK": rank, "TOKENS": turn, "COLUMNS": columns}
+        made = readings._first_readings if first else readings._second_readings
+        return compiled(made, types, constants, arch, num_warps=warps, num_stages=stages)
     if kernel.startswith("weight"):
         rows, columns, tiles, warps, stages = merged.TILE
         base = int(kernel[-1])
@@ -73,6 +86,12 @@ def shared(kernel, name, rank, arch, _):
 for case in json.loads(sys.argv[1]):
     print(json.dumps(shared(*case)), flush=True)
 """
+
+FP8 = [
+    ("largest", 1),
+    ("codes", 1),
+    *((f"{which} readings", rank) for which in ("first", "second") for rank in (1, 64, 128)),
+]
 
 
 def check(cases: list[tuple[str, str, int, int, int]], cache: Path) -> None:
@@ -92,6 +111,7 @@ def test_kernels_of_sinter_fit_into_99_kib(tmp_path: Path) -> None:
     """What RTX 30 and 40 have, at the published rank and at the largest."""
     cases = [(kernel, rank) for kernel in ("weight2", "gradients") for rank in (64, 128)]
     fp8_on_rtx_40 = [("largest", "", 1, 89, 99), ("codes", "", 1, 89, 99)]
+    fp8_on_rtx_40 += [(f"{which} readings", "", rank, 89, 99) for which in ("first", "second") for rank in (64, 128)]
     check([*fp8_on_rtx_40, *((kernel, "sinter", rank, 80, 99) for kernel, rank in cases)], tmp_path)
 
 
@@ -106,7 +126,7 @@ def test_kernels_of_sinter_fit_everywhere(arch: int, kib: int, tmp_path: Path) -
         ("sums", 1),
         ("norms", 64),
         ("norms", 128),
-        *(([("largest", 1), ("codes", 1)]) if arch >= 89 else []),
+        *(FP8 if arch >= 89 else []),
     ]
     check([*cases, *((kernel, "", rank, arch, kib) for kernel, rank in others)], tmp_path)
 

@@ -52,6 +52,11 @@ class Always:
         return Taken()
 
 
+@pytest.fixture(params=["four readings", "two readings"])
+def readings(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "TWO_READINGS", request.param == "two readings")
+
+
 # --- when ---------------------------------------------------------------------------------------------------------------
 
 
@@ -85,15 +90,18 @@ def products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many products in FP8 have been made, and codes: [products, codes]."""
     made = [0, 0]
 
-    def counted(index: int, function: Callable) -> Callable:
+    def counted(name: str, index: int, count: Callable[..., int] = lambda *_: 1) -> None:
+        function = getattr(module, name)
+
         def call(*args: object) -> object:
-            made[index] += 1
+            made[index] += count(*args)
             return function(*args)
 
-        return call
+        monkeypatch.setattr(module, name, call)
 
-    monkeypatch.setattr(module, "fp8_product", counted(0, module.fp8_product))
-    monkeypatch.setattr(module, "codes_of_columns", counted(1, module.codes_of_columns))
+    counted("fp8_product", 0)
+    counted("codes_of_columns", 1)
+    counted("second_readings", 1, lambda *args: 1 + args[-1])
     return made
 
 
@@ -272,6 +280,7 @@ def test_a_copy_of_the_model_goes_on_by_itself(device: torch.device) -> None:
 # --- what it costs ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("readings")
 @needs_fp8
 @pytest.mark.parametrize("path", ["merged", "separate"])
 @pytest.mark.parametrize("std_u", [1e-3, 1e-2])
@@ -297,6 +306,7 @@ def test_f_s_own_part_is_right_to_ten_per_cent(
         assert share(found, truth) == pytest.approx(1, abs=0.01)
 
 
+@pytest.mark.usefixtures("readings")
 @needs_fp8
 @pytest.mark.parametrize("name", ["sinter", "silu", "tanh", "sigmoid"])
 def test_at_the_limit_errors_are_no_worse_than_qlora_s(
@@ -324,6 +334,7 @@ def test_at_the_limit_errors_are_no_worse_than_qlora_s(
         assert ratio < 1.5, (tensor, ratio)
 
 
+@pytest.mark.usefixtures("readings")
 @needs_fp8
 def test_no_part_is_missing_and_none_is_there_twice(device: torch.device) -> None:
     """FP8's gradients are those of bf16, for scales outside and inside of f and an f'(0) of 2."""
@@ -335,6 +346,7 @@ def test_no_part_is_missing_and_none_is_there_twice(device: torch.device) -> Non
             assert relative(found, wanted) < 8e-3
 
 
+@pytest.mark.usefixtures("readings")
 @needs_fp8
 @pytest.mark.parametrize("reentrant", [None, False, True])
 def test_layers_on_one_tensor_share_its_codes(
@@ -367,6 +379,7 @@ def test_layers_on_one_tensor_share_its_codes(
         assert relative(found, wanted) < 8e-3
 
 
+@pytest.mark.usefixtures("readings")
 @needs_fp8
 def test_dropout_s_input_has_codes_of_its_own(device: torch.device, products: list[int]) -> None:
     """drop(x) differs from layer to layer, so nothing is shared; the step is that without FP8."""

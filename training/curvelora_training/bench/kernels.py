@@ -14,7 +14,7 @@ from triton.testing import do_bench
 
 from curvelora.activations import Activation
 from curvelora.kernels import factor_gradients as gradients
-from curvelora.kernels import fp8_product, nf4
+from curvelora.kernels import fp8_product, fp8_readings, nf4
 from curvelora.kernels import merged_weight as merged
 from curvelora.kernels.factor_norms import factor_norms
 from curvelora.kernels.fp8_gate import why_no_fp8
@@ -26,6 +26,8 @@ from curvelora_training.bench.random_base import nf4_byte_table, random_nf4_line
 
 WEIGHT_TILES = [*itertools.product((64, 128), (64,), (2, 4, 8, 16), (4, 8), (1, 2, 3))]
 CODE_TILES = [*itertools.product((32, 64, 128), (64, 128, 256), (4, 8))]
+FIRST_TILES = [*itertools.product((32, 64, 128), (64, 128, 256), (4, 8), (2, 3, 4))]
+SECOND_TILES = [*itertools.product((32, 64, 128), (64, 128), (132, 264, 528), (4, 8), (2, 3, 4))]
 GRADIENT_TILES = [*itertools.product((32, 64, 128), (64, 128), (132, 264, 396, 528), (4, 8), (1, 2, 3))]
 
 
@@ -78,7 +80,8 @@ def _measure_layer(
     delta_map = DeltaMap(activation, 0.25)
     torch.mm(g.T, x, out=G)
     y = torch.empty(tokens, d_out, device=device, dtype=torch.bfloat16)
-    low = x @ A.to(x.dtype).T
+    A16, B16 = A.to(x.dtype), B.to(x.dtype)
+    low, thin = x @ A16.T, fp8_readings.first_readings(g, x, A16, B16)
     record: dict[str, Any] = {"d_out": d_out, "d_in": d_in, "tiles": {}}
     record["errors"] = _errors(base, A, B, G, W, delta_map, layer)
     for name in tune:
@@ -86,6 +89,10 @@ def _measure_layer(
             tried = _tried(WEIGHT_TILES, lambda tile: merged.merged_weight(A, B, delta_map, base, W, tile))
         elif name == "codes":
             tried = _tried(CODE_TILES, lambda tile: fp8_product.codes_of_columns(x, tile))
+        elif name == "first_readings":
+            tried = _tried(FIRST_TILES, lambda tile: fp8_readings.first_readings(g, x, A16, B16, tile=tile))
+        elif name == "second_readings":
+            tried = _tried(SECOND_TILES, lambda tile: fp8_readings.second_readings(g, x, *thin, tile=tile))
         else:
             tried = _tried(GRADIENT_TILES, lambda tile: gradients.factor_gradients(G, A, B, delta_map, tile))
         record["tiles"][name] = tried
@@ -103,7 +110,12 @@ def _measure_layer(
     if why_no_fp8(device) is None:
         codes = [fp8_product.codes_of_columns(t) for t in (g, x)]
         record["errors"]["product_G_in_fp8"] = _relative(fp8_product.fp8_product(*codes, G), g.double().T @ x.double())
+        first, second = best.get("first_readings"), best.get("second_readings")
         calls |= {
+            "first_readings": lambda: fp8_readings.first_readings(g, x, A16, B16, tile=first),
+            "first_reading_of_g": lambda: fp8_readings.first_readings(g, x, A16, B16, False, first),
+            "second_readings": lambda: fp8_readings.second_readings(g, x, *thin, tile=second),
+            "second_reading_of_g": lambda: fp8_readings.second_readings(g, x, *thin, False, second),
             "codes": lambda: fp8_product.codes_of_columns(x, best.get("codes")),
             "product_G_in_fp8": lambda: fp8_product.fp8_product(*codes, G),
             "gradients_beyond": lambda: gradients.factor_gradients(G, A, B, delta_map, linear=False),

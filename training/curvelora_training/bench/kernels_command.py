@@ -11,6 +11,8 @@ from curvelora.kernels.choice import MAX_RANK, why_nowhere
 from curvelora_eval.files import make_folder, write_json
 from curvelora_training.bench.layer_command import LAYERS, parse_shapes
 
+TUNABLE = ("merged_weight", "gradients", "codes", "first_readings", "second_readings")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
@@ -21,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--std", type=float, default=1e-2, help="of the entries of BA (default %(default)s)")
     parser.add_argument("--activation", choices=NAMES, default="sinter", help="f (default %(default)s)")
     parser.add_argument("--amplitude", type=float, default=5e-5, help="a of Sinter (default %(default)s)")
-    tune = "kernels of which many tiles are tried, the fastest timed: any of merged_weight,gradients,codes"
+    tune = f"kernels of which many tiles are tried, the fastest timed: any of {','.join(TUNABLE)}"
     parser.add_argument("--tune", default="", metavar="NAME,...", help=tune)
     out = Path("runs/bench/kernels.json")
     parser.add_argument("--out", type=Path, default=out, metavar="FILE", help="result (default %(default)s)")
@@ -37,8 +39,8 @@ def run(args: argparse.Namespace) -> int:
     if not 1 <= args.rank <= MAX_RANK or args.tokens < 1 or args.std <= 0:
         raise UserError(f"--rank is from 1 to {MAX_RANK}, --tokens at least 1 and --std positive")
     tune = tuple(name for name in args.tune.split(",") if name)
-    if not set(tune) <= {"merged_weight", "gradients", "codes"}:
-        raise UserError(f"--tune takes merged_weight, gradients and codes with commas between them, not {args.tune!r}")
+    if not set(tune) <= set(TUNABLE):
+        raise UserError(f"--tune takes {', '.join(TUNABLE)} with commas between them, not {args.tune!r}")
     if args.activation == "identity":
         raise UserError("--activation identity has no gradient kernel: its gradients are LoRA's")
     if not torch.cuda.is_available():

@@ -1,0 +1,103 @@
+"""Codes and the linear part of the gradients from two readings of g and x, against what four readings make."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_world import needs_fp8, normal, relative, sinter
+from torch import Tensor
+
+from curvelora.kernels import factor_gradients as module
+from curvelora.kernels.factor_gradients import factor_gradients
+from curvelora.kernels.fp8_product import Codes, codes_of_columns
+from curvelora.kernels.fp8_readings import first_readings, second_readings
+
+# tokens, d_out, d_in, rank: less than a tile, no multiples of one, several tiles and spans
+SHAPES = [(1, 16, 32, 1), (37, 48, 80, 5), (600, 77, 272, 64), (300, 200, 16, 17), (130, 96, 144, 128)]
+TILES = [(None, None), ((32, 64, 4, 2), (32, 64, 4, 4, 2)), ((128, 32, 4, 1), (128, 32, 60, 4, 1))]
+
+
+def of(device: torch.device, tokens: int, d_out: int, d_in: int, rank: int) -> tuple[Tensor, ...]:
+    """g, x, A and B, all in bf16, with columns of all sizes."""
+    g, x = normal(device, tokens, d_out), normal(device, tokens, d_in, seed=2)
+    g *= torch.logspace(-6, 3, d_out, device=device)
+    return g, x, normal(device, rank, d_in, seed=3), normal(device, d_out, rank, seed=4)
+
+
+def same(found: Codes, wanted: Codes) -> bool:
+    return torch.equal(found[0].view(torch.uint8), wanted[0].view(torch.uint8)) and torch.equal(found[1], wanted[1])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("tiles", TILES)
+def test_both_readings(device: torch.device, shape: tuple[int, ...], tiles: tuple) -> None:
+    """Largest entries and codes bit for bit, products to what one rounding of theirs costs, sums to fp32's."""
+    g, x, A, B = of(device, *shape)
+    back, down, largest = first_readings(g, x, A, B, tile=tiles[0])
+    assert torch.equal(largest.view(torch.float32), torch.cat([g, x], 1).float().abs().amax(0))
+    wanted = g.double() @ B.double(), x.double() @ A.double().T
+    for thin, exactly in zip((back, down), wanted, strict=True):
+        assert thin.dtype == torch.bfloat16 and thin.shape == exactly.shape
+        assert relative(thin, exactly) < 2**-8
+    codes_g, codes_x, parts_A, parts_B = second_readings(g, x, back, down, largest, tile=tiles[1])
+    assert same(codes_g, codes_of_columns(g)) and same(codes_x, codes_of_columns(x))
+    assert relative(parts_A.sum(0), back.double().T @ x.double()) < 1e-5
+    assert relative(parts_B.sum(0), g.double().T @ down.double()) < 1e-5
+
+
+def test_more_than_one_span(device: torch.device) -> None:
+    """Or the sums above would be of one part each."""
+    g, x, A, B = of(device, 600, 77, 272, 64)
+    *_, parts_A, parts_B = second_readings(g, x, *first_readings(g, x, A, B))
+    assert len(parts_A) == len(parts_B) > 1
+
+
+def test_g_alone(device: torch.device) -> None:
+    """Where x has its codes already: nothing is made of it, and what is made of g is the same."""
+    g, x, A, B = of(device, 130, 96, 144, 8)
+    back, down, largest = first_readings(g, x, A, B)
+    both = second_readings(g, x, back, down, largest)
+    back_alone, _, largest_alone = first_readings(g, x, A, B, of_x=False)
+    assert (
+        torch.equal(back_alone, back) and torch.equal(largest_alone[:96], largest[:96]) and not largest_alone[96:].any()
+    )
+    codes_g, _, _, parts_B = second_readings(g, x, back, down, largest_alone, of_x=False)
+    assert same(codes_g, both[0]) and relative(parts_B.sum(0), both[3].sum(0)) < 1e-6
+
+
+def test_what_is_not_finite(device: torch.device) -> None:
+    """NaN stays NaN in codes and sums, and infinity takes the largest code, as with four readings."""
+    g, x, A, B = of(device, 32, 16, 16, 4)
+    g[3, 0], x[3, 1], x[4, 1] = float("nan"), float("inf"), -float("inf")
+    back, down, largest = first_readings(g, x, A, B)
+    codes_g, codes_x, parts_A, parts_B = second_readings(g, x, back, down, largest)
+    assert same(codes_x, codes_of_columns(x))
+    assert codes_g[0].float()[0, 3].isnan() and codes_g[0].float().isnan().sum() == 1
+    assert parts_B.sum(0)[0].isnan().all() and parts_A.sum(0).isnan().all() and back[3].isnan().all()
+
+
+@needs_fp8
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("view", [lambda t: t, lambda t: t[::2], lambda t: t.T.contiguous().T])
+def test_two_readings_make_what_four_make(device: torch.device, known: bool, view: object) -> None:
+    """From factors in fp32 and a scale, with any strides: the same codes, gradients within bf16's rounding of thin products."""
+    g, x, A, B = (t.float() if i > 1 else view(t) for i, t in enumerate(of(device, 256, 96, 144, 8)))
+    codes = codes_of_columns(x) if known else None
+    four = module._four_readings(g, x, A, B, 0.25, codes)
+    two = module._two_readings(g, x, A, B, 0.25, codes)
+    assert same(two[0], four[0]) and same(two[1], four[1])
+    for found, wanted in zip(two[2], four[2], strict=True):
+        assert relative(found.sum(0), wanted.sum(0)) < 3e-3
+
+
+def test_parts_are_added_band_by_band(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `factor_gradients` adds is added once, also where a large layer is done in bands of rows."""
+    _, _, A, B = of(device, 1, 200, 144, 8)
+    G, A, B = normal(device, 200, 144), A.float(), B.float() * 1e-2
+    more = tuple(torch.randn(3, *t.shape, device=device) for t in (A, B))
+    alone = factor_gradients(G, A, B, sinter(5e-5), linear=False)
+    for parts in (module.PARTS, 2 * 8 * 64):
+        monkeypatch.setattr(module, "PARTS", parts)
+        found = factor_gradients(G, A, B, sinter(5e-5), linear=False, more=more)
+        for one, without, parts_of in zip(found, alone, more, strict=True):
+            assert relative(one - without, parts_of.sum(0)) < 1e-5
