@@ -46,10 +46,10 @@ test-data: $(STAMP)
 	CURVELORA_DATA_DIR="$(DATA)" $(BIN)/python -m pytest tests/eval/benchmarks/test_real_data.py tests/eval/benchmarks/test_samples.py
 
 test-slurm: $(STAMP)
-	$(BIN)/python -m pytest -rfER -m "slurm and not slow" tests/slurm
+	$(BIN)/python -m pytest -raR -m "slurm and not slow" tests/slurm
 
 test-slurm-all: $(STAMP)
-	$(BIN)/python -m pytest -rfER -m "slurm" tests/slurm
+	$(BIN)/python -m pytest -raR -m "slurm" tests/slurm
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

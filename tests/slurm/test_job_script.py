@@ -56,17 +56,21 @@ def started_again(powered: Cluster, tmp_path_factory: pytest.TempPathFactory) ->
     """The jobs of `STARTED_AGAIN` when all of them are over."""
     settings: dict[str, Any] = {"recipe": "unused.yaml", "nodes": 2, "gpus_per_node": 0, "processes_per_node": 1}
     settings |= {"module": "stand_in", "time": "10", "warning_seconds": 60}
-    jobs = {}
-    for name, (plan, more) in STARTED_AGAIN.items():
-        word = name.replace(" ", "_")
-        made = Job(name=word, output=str(tmp_path_factory.mktemp("again") / word), **settings | more)
-        jobs[name] = submit_plan(powered, made, plan)
-    for name, where in (("warned through the script", ["--batch"]), ("warned past the script", [])):
-        listens(jobs[name])
-        jobs[name].signal("USR1", *where)
-    for job in jobs.values():
-        job.ends()
-    return jobs
+
+    def make() -> dict[str, Submitted]:
+        jobs = {}
+        for name, (plan, more) in STARTED_AGAIN.items():
+            word = name.replace(" ", "_")
+            made = Job(name=word, output=str(tmp_path_factory.mktemp("again") / word), **settings | more)
+            jobs[name] = submit_plan(powered, made, plan)
+        for name, where in (("warned through the script", ["--batch"]), ("warned past the script", [])):
+            listens(jobs[name])
+            jobs[name].signal("USR1", *where)
+        for job in jobs.values():
+            job.ends()
+        return jobs
+
+    return powered.undisturbed(make)
 
 
 def test_it_ends_with_the_code_of_training(stand_in: Callable[..., Submitted]) -> None:

@@ -65,12 +65,16 @@ def submit(cluster: Cluster, job: Callable[..., Job], recipe: Path, tmp_path: Pa
 @pytest.fixture(scope="module")
 def straight(powered: Cluster, recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run that nothing happens to, on two nodes with torchrun."""
-    output = tmp_path_factory.mktemp("straight") / "run"
     settings: dict[str, Any] = {"nodes": 2, "gpus_per_node": 0, "processes_per_node": 1, "time": "10"}
-    job = Job(name="straight", recipe=str(recipe), output=str(output), module="held_finetune", **settings)
-    submitted = powered.submit(job, HELD="0")
-    assert submitted.ends() == "COMPLETED", submitted.words()
-    return output
+
+    def make() -> Path:
+        output = tmp_path_factory.mktemp("straight") / "run"
+        job = Job(name="straight", recipe=str(recipe), output=str(output), module="held_finetune", **settings)
+        submitted = powered.submit(job, HELD="0")
+        assert submitted.ends() == "COMPLETED", submitted.words()
+        return output
+
+    return powered.undisturbed(make)
 
 
 @pytest.fixture(scope="module")

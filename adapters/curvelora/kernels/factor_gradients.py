@@ -153,7 +153,7 @@ def factor_gradients(
     blocks = cdiv(d_in, columns)
     band = max(rows, PARTS // (blocks * rank) // rows * rows)
     of_A, of_B = torch.empty_like(A), torch.empty_like(B)
-    more_A, more_B = more or (of_A[:0], of_B[:0, None])
+    more_A, more_B = more or (None, None)
     for start in range(0, d_out, band):
         here = slice(start, min(start + band, d_out))
         height = here.stop - start
@@ -170,8 +170,10 @@ def factor_gradients(
         of_band = of_B[here]
         launch(
             _sums, (cdiv(of_A.numel(), block) + cdiv(of_band.numel(), block),), of_A, of_band, parts_A, parts_B,
-            more_A, more_B[:, here], of_A.numel(), of_band.numel(), len(parts_A), blocks,
-            0 if start else len(more_A), len(more_B), of_B.numel(), start > 0, turn, block,
+            of_A if more_A is None else more_A, of_B if more_B is None else more_B[:, here],
+            of_A.numel(), of_band.numel(), len(parts_A), blocks,
+            0 if start or more_A is None else len(more_A), 0 if more_B is None else len(more_B), of_B.numel(),
+            start > 0, turn, block,
         )  # fmt: skip
     return of_A, of_B
 
@@ -214,7 +216,8 @@ def gradients_of_factors(
     if delta_map.activation.name == "identity":
         return low_rank_gradients(g, x, A, B, delta_map.scale)
     G = workspace(B.shape[0], A.shape[1], x.device)
-    if fp8 is None or (count := fp8.granted()) is None:
+    # without tokens no column has a largest entry
+    if fp8 is None or not len(g) or (count := fp8.granted()) is None:
         return factor_gradients(torch.mm(g.T, x, out=G), A, B, delta_map)
     codes_g, codes_x, linear = (_two_readings if TWO_READINGS else _four_readings)(
         g, x, A, B, delta_map.slope_at_zero, node.codes if node else None
@@ -227,15 +230,15 @@ def gradients_of_factors(
 
 
 # (codes of g, codes of x, parts of the gradients that f'(0) makes)
-Read = tuple[Codes, Codes, tuple[Tensor, Tensor]]
+CodesAndLinear = tuple[Codes, Codes, tuple[Tensor, Tensor]]
 
 
-def _four_readings(g: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, known: Codes | None) -> Read:
+def _four_readings(g: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, known: Codes | None) -> CodesAndLinear:
     of_A, of_B = low_rank_gradients(g, x, A, B, scale)
     return codes_of_columns(g), known or codes_of_columns(x), (of_A[None], of_B[None])
 
 
-def _two_readings(g: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, known: Codes | None) -> Read:
+def _two_readings(g: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, known: Codes | None) -> CodesAndLinear:
     g, x = (t if t.stride(1) == 1 else t.contiguous() for t in (g, x))
     of_x = known is None
     A, B = (_scaled(factor.contiguous(), scale, x.dtype) for factor in (A, B))

@@ -26,11 +26,13 @@ from curvelora.kernels.merged_weight import padded_rank
 from curvelora.kernels.portable import cdiv, dot, to_bf16, to_e4m3
 
 Tile = tuple[int, ...]
-# tokens and columns of a tile, warps, stages; of 128 columns and 3 stages more than 99 KiB of shared memory at rank 128
+# tokens and columns of a tile, warps, stages
 FIRST_TILE = (64, 128, 4, 3)
-WIDE_FIRST_TILE = (64, 64, 4, 3)
 # tokens and columns of a tile, programs to aim at, warps, stages
 SECOND_TILE = (64, 128, 264, 4, 3)
+# at twice the rank those would take more than 99 KiB of shared memory, and more registers than RTX 40 has
+WIDE_FIRST_TILE = (64, 64, 4, 3)
+WIDE_SECOND_TILE = (64, 64, 264, 4, 3)
 
 
 @triton.jit
@@ -120,25 +122,27 @@ def _second_readings(
         )  # fmt: skip
 
 
-def first_tile_for(rank: int) -> Tile:
-    """The tile of first readings for factors of this rank."""
-    return FIRST_TILE if rank <= 64 else WIDE_FIRST_TILE
+def tiles_for(rank: int) -> tuple[Tile, Tile]:
+    """The tiles of first and second readings for factors of this rank."""
+    return (FIRST_TILE, SECOND_TILE) if rank <= 64 else (WIDE_FIRST_TILE, WIDE_SECOND_TILE)
 
 
 def first_readings(
     g: Tensor, x: Tensor, A: Tensor, B: Tensor, of_x: bool = True, tile: Tile | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(g B, x A^T, largest entries of the columns of g and x side by side, as the bits of fp32 numbers in int32).
+    """(g B, x A^T, largest): products are (tokens, r) bf16; largest, (d_out + d_in,) int32, has the bits of fp32 numbers.
+
+    The largest entries of g's columns stand before those of x's.
 
     Args:
         g: (tokens, d_out), bf16, entries of a row side by side.
         x: (tokens, d_in), bf16, entries of a row side by side.
         A, B: (r, d_in) and (d_out, r), bf16, contiguous.
-        of_x: whether x is read; else its product is not written, and its largest entries are zeros.
-        tile: tokens and columns of a tile, warps, stages; None: `first_tile_for`.
+        of_x: whether x is read; else what its product returns is not initialised, and its largest entries are zeros.
+        tile: tokens and columns of a tile, warps, stages; None: of `tiles_for`.
     """
     (tokens, d_out), (rank, d_in) = g.shape, A.shape
-    turn, columns, warps, stages = tile or first_tile_for(rank)
+    turn, columns, warps, stages = tile or tiles_for(rank)[0]
     back, down = (torch.empty((tokens, rank), dtype=g.dtype, device=g.device) for _ in range(2))
     largest = torch.zeros(d_out + d_in, dtype=torch.int32, device=g.device)
     launch(
@@ -159,11 +163,11 @@ def second_readings(
         x: (tokens, d_in), bf16, entries of a row side by side.
         back, down: (tokens, r), bf16, contiguous.
         largest: from `first_readings`.
-        of_x: whether x is read; else what is made of it is not written.
-        tile: tokens and columns of a tile, programs to aim at, warps, stages; None: `SECOND_TILE`.
+        of_x: whether x is read; else what is made of it has no entries.
+        tile: tokens and columns of a tile, programs to aim at, warps, stages; None: of `tiles_for`.
     """
     (tokens, d_out), d_in, rank = g.shape, x.shape[1], back.shape[1]
-    turn, columns, programs, warps, stages = tile or SECOND_TILE
+    turn, columns, programs, warps, stages = tile or tiles_for(rank)[1]
     padded = cdiv(tokens, MULTIPLE) * MULTIPLE
     blocks = cdiv(d_out, columns) + of_x * cdiv(d_in, columns)
     span = cdiv(cdiv(padded, max(1, programs // blocks)), turn) * turn

@@ -32,12 +32,17 @@ def compiled(kernel, types, constants, arch, **options):
     types = {**LAYER, **MAP, **CODES, "A": "*fp32", "B": "*fp32", **types}
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else types[name] for name in names}
-    source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()})
+    # as `launch` has it: aligned pointers and even sizes are read 16 bytes at a time, ahead and into shared memory
+    even = {names.index(n) for n, t in signature.items() if t[0] == "*" or (t == "i32" and (n != "rank" or EVEN_RANK))}
+    attributes = {(index,): [["tt.divisibility", 16]] for index in even}
+    source = ASTSource(kernel, signature, {(names.index(n),): value for n, value in constants.items()}, attributes)
     made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     return made.metadata.shared
 
 
 def shared(kernel, name, rank, arch, _):
+    global EVEN_RANK
+    EVEN_RANK = rank % 16 == 0
     tile, rank = gradients.tile_for(rank), merged.padded_rank(rank)
     if kernel == "decoded":
         constants = {"NESTED": True, "ROWS": nf4.TILE[0], "COLUMNS": nf4.TILE[1]}
@@ -66,7 +71,7 @@ def shared(kernel, name, rank, arch, _):
         types |= {name: "*i32" for name in ("largest_g", "largest_x")}
         types |= {name: "i32" for name in ("tokens", "stride_g", "stride_x", "padded", "spans")}
         first = kernel == "first readings"
-        turn, columns, *_, warps, stages = readings.first_tile_for(rank) if first else readings.SECOND_TILE
+        turn, columns, *_, warps, stages = readings.tiles_for(rank)[0 if first else 1]
         constants = {"RANK": rank, "TOKENS": turn, "COLUMNS": columns}
         made = readings._first_readings if first else readings._second_readings
         return compiled(made, types, constants, arch, num_warps=warps, num_stages=stages)

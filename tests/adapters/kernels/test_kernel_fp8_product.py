@@ -20,6 +20,7 @@ def wide_range(tokens: int, width: int, device: torch.device) -> Tensor:
     return x.bfloat16().to(device)
 
 
+@needs_fp8
 @pytest.mark.parametrize(("tokens", "width"), [(1, 16), (37, 48), (600, 77), (512, 16)])
 @pytest.mark.parametrize("tile", [None, (16, 64, 4), (32, 256, 4)])
 def test_codes_are_pytorch_s(device: torch.device, tokens: int, width: int, tile: tuple[int, int, int] | None) -> None:
@@ -33,6 +34,7 @@ def test_codes_are_pytorch_s(device: torch.device, tokens: int, width: int, tile
     assert not codes[:, tokens:].float().any()
 
 
+@needs_fp8
 def test_every_number_has_its_code(device: torch.device) -> None:
     """All bf16 numbers up to 448, beside one of 448 that makes the scale 1."""
     every = torch.arange(1 << 16, dtype=torch.int32).to(torch.uint16).view(torch.bfloat16).float()
@@ -43,6 +45,7 @@ def test_every_number_has_its_code(device: torch.device) -> None:
     assert torch.equal(codes[:, : len(every)].view(torch.uint8), wanted.view(torch.uint8))
 
 
+@needs_fp8
 def test_codes_of_what_is_not_finite(device: torch.device) -> None:
     """NaN stays NaN, and what is beside it has a code; infinity is the largest number, beside which others are zeros."""
     x = torch.ones(16, 16, dtype=torch.bfloat16, device=device)
@@ -53,6 +56,7 @@ def test_codes_of_what_is_not_finite(device: torch.device) -> None:
     assert found[1, 3:5].tolist() == [448, -448] and not found[1, 5:].any() and scales.isfinite().all()
 
 
+@needs_fp8
 def test_columns_with_strides_are_read_as_they_are_meant(device: torch.device) -> None:
     x = normal(device, 40, 96)
     for view in (x[:, 16:64], x.T[:48].T, x[::2]):

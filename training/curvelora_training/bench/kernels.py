@@ -81,7 +81,8 @@ def _measure_layer(
     torch.mm(g.T, x, out=G)
     y = torch.empty(tokens, d_out, device=device, dtype=torch.bfloat16)
     A16, B16 = A.to(x.dtype), B.to(x.dtype)
-    low, thin = x @ A16.T, fp8_readings.first_readings(g, x, A16, B16)
+    low, has_fp8 = x @ A16.T, why_no_fp8(device) is None
+    thin = fp8_readings.first_readings(g, x, A16, B16) if has_fp8 else ()
     record: dict[str, Any] = {"d_out": d_out, "d_in": d_in, "tiles": {}}
     record["errors"] = _errors(base, A, B, G, W, delta_map, layer)
     for name in tune:
@@ -107,7 +108,7 @@ def _measure_layer(
         "merged_weight": lambda: merged.merged_weight(A, B, delta_map, base, W, best.get("merged_weight")),
         "gradients": lambda: gradients.factor_gradients(G, A, B, delta_map, best.get("gradients")),
     }
-    if why_no_fp8(device) is None:
+    if has_fp8:
         codes = [fp8_product.codes_of_columns(t) for t in (g, x)]
         record["errors"]["product_G_in_fp8"] = _relative(fp8_product.fp8_product(*codes, G), g.double().T @ x.double())
         first, second = best.get("first_readings"), best.get("second_readings")
