@@ -112,14 +112,12 @@ class Cluster:
             self.control("plug", node)
             self.control("node-crash", node)
             self.control("node-start", node)
-            self.run(
-                "scontrol", "update", f"nodename={node}", "state=resume"
-            )  # refused where it is not drained or down
         self.touched.clear()
 
     def _busy(self) -> set[str]:
-        """Nodes that are not idle, or whose daemon has not come back (-r)."""
-        return set(NODES) - set(self.run("sinfo", "-hNr", "-p", "main", "-t", "idle", "-o", "%N").stdout.split())
+        """Nodes that are not idle, or whose daemon has not come back (-r); `-t idle` would take drained ones for idle."""
+        shown = self.run("sinfo", "-hNr", "-p", "main", "-o", "%N %t").stdout.splitlines()
+        return set(NODES) - {line.split()[0] for line in shown if line.split()[1] == "idle"}
 
     def words(self) -> str:
         """The state of nodes and queue, why nodes are down, and which daemons died, for messages."""

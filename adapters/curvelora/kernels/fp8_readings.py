@@ -138,12 +138,12 @@ def first_readings(
         g: (tokens, d_out), bf16, entries of a row side by side.
         x: (tokens, d_in), bf16, entries of a row side by side.
         A, B: (r, d_in) and (d_out, r), bf16, contiguous.
-        of_x: whether x is read; else what its product returns is not initialised, and its largest entries are zeros.
+        of_x: whether x is read; else its product has no entries, and its largest entries are zeros.
         tile: tokens and columns of a tile, warps, stages; None: of `tiles_for`.
     """
     (tokens, d_out), (rank, d_in) = g.shape, A.shape
     turn, columns, warps, stages = tile or tiles_for(rank)[0]
-    back, down = (torch.empty((tokens, rank), dtype=g.dtype, device=g.device) for _ in range(2))
+    back, down = (torch.empty((rows, rank), dtype=g.dtype, device=g.device) for rows in (tokens, of_x * tokens))
     largest = torch.zeros(d_out + d_in, dtype=torch.int32, device=g.device)
     launch(
         _first_readings, (cdiv(tokens, turn) * (1 + of_x),), back, down, largest, largest[d_out:], g, x, A, B,

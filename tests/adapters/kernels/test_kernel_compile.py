@@ -16,6 +16,7 @@ KIB = 1 << 10
 # Compiled in a process that has no interpreter; prints the bytes of shared memory of one kernel after the other.
 PROGRAM = """
 import json, sys
+from functools import partial
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -28,42 +29,41 @@ MAP = {name: "fp32" for name in ("outer", "inner", "amplitude", "frequency", "fa
 CODES = {"codes": "*u8", **{name: "*fp32" for name in ("table", "scales2", "table2", "offset")}}
 
 
-def compiled(kernel, types, constants, arch, **options):
+def compiled(kernel, types, constants, arch, whole_rank, **options):
     types = {**LAYER, **MAP, **CODES, "A": "*fp32", "B": "*fp32", **types}
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else types[name] for name in names}
-    # as `launch` has it: aligned pointers and even sizes are read 16 bytes at a time, ahead and into shared memory
-    even = {names.index(n) for n, t in signature.items() if t[0] == "*" or (t == "i32" and (n != "rank" or EVEN_RANK))}
-    attributes = {(index,): [["tt.divisibility", 16]] for index in even}
+    # as launched: with pointers and sizes that are multiples of 16 more is read ahead, and takes shared memory
+    whole = [n for n, t in signature.items() if t[0] == "*" or (t == "i32" and (n != "rank" or whole_rank))]
+    attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in whole}
     source = ASTSource(kernel, signature, {(names.index(n),): value for n, value in constants.items()}, attributes)
     made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     return made.metadata.shared
 
 
 def shared(kernel, name, rank, arch, _):
-    global EVEN_RANK
-    EVEN_RANK = rank % 16 == 0
+    build = partial(compiled, whole_rank=rank % 16 == 0)
     tile, rank = gradients.tile_for(rank), merged.padded_rank(rank)
     if kernel == "decoded":
         constants = {"NESTED": True, "ROWS": nf4.TILE[0], "COLUMNS": nf4.TILE[1]}
-        return compiled(nf4._decoded, {"out": "*bf16", "scales": "*u8"}, constants, arch, num_warps=nf4.TILE[2])
+        return build(nf4._decoded, {"out": "*bf16", "scales": "*u8"}, constants, arch, num_warps=nf4.TILE[2])
     if kernel == "norms":
         constants = {"RANK": rank, "BLOCK": norms.BLOCK}
-        return compiled(norms._norms, {"out": "*fp32", "layers": "*i64"}, constants, arch, num_warps=4)
+        return build(norms._norms, {"out": "*fp32", "layers": "*i64"}, constants, arch, num_warps=4)
     if kernel == "sums":
         types = {name: "*fp32" for name in ("out_A", "out_B", "parts_A", "parts_B", "more_A", "more_B")}
         counts = ("count_A", "count_B", "count_more_A", "count_more_B", "apart_more_B")
         types |= {name: "i32" for name in ("size_A", "size_B", *counts)}
         constants = {"ADD": True, "TURN": gradients.SUM_TILE[0], "BLOCK": gradients.SUM_TILE[1]}
-        return compiled(gradients._sums, types, constants, arch)
+        return build(gradients._sums, types, constants, arch)
     sizes = {n: "i32" for n in ("tokens", "width", "stride", "padded", "chunks")}
     if kernel == "largest":
         constants = dict(zip(("COLUMNS", "TOKENS", "TURN"), fp8.LARGEST_TILE))
-        return compiled(fp8._largest, {"out": "*fp32", "x": "*bf16", **sizes}, constants, arch, num_warps=fp8.LARGEST_TILE[3])
+        return build(fp8._largest, {"out": "*fp32", "x": "*bf16", **sizes}, constants, arch, num_warps=fp8.LARGEST_TILE[3])
     if kernel == "codes":
         types = {"out": "*fp8e4nv", "x": "*bf16", "scales": "*fp32", "parts": "*fp32", **sizes}
         constants = {"CHUNKS": 16, "COLUMNS": fp8.TILE[0], "TOKENS": fp8.TILE[1]}
-        return compiled(fp8._codes, types, constants, arch, num_warps=fp8.TILE[2])
+        return build(fp8._codes, types, constants, arch, num_warps=fp8.TILE[2])
     if kernel.endswith("readings"):
         matrices = ("back", "down", "g", "x", "A", "B")
         types = {name: "*bf16" for name in matrices} | {"codes_g": "*fp8e4nv", "codes_x": "*fp8e4nv"}
@@ -74,18 +74,18 @@ def shared(kernel, name, rank, arch, _):
         turn, columns, *_, warps, stages = readings.tiles_for(rank)[0 if first else 1]
         constants = {"RANK": rank, "TOKENS": turn, "COLUMNS": columns}
         made = readings._first_readings if first else readings._second_readings
-        return compiled(made, types, constants, arch, num_warps=warps, num_stages=stages)
+        return build(made, types, constants, arch, num_warps=warps, num_stages=stages)
     if kernel.startswith("weight"):
         rows, columns, tiles, warps, stages = merged.TILE
         base = int(kernel[-1])
         constants = {"NAME": name, "BASE": base, "RANK": rank, "ROWS": rows, "COLUMNS": columns, "TILES": tiles}
         types = {"out": "*bf16", "scales": "*u8" if base == 2 else "*fp32"}
-        return compiled(merged._merged_weight, types, constants, arch, num_warps=warps, num_stages=stages)
+        return build(merged._merged_weight, types, constants, arch, num_warps=warps, num_stages=stages)
     rows, columns, _, warps, stages = tile
     constants = {"NAME": name, "LINEAR": kernel == "gradients", "SCALED": name != "sinter", "RANK": rank}
     constants |= {"ROWS": rows, "COLUMNS": columns}
     types = {"out_A": "*fp32", "out_B": "*fp32", "G": "*bf16"}
-    return compiled(gradients._gradients, types, constants, arch, num_warps=warps, num_stages=stages)
+    return build(gradients._gradients, types, constants, arch, num_warps=warps, num_stages=stages)
 
 
 for case in json.loads(sys.argv[1]):
