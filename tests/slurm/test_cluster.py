@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+
 import pytest
 
-from slurm_world import Cluster, until
+from slurm_world import SCRIPT, STATE, Cluster, until
 
 pytestmark = pytest.mark.slurm
 
@@ -20,3 +24,27 @@ def test_a_daemon_that_dies_is_started_again_and_leaves_a_line(cluster: Cluster)
         return cluster.run("srun", "--nodelist=n2", "--ntasks=1", "hostname").stdout.strip() == "n2"
 
     until(runs, "n2 runs something", cluster.words, 60)
+
+
+def test_what_a_killed_one_left_is_not_in_the_way(powered: Cluster) -> None:
+    """As where tests are killed with all that they started: namespaces and files outlive the processes."""
+    state = STATE.with_name(f"{STATE.name}-second")  # not below tmp_path: munged wants folders that all can enter
+    second = os.environ | {"SLURMCI_NAME": "second", "SLURMCI_STATE": str(state), "SLURMCI_NODES": "1"}
+
+    def control(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [SCRIPT, *arguments], env=second, capture_output=True, text=True, timeout=120, check=False
+        )
+
+    try:
+        assert (first := control("up")).returncode == 0, first.stderr
+        started = [int((state / f"{name}.pid").read_text("utf-8")) for name in ("ctl", "n1", "munged")]
+        for process in started:
+            os.kill(process, signal.SIGKILL)
+        assert control("run", "hostname").returncode != 0
+        assert (again := control("up")).returncode == 0, again.stderr
+        shown = control("run", "srun", "--ntasks=1", "hostname")
+        assert shown.stdout.strip() == "n1", shown.stderr
+    finally:
+        assert (gone := control("down")).returncode == 0, gone.stderr
+    assert not state.exists()
