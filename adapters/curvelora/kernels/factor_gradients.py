@@ -12,7 +12,7 @@ u is formed to 2^-16 (`split_product`).
 A program keeps the columns of dL/dA that belong to its columns of G in registers and walks over rows; what its tiles add to
 dL/dB goes to memory and is summed by a second kernel, so there are no atomics and the sums have one order. Traffic: G once
 (2 bytes an entry), and 4 r bytes a row and tile written and read again for the parts of dL/dB, at r = 64 as much as G. Two
-kernels that read G once each, with nothing to sum, took a tenth longer: both form u and f' (docs/decisions.md, 8).
+kernels that read G once each, with nothing to sum, took 8 to 17 % longer: both form u and f' (docs/decisions.md, 8).
 
 Where f is the identity the layer is LoRA, and the gradients need no G:  dL/dB = s g^T (x A^T),  dL/dA = s (g B)^T x.
 """

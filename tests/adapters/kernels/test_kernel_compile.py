@@ -20,7 +20,7 @@ from functools import partial
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from curvelora.kernels import factor_gradients as gradients, factor_norms as norms, fp8_product as fp8
+from curvelora.kernels import dropout, factor_gradients as gradients, factor_norms as norms, fp8_product as fp8
 from curvelora.kernels import fp8_readings as readings
 from curvelora.kernels import merged_weight as merged, nf4
 
@@ -50,6 +50,9 @@ def shared(kernel, name, rank, arch, _):
     if kernel == "norms":
         constants = {"RANK": rank, "BLOCK": norms.BLOCK}
         return build(norms._norms, {"out": "*fp32", "layers": "*i64"}, constants, arch, num_warps=4)
+    if kernel == "dropped":
+        types = {"out": "*bf16", "x": "*bf16", "seed": "*i64", "entries": "i32", "p": "fp32"}
+        return build(dropout._dropped, types, {"ADD": True, "SIZE": dropout.SIZE}, arch, num_warps=4)
     if kernel == "sums":
         types = {name: "*fp32" for name in ("out_A", "out_B", "parts_A", "parts_B", "more_A", "more_B")}
         counts = ("count_A", "count_B", "count_more_A", "count_more_B", "apart_more_B")
@@ -128,6 +131,7 @@ def test_kernels_of_sinter_fit_everywhere(arch: int, kib: int, tmp_path: Path) -
     cases = [(kernel, "sinter", rank, arch, kib) for rank in (1, 17, 64, 128) for kernel in kernels]
     others = [
         ("decoded", 1),
+        ("dropped", 1),
         ("sums", 1),
         ("norms", 64),
         ("norms", 128),

@@ -40,11 +40,13 @@ ROWS = (
     Row("LoRAN Sinter, kernels, Liger, all activations kept", KEPT, "loran:sinter@liger", None),
     Row("70B shape: LoRAN over QLoRA, kernels and Liger in both", LARGE, "loran:sinter@liger", 1.30, "qlora@liger"),
 )
-HEAD = "| what | device | goal | measured (95 %) | tokens/s | peak GB |\n|---|---|---:|---:|---:|---:|"
+HEAD = "| what | device | goal | measured | tokens/s | peak GB |\n|---|---|---:|---:|---:|---:|"
 
 
 def performance_table(folder: Path) -> str:
-    """The table in Markdown; an arm that a record lacks is said to be unmeasured. GB are 1e9 bytes, intervals of the median.
+    """The table in Markdown; an arm that a record lacks is said to be unmeasured. GB are 1e9 bytes.
+
+    In brackets is the interval of the median: with two turns the lower and the higher of their medians.
 
     Raises:
         OSError: a record is missing.
