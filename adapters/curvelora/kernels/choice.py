@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import cache
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -83,7 +84,7 @@ def why_not(base_layer: nn.Module, rank: int) -> str | None:
     It is asked in every pass, so what holds for a weight as it is stored is remembered.
     """
     # a fused pass does not call the layer
-    if any(getattr(base_layer, hooks) for hooks in _HOOKS) or hasattr(base_layer, "_hf_hook"):
+    if has_hooks(base_layer) or hasattr(base_layer, "_hf_hook"):
         return "the base layer has hooks, perhaps one that brings its weight"
     if "forward" in vars(base_layer):
         return "the base layer has a forward of its own"
@@ -98,9 +99,19 @@ def why_not(base_layer: nn.Module, rank: int) -> str | None:
     state = getattr(weight, "quant_state", None)
     now = (*(getattr(weight, name, None) for name in ("ds_id", "device", "dtype")), os.environ.get(ENVIRONMENT))
     known = _KNOWN.get(base_layer)
-    if known is None or known[0] is not weight or known[1] is not state or known[2] != now:
-        known = _KNOWN[base_layer] = weight, state, now, _why_not_stored(base_layer, weight)
+    if known is None or known[0]() is not weight or known[1]() is not state or known[2] != now:
+        # not the weight itself: bitsandbytes's keeps its layer, which would then be kept here for ever
+        known = _KNOWN[base_layer] = _weakly(weight), _weakly(state), now, _why_not_stored(base_layer, weight)
     return known[3]
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling `module` does more than its forward."""
+    return any(getattr(module, hooks) for hooks in _HOOKS)
+
+
+def _weakly(thing: object) -> Callable[[], object]:
+    return ref(thing) if thing is not None else lambda: None
 
 
 def _why_not_stored(base_layer: nn.Module, weight: Tensor | None) -> str | None:
@@ -124,9 +135,12 @@ def _why_not_stored(base_layer: nn.Module, weight: Tensor | None) -> str | None:
     return None
 
 
-def takes_kernels(x: Tensor, A: Tensor, B: Tensor) -> bool:
+def takes_kernels(base_layer: nn.Module, x: Tensor, A: Tensor, B: Tensor) -> bool:
     """Whether a pass with this input does, apart from `why_not`: it multiplies in bf16, and the factors are fp32."""
-    return compute_dtype(x) == torch.bfloat16 and A.dtype == B.dtype == torch.float32 and x.numel() > 0
+    # a layer of bitsandbytes may have been told to multiply in another dtype, which holds where there is no autocast
+    told = None if torch.is_autocast_enabled(x.device.type) else getattr(base_layer, "compute_dtype", None)
+    in_bf16 = compute_dtype(x) == torch.bfloat16 and told in (None, torch.bfloat16)
+    return in_bf16 and A.dtype == B.dtype == torch.float32 and x.numel() > 0
 
 
 def use_kernels(model: nn.Module, mode: str = "auto") -> tuple[int, Counter[str]]:

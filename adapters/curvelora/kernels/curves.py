@@ -48,7 +48,7 @@ def value(u, NAME: tl.constexpr, amplitude, frequency):
     elif NAME == "sigmoid":
         return tl.sigmoid(u)
     elif NAME == "relu":
-        return tl.maximum(u, 0.0)
+        return tl.where(u < 0, 0.0, u)  # a maximum would be 0 where u is not a number
     elif NAME == "silu":
         return u * tl.sigmoid(u)
     elif NAME == "swish":

@@ -199,7 +199,8 @@ def _fp32_product(a: Tensor, b: Tensor) -> Tensor:
     """a b in fp32, of bf16 matrices."""
     if a.is_cuda:
         return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()  # where there is no such operator; products of bf16 numbers are exact in fp32
+    with torch.autocast(a.device.type, enabled=False):  # which may surround the backward pass
+        return a.float() @ b.float()  # where there is no such operator; products of bf16 numbers are exact in fp32
 
 
 def gradients_of_factors(

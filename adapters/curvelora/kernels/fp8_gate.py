@@ -70,6 +70,7 @@ class _Look:
     def __init__(self, count: Taken, asking: list[tuple[Any, str, tuple[Tensor, Tensor]]]) -> None:
         self.count = count
         self.which = {id(layer): _which(adapter, *pair) for layer, adapter, pair in asking}
+        self.factors = [pair for *_, pair in asking]  # kept, or another one's might get the id of one that is gone
         # layers keep this, and it must not keep them
         self.asking = [(ref(layer), adapter) for layer, adapter, _ in asking]
         by_device: dict[torch.device, list[int]] = {}

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from curvelora.kernels.workspace import stream_of
+
 
 class Held(torch.autograd.Function):
     """The first of some tensors as it is; saves all of them for the functions that take it, who ask `saved` for them.
@@ -22,9 +24,9 @@ class Held(torch.autograd.Function):
     def forward(ctx: Any, first: Tensor, *others: Tensor) -> Tensor:
         """`first`, as a view."""
         ctx.save_for_backward(first, *others)
+        ctx.task = None  # the backward pass that the next three belong to: not each ends here, as one for the factors alone
         ctx.unpacked = None
         ctx.pending = None  # dL/dx so far, of those layers below that have had their turn
-        ctx.task = None  # the backward pass that `pending` belongs to; one for the factors alone, or broken off, ends elsewhere
         ctx.codes = None  # of `first` in FP8, once a layer below has made them
         ctx.walked = False  # whether a backward pass has been here: what was saved may be gone
         return first.view_as(first)
@@ -32,7 +34,7 @@ class Held(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """The gradient of `first` as it comes; the others get theirs from the function that took it."""
-        ctx.unpacked = ctx.pending = ctx.codes = None
+        ctx.task = ctx.unpacked = ctx.pending = ctx.codes = None
         ctx.walked = True
         return grad, *(None for _ in ctx.needs_input_grad[1:])
 
@@ -40,8 +42,10 @@ class Held(torch.autograd.Function):
 def saved(node: Any) -> tuple[Tensor, ...]:
     """What `node`, the grad_fn of a `Held`'s result, has saved; for several askers, where a checkpoint unpacks only once."""
     global _last
-    if node.unpacked is None:
-        node.unpacked = node.saved_tensors
+    task = torch._C._current_graph_task_id()
+    if node.task != task:
+        node.unpacked, node.pending, node.codes = node.saved_tensors, None, None
+        node.task = task
         _last = None  # where a checkpoint has just run its layers again, its last input is not needed any more
     return node.unpacked
 
@@ -87,22 +91,30 @@ _top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
 
 def held_input(x: Tensor) -> Tensor:
-    """`Held` of a layer's input, the same one for layers that are called with the same tensor one after another (q, k and v).
+    """`Held` of a layer's input in bf16, the same one for layers that are called with one tensor one after another (q, k and v).
 
-    They share it within one and the same pass: a checkpoint counts what is saved inside of it, the first time and again.
+    They share it within one and the same pass, since a checkpoint counts what is saved inside of it, the first time and again,
+    and on one stream, where their products are added in turn. A leaf is not shared: the losses of its layers may be
+    differentiated one by one, and the first would free what was saved for all. An x whose `.data` was replaced is not noticed.
+
+    Args:
+        x: (..., d_in), requires a gradient, with gradients enabled.
     """
     global _last
+    if x.is_leaf:
+        _last = None
+        return Held.apply(x.to(torch.bfloat16))
     hooks = _top_hooks(False)
     pack = None if hooks is None else hooks[0]
-    if _last is not None and torch.is_grad_enabled():
-        tensor, version, packed_by, held = _last
-        same = tensor() is x and version == x._version and (packed_by and packed_by()) is pack
+    state = x._version, stream_of(x.device)
+    if (last := _last) is not None:  # which another thread may take away
+        tensor, known, packed_by, held = last
+        same = tensor() is x and known == state and (packed_by and packed_by()) is pack
         if same and not held.grad_fn.walked:
             return held
-    held = Held.apply(x)
-    trains = held.grad_fn is not None
+    held = Held.apply(x.to(torch.bfloat16))
     # x and the pass may end any time; the result stays until the next pass, with or without gradients, or the backward pass
-    _last = (weakref.ref(x), x._version, pack and weakref.ref(pack), held) if trains else None
+    _last = weakref.ref(x), state, pack and weakref.ref(pack), held
     return held
 
 
@@ -124,16 +136,15 @@ def add_product(node: Any, g: Tensor, W: Tensor, shape: torch.Size) -> Tensor | 
     """g W as (part of) the gradient of what `node`, a `Held`, holds: None after the first time, when it went into the first one.
 
     Autograd would sum the gradients of q, k and v in passes of their own; a matrix product adds on its way.
+    `saved` has been asked in this pass.
 
     Args:
         g: (tokens, d_out).
         W: (d_out, d_in).
         shape: (..., d_in), of the input.
     """
-    task = torch._C._current_graph_task_id()
-    if node.pending is not None and node.task == task:
+    if node.pending is not None:
         node.pending.addmm_(g, W)
         return None
-    node.task = task
     node.pending = g @ W
     return node.pending.view(shape)

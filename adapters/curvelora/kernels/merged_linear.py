@@ -158,7 +158,7 @@ def merged_linear(
     """x (W0 + s f(BA))^T + bias: (..., d_out), bf16, differentiable in x, A and B.
 
     Args:
-        x: (..., d_in), bf16.
+        x: (..., d_in), bf16, or another dtype, of which a copy in bf16 is made, one for layers that are called one after another.
         A, B: factors, (r, d_in) and (d_out, r), fp32.
         bias: (d_out,), bf16, or None; frozen.
         base: the NF4 weight, from `nf4.codes_of`.
@@ -166,8 +166,9 @@ def merged_linear(
         fp8: from `fp8_gate.asked`, or None.
     """
     fields = map_fields(delta_map)
-    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and x.requires_grad and A.requires_grad):
+    trains = torch.is_grad_enabled() and x.requires_grad and (A.requires_grad or B.requires_grad)
+    if torch.compiler.is_compiling() or not trains:
         if not torch.compiler.is_compiling():
             forget_input()
-        return _product_operator(x, A, B, bias, base, *fields)
+        return _product_operator(x.to(torch.bfloat16), A, B, bias, base, *fields)
     return _Merged.apply(held_input(x), held_factor(A, B), B, bias, base, fields, fp8)

@@ -51,6 +51,14 @@ def why_unreadable(base_layer: nn.Module) -> str | None:
     return None
 
 
+def keeps_updates(base_layer: nn.Module) -> bool:
+    """Whether updates far below bf16's half unit survive, in the mean, in W0 + dW rounded to bf16.
+
+    They do where W0 lies between the numbers of bf16, as NF4's table times a scale does. Half of FP4's table are powers of two.
+    """
+    return base_layer.weight.quant_state.quant_type == "nf4"
+
+
 @triton.jit
 def load_codes(
     codes, scales, scales2, table2, offset, rows, first, d_in, inside, NESTED: tl.constexpr, COLUMNS: tl.constexpr

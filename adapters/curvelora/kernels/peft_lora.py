@@ -9,13 +9,15 @@ from peft.tuners.lora import Linear
 from torch import Tensor, nn
 
 from curvelora.activations import Activation
-from curvelora.kernels.choice import takes_kernels, why_not
+from curvelora.kernels.choice import has_hooks, takes_kernels, why_not
 from curvelora.layers.dense_delta import DeltaMap
 
 try:
     from peft.tuners.lora.bnb import Linear4bit
 except ImportError:  # PEFT has it where bitsandbytes is installed
     Linear4bit = None
+
+NO_DITHER = "a base that is not NF4, where a merged weight would lose small updates"
 
 
 def _delta_map(layer: Any, adapter: str) -> DeltaMap:
@@ -31,13 +33,21 @@ def _why_not(layer: Any, training: bool) -> str | None:
         return "a variant of LoRA"
     if layer.lora_bias[adapter]:
         return "LoRA with a bias"
-    if training and getattr(layer.lora_dropout[adapter], "p", 0.0) > 0:
+    dropout = layer.lora_dropout[adapter]
+    if (training or dropout.training) and getattr(dropout, "p", 0.0) > 0:
         return "dropout on LoRA's input"
+    if has_hooks(layer.lora_A[adapter]) or has_hooks(layer.lora_B[adapter]):
+        return "LoRA's factors have hooks"
     if layer.base_layer is not layer.get_base_layer():
         return "an adapter around another one"
-    if type(layer.get_base_layer()) is nn.Linear:
-        return "a base that is not NF4, where a merged weight would lose small updates"
-    return why_not(layer.get_base_layer(), layer.r[adapter])
+    base = layer.get_base_layer()
+    if type(base) is nn.Linear:
+        return NO_DITHER
+    if (reason := why_not(base, layer.r[adapter])) is not None:
+        return reason
+    from curvelora.kernels.nf4 import keeps_updates
+
+    return None if keeps_updates(base) else NO_DITHER
 
 
 def _fused(plain: type[nn.Module]) -> type[nn.Module]:
@@ -50,14 +60,14 @@ def _fused(plain: type[nn.Module]) -> type[nn.Module]:
                 return super().forward(x, *args, **kwargs)
             (adapter,) = self.active_adapters
             A, B = self.lora_A[adapter].weight, self.lora_B[adapter].weight
-            if not takes_kernels(x, A, B):
+            base = self.get_base_layer()
+            if not takes_kernels(base, x, A, B):
                 return super().forward(x, *args, **kwargs)
             from curvelora.kernels.merged_linear import merged_linear
             from curvelora.kernels.nf4 import codes_of
 
-            base = self.get_base_layer()
             bias = base.bias if base.bias is None else base.bias.to(torch.bfloat16)
-            found = merged_linear(x.to(torch.bfloat16), A, B, bias, codes_of(base), _delta_map(self, adapter))
+            found = merged_linear(x, A, B, bias, codes_of(base), _delta_map(self, adapter))
             return found.to(x.dtype)
 
     Fused.__name__ = Fused.__qualname__ = f"Fused{plain.__name__}"

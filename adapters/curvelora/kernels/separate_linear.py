@@ -219,7 +219,7 @@ def separate_linear(
     """x W0^T + bias + drop(x) (s f(BA))^T: (..., d_out), bf16, differentiable in x, A and B.
 
     Args:
-        x: (..., d_in), bf16.
+        x: (..., d_in), bf16, or another dtype, of which a copy in bf16 is made, one for layers that are called one after another.
         A, B: factors, (r, d_in) and (d_out, r), fp32.
         bias: (d_out,), bf16, or None; frozen.
         base: [W0] in bf16, or the NF4 weight from `nf4.codes_of`; frozen.
@@ -230,9 +230,10 @@ def separate_linear(
     fields = map_fields(delta_map)
     x = x.contiguous()  # entries are numbered by where they lie
     seed = new_seed(x.device) if p else None
-    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and x.requires_grad and A.requires_grad):
+    trains = torch.is_grad_enabled() and x.requires_grad and (A.requires_grad or B.requires_grad)
+    if torch.compiler.is_compiling() or not trains:
         if not torch.compiler.is_compiling():
             forget_input()
-        return _product_operator(x, seed, A, B, bias, base, p, *fields)
+        return _product_operator(x.to(torch.bfloat16), seed, A, B, bias, base, p, *fields)
     held = held_factor(A, B, seed) if p else held_factor(A, B)
     return _Separate.apply(held_input(x), held, B, seed, bias, base, p, fields, fp8)

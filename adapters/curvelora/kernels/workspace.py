@@ -21,15 +21,16 @@ LOCK = threading.RLock()
 _BUFFERS: dict[tuple[torch.device, int], tuple[Tensor, dict[tuple[int, int], Tensor]]] = {}
 
 
+def stream_of(device: torch.device) -> int:
+    """The number of the current stream; as `torch.cuda.current_stream` asks, without an object around it."""
+    return torch._C._cuda_getCurrentStream(device.index)[0] if device.type == "cuda" else 0
+
+
 def workspace(d_out: int, d_in: int, device: torch.device) -> Tensor:
     """An uninitialised (d_out, d_in) bf16 matrix, which the next call on this stream hands out again."""
-    stream = 0
-    if device.type == "cuda":
-        if torch.cuda.is_current_stream_capturing():
-            return torch.empty(d_out, d_in, dtype=torch.bfloat16, device=device)
-        # as `torch.cuda.current_stream` asks, without an object around it
-        stream = torch._C._cuda_getCurrentStream(device.index)[0]
-    key, shape = (device, stream), (d_out, d_in)
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return torch.empty(d_out, d_in, dtype=torch.bfloat16, device=device)
+    key, shape = (device, stream_of(device)), (d_out, d_in)
     held, views = _BUFFERS.get(key, (None, {}))
     if (found := views.get(shape)) is not None:
         return found

@@ -327,7 +327,7 @@ class DenseDeltaLayer(AdapterLayer):
         """x: (..., d_in) -> (..., d_out), by the fused kernels where `curvelora.kernels.choice` finds that they apply."""
         if not (args or kwargs or self.disable_adapters or self.merged):
             adapter = self._only_adapter()
-            if self._why_no_kernels(adapter) is None and takes_kernels(x, *self.factors(adapter)):
+            if self._why_no_kernels(adapter) is None and takes_kernels(self.base_layer, x, *self.factors(adapter)):
                 return self._fused_output(adapter, x)
         return super().forward(x, *args, **kwargs)
 
@@ -353,21 +353,21 @@ class DenseDeltaLayer(AdapterLayer):
         # Triton is there where this is reached
         from curvelora.kernels import fp8_gate
         from curvelora.kernels.merged_linear import merged_linear
-        from curvelora.kernels.nf4 import codes_of
+        from curvelora.kernels.nf4 import codes_of, keeps_updates
         from curvelora.kernels.separate_linear import separate_linear
 
         base, delta_map, config = self.get_base_layer(), self.delta_map(adapter), self.configs[adapter]
         bias = base.bias if base.bias is None else base.bias.to(torch.bfloat16)
-        narrow, (A, B) = x.to(torch.bfloat16), self.factors(adapter)
+        A, B = self.factors(adapter)
         p, fp8 = config.dropout if self.training else 0.0, fp8_gate.asked(self, adapter)
         if p and config.dropout_form == "features":
             A, p = self._dropped_features(A, p), 0.0
         if type(base) is nn.Linear:  # which leaves its output in bf16 under autocast
-            return separate_linear(narrow, A, B, bias, [base.weight], delta_map, p, fp8)
-        if p:
-            found = separate_linear(narrow, A, B, bias, codes_of(base), delta_map, p, fp8)
+            return separate_linear(x, A, B, bias, [base.weight], delta_map, p, fp8)
+        if p or not keeps_updates(base):
+            found = separate_linear(x, A, B, bias, codes_of(base), delta_map, p, fp8)
         else:
-            found = merged_linear(narrow, A, B, bias, codes_of(base), delta_map, fp8)
+            found = merged_linear(x, A, B, bias, codes_of(base), delta_map, fp8)
         return found.to(x.dtype)
 
     @staticmethod

@@ -178,17 +178,22 @@ def test_a_merged_weight_shows_updates_of_1e_6_in_the_mean(device: torch.device,
     assert share(found[0] - found[1], wanted) == pytest.approx(1, abs=0.2)
 
 
-@pytest.mark.parametrize(("nested", "mean", "on_numbers"), [(True, 0.975, 0), (False, 0.92, 0.036)])
+@pytest.mark.parametrize(
+    ("quant_type", "nested", "mean", "on_numbers"),
+    [("nf4", True, 0.975, 0), ("nf4", False, 0.92, 0.036), ("fp4", True, 0.82, 0.002), ("fp4", False, 0.2, 0.55)],
+)
 def test_how_good_a_dither_decoded_weights_are(
-    nested: bool, mean: float, on_numbers: float, record_property: Record
+    quant_type: str, nested: bool, mean: float, on_numbers: float, record_property: Record
 ) -> None:
     """Of rounding alone, over 12 layers: an update of 2.5e-6 has a share of 0.99, or 0.92 without double quantisation.
 
-    There the largest weight of each block is a number of bf16 itself, 3.6 % of all.
+    There the largest weight of each block is a number of bf16 itself, 3.6 % of all. Of FP4's weights more than half are: no base
+    for a merged weight.
     """
     shares, exact_weights = [], []
     for seed in range(12):
-        W0 = stored_weight(nf4_layer(torch.device("cpu"), 448, 512, nested=nested, seed=seed))
+        layer = nf4_layer(torch.device("cpu"), 448, 512, nested=nested, quant_type=quant_type, seed=seed)
+        W0 = stored_weight(layer)
         draw = torch.Generator().manual_seed(100 + seed)
         dW = 2.5e-6 * torch.randn(448, 512, generator=draw, dtype=torch.float64)
         rounded = W0.float().bfloat16().double()
@@ -196,7 +201,7 @@ def test_how_good_a_dither_decoded_weights_are(
         exact_weights.append(((rounded == W0) & (W0 != 0)).double().mean().item())
     record_property("share of the update", sum(shares) / 12)
     assert sum(shares) / 12 == pytest.approx(mean, abs=0.035)
-    assert sum(exact_weights) / 12 == pytest.approx(on_numbers, abs=2e-3)
+    assert sum(exact_weights) / 12 == pytest.approx(on_numbers, abs=1e-3)
 
 
 def test_the_other_order_of_the_two_products_loses_such_updates(device: torch.device, record_property: Record) -> None:

@@ -124,7 +124,7 @@ def test_no_rows_at_all(nf4: Callable[..., nn.Module], device: torch.device) -> 
         assert not found["A"].any() and not found["B"].any()
 
 
-@pytest.mark.parametrize("needed", ["", "x", "B", "xA"])
+@pytest.mark.parametrize("needed", ["", "x", "B", "xA", "xB"])
 def test_gradients_that_nobody_needs_are_not_given(
     nf4: Callable[..., nn.Module], device: torch.device, needed: str
 ) -> None:

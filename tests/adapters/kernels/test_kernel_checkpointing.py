@@ -94,7 +94,8 @@ def test_one_input_of_two_layers_in_several_passes(
     x = normal(device, 16, 64).requires_grad_()
 
     def loss() -> Tensor:
-        return chain.fused(0, x).float().square().sum() + chain.fused(0, x).float().sum()
+        shared = x * 1  # a leaf is not shared
+        return chain.fused(0, shared).float().square().sum() + chain.fused(0, shared).float().sum()
 
     (wanted,) = torch.autograd.grad(loss(), x)
     kept = loss()
@@ -116,6 +117,17 @@ def test_a_changed_input_is_noticed(chain: Chain, device: torch.device) -> None:
     x.mul_(2)
     with pytest.raises(RuntimeError, match="inplace operation"):
         y.sum().backward()
+
+
+def test_so_is_one_that_changed_after_a_pass_for_the_factors(chain: Chain, device: torch.device) -> None:
+    """Such a pass ends before the input's own gradient, and what it unpacked must not serve the next one."""
+    x = normal(device, 16, 64).requires_grad_() * 1
+    loss = chain.fused(0, x).float().sum()
+    torch.autograd.grad(loss, chain.A[0], retain_graph=True)
+    with torch.no_grad():
+        x.mul_(2)
+    with pytest.raises(RuntimeError, match="inplace operation"):
+        torch.autograd.grad(loss, chain.A[0])
 
 
 def test_compiled_it_gives_the_same(chain: Chain, device: torch.device) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import pickle
+import weakref
 from collections.abc import Callable
 
 import pytest
 import torch
-from kernel_world import factors, normal, relative, sinter
+from kernel_world import FusedProducts, factors, nf4_layer, normal, relative, share, sinter, stored_weight
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -57,6 +59,60 @@ def test_a_base_whose_pass_is_not_its_own(device: torch.device) -> None:
     del base.forward
     base.register_full_backward_hook(lambda *args: None)
     assert "hooks" in why_not(base, 4)
+
+
+def test_a_base_that_was_asked_about_goes_with_its_model(nf4: Callable[..., nn.Module], device: torch.device) -> None:
+    """bitsandbytes's weight keeps its layer, so nothing may keep the weight."""
+    base = nf4(32, 64)
+    assert base.weight.module is base and why_not(base, 4) is None
+    gone = weakref.ref(base)
+    del base
+    gc.collect()
+    assert gone() is None
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_small_updates_survive_on_fp4(device: torch.device, nested: bool) -> None:
+    """Half of its values are numbers of bf16, so no weight is merged there; transformers's default is FP4."""
+    base = nf4_layer(device, 448, 512, nested=nested, quant_type="fp4")
+    model = get_peft_model(OneLayer(base), LoranConfig(r=16, alpha=4, dropout=0.0, target_modules=["proj"]))
+    assert use_kernels(model) == (1, {})
+    A, B = factors(device, 448, 512, 16, 1e-5)
+    layer, x = model.base_model.model.proj, normal(device, 512, 512)
+    made = []
+    for size in (0, 1):
+        for parameter, value in zip(layer.factors("default"), (A, size * B), strict=True):
+            parameter.data = value
+        with FusedProducts() as products, torch.no_grad():
+            made.append(model(x).double())
+        assert products.count == 1
+    wanted = x.double() @ layer.delta_map("default").value(B.double() @ A.double()).T
+    assert wanted.norm() < 2e-4 * (x.double() @ stored_weight(base).T).norm()
+    assert share(made[1] - made[0], wanted) == pytest.approx(1, abs=0.25)
+
+
+def test_peft_s_lora_on_fp4_is_peft_s_own(device: torch.device) -> None:
+    base = nf4_layer(device, 32, 64, quant_type="fp4")
+    model = get_peft_model(OneLayer(base), LoraConfig(r=4, target_modules=["proj"]))
+    assert use_kernels(model) == (0, {"a base that is not NF4, where a merged weight would lose small updates": 1})
+
+
+@pytest.mark.parametrize("config", [LoranConfig(r=4, dropout=0.0), LoraConfig(r=4)])
+def test_a_base_that_multiplies_in_fp32(device: torch.device, config: LoranConfig | LoraConfig) -> None:
+    """transformers's default `bnb_4bit_compute_dtype`: what it says holds, but for autocast."""
+    base = nf4_layer(device, 32, 64)
+    base.compute_dtype = torch.float32
+    config.target_modules = ["proj"]
+    model, x = get_peft_model(OneLayer(base), config), normal(device, 3, 64)
+    assert use_kernels(model) == (1, {})
+    for autocast in (False, True):
+        with (
+            FusedProducts() as products,
+            torch.no_grad(),
+            torch.autocast(device.type, torch.bfloat16, enabled=autocast),
+        ):
+            model(x)
+        assert products.count == autocast
 
 
 def test_training_after_a_pass_in_inference_mode(nf4: Callable[..., nn.Module], device: torch.device) -> None:

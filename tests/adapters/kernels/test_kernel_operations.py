@@ -196,9 +196,9 @@ def test_the_slope_at_zero_is_exact_in_bf16() -> None:
         assert at_zero == 0 or torch.tensor(at_zero).frexp().mantissa == 0.5, name
 
 
-@pytest.mark.parametrize("f", ["identity", "sinter", "tanh"])
+@pytest.mark.parametrize("f", curves.NAMES)
 def test_a_factor_that_is_not_a_number_shows(device: torch.device, f: str) -> None:
-    """Also one whose bits are all ones, as GPUs write it: arithmetic on them must not make a number of it."""
+    """Also one whose bits are all ones, as GPUs write it: neither arithmetic on them nor a maximum may make a number of it."""
     delta_map = DeltaMap(Activation(f), 0.25)
     for side in (0, 1):
         for bits in (0x7FFFFFFF, 0x7FC00000):

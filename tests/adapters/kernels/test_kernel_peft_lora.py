@@ -89,6 +89,24 @@ def test_dropout_is_no_hindrance_in_evaluation(device: torch.device) -> None:
     assert fused(model.eval(), x) == 2 and fused(model.train(), x) == 0
 
 
+def test_dropout_that_is_switched_on_alone_drops(device: torch.device) -> None:
+    """Monte Carlo dropout: the model in evaluation, its dropout in training."""
+    model, x = lora(device, lora_dropout=0.5).eval(), normal(device, 16, 64)
+    use_kernels(model)
+    for layer in layers(model):
+        layer.lora_dropout.train()
+    assert fused(model, x) == 0
+
+
+def test_hooks_on_factors_are_called(device: torch.device) -> None:
+    model, x, seen = lora(device), normal(device, 16, 64), []
+    use_kernels(model)
+    handle = layers(model)[0].lora_A.default.register_forward_hook(lambda *args: seen.append(1))
+    assert fused(model, x) == 1 and seen == [1]
+    handle.remove()
+    assert fused(model, x) == 2
+
+
 def test_scales_are_read_at_each_pass(device: torch.device) -> None:
     """rsLoRA's, and one that is changed after the kernels were chosen."""
     model, x = lora(device, use_rslora=True), normal(device, 16, 64)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 
 import pytest
 import torch
@@ -35,6 +36,7 @@ def test_three_layers_on_one_tensor(
     x = normal(device, 6, 128).requires_grad_()
 
     def block(x: Tensor) -> tuple[Tensor, ...]:
+        x = x * 1  # no leaf, as behind a norm
         return tuple(
             merged_linear(x, *pair, None, codes_of(layer), F) for pair, layer in zip(pairs, layers, strict=True)
         )
@@ -61,7 +63,7 @@ def test_three_layers_on_one_tensor(
 def test_the_sum_is_made_in_one_tensor(nf4: Callable[..., nn.Module], device: torch.device) -> None:
     """Three gradients of x reach autograd as one: the hook of `Held`'s input sees a single tensor."""
     layers = [nf4(size, 128) for size in SIZES]
-    x = normal(device, 6, 128).requires_grad_()
+    x = normal(device, 6, 128).requires_grad_() * 1
     made = [
         merged_linear(x, *(t.requires_grad_() for t in factors(device, size, 128, 8, 1e-2)), None, codes_of(layer), F)
         for size, layer in zip(SIZES, layers, strict=True)
@@ -73,6 +75,59 @@ def test_the_sum_is_made_in_one_tensor(nf4: Callable[..., nn.Module], device: to
     )
     sum(y.float().sum() for y in made).backward()
     assert seen == [True]
+
+
+def test_a_leaf_s_losses_may_be_walked_one_by_one(nf4: Callable[..., nn.Module], device: torch.device) -> None:
+    """With a shared `Held` the first of two backward passes would free what the second needs, where plain layers need nothing."""
+    layers, pairs = [nf4(size, 128) for size in SIZES], [factors(device, size, 128, 8, 1e-2) for size in SIZES]
+    x = normal(device, 6, 128).requires_grad_()
+
+    def products() -> list[Tensor]:
+        train = [[t.detach().clone().requires_grad_() for t in pair] for pair in pairs]
+        return [merged_linear(x, *pair, None, codes_of(layer), F) for pair, layer in zip(train, layers, strict=True)]
+
+    (wanted,) = torch.autograd.grad(sum(y.float().square().sum() for y in products()), x)
+    for y in products():
+        y.float().square().sum().backward()
+    assert relative(x.grad, wanted) < BOUND
+
+
+@contextlib.contextmanager
+def saved_by_autograd() -> Iterator[list[Tensor]]:
+    """Inside, a list of what is saved for the backward pass."""
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        yield kept
+
+
+def test_an_input_in_fp32_has_one_copy_in_bf16(nf4: Callable[..., nn.Module], device: torch.device) -> None:
+    """As behind norms in fp32, which PEFT's `prepare_model_for_kbit_training` leaves."""
+    layers, pairs = [nf4(size, 128) for size in SIZES], [factors(device, size, 128, 8, 1e-2) for size in SIZES]
+    narrow, found = normal(device, 6, 128), {}
+    for dtype in (torch.bfloat16, torch.float32):
+        leaf = narrow.clone().to(dtype).requires_grad_()
+        x = leaf * 1
+        train = [[t.detach().clone().requires_grad_() for t in pair] for pair in pairs]
+        with saved_by_autograd() as kept:
+            made = [
+                merged_linear(x, *pair, None, codes_of(layer), F) for pair, layer in zip(train, layers, strict=True)
+            ]
+        assert [t.dtype for t in kept] == [torch.bfloat16]
+        loss_of(made, x.new_zeros(1)).backward()
+        assert leaf.grad.dtype == dtype
+        found[dtype] = [leaf.grad, *(t.grad for pair in train for t in pair)]
+    for wide, wanted in zip(found[torch.float32], found[torch.bfloat16], strict=True):
+        assert torch.equal(wide, wanted.to(wide.dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_layers_on_two_streams_share_nothing() -> None:
+    """One would add to a sum that the other may not have written yet."""
+    x = normal(torch.device("cuda", 0), 6, 128).requires_grad_() * 1
+    first = held.held_input(x)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        assert held.held_input(x) is not first
 
 
 def test_another_tensor_or_a_changed_one_is_not_taken_for_it(device: torch.device) -> None:

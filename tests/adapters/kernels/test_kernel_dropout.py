@@ -1,0 +1,62 @@
+"""The mask of dropout, against Philox as its authors define it (Salmon et al., SC 2011), in Python's whole numbers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from curvelora.kernels.dropout import SIZE, add_dropped_, dropped
+
+WORD = 0xFFFFFFFF
+
+
+def philox(counter: list[int], key: list[int]) -> list[int]:
+    """Philox 4x32 of ten rounds: four words of 32 bits."""
+    (a, b, c, d), (k, l) = counter, key  # noqa: E741
+    for _ in range(10):
+        first, second = 0xD2511F53 * a, 0xCD9E8D57 * c
+        a, b, c, d = (second >> 32) ^ b ^ k, second & WORD, (first >> 32) ^ d ^ l, first & WORD
+        k, l = (k + 0x9E3779B9) & WORD, (l + 0xBB67AE85) & WORD  # noqa: E741
+    return [a, b, c, d]
+
+
+def uniform(word: int) -> float:
+    """In [0, 1): the word as a signed number, folded at zero."""
+    signed = word - (1 << 32) if word >> 31 else word
+    return (signed if signed >= 0 else -signed - 1) * 2.0**-31
+
+
+def kept(entries: int, seed: int, p: float) -> torch.Tensor:
+    """Which entries stay: the four words of counter i belong to entry i of each quarter of a program's block."""
+    draws = torch.empty(entries + 4 * SIZE)
+    for start in range(0, entries, 4 * SIZE):
+        for number in range(SIZE):
+            counter = start // 4 + number
+            words = philox([counter & WORD, counter >> 32, 0, 0], [seed & WORD, seed >> 32])
+            draws[start + number : start + 4 * SIZE : SIZE] = torch.tensor([uniform(word) for word in words])
+    return draws[:entries] >= p
+
+
+def test_the_reference_has_the_authors_answers() -> None:
+    """Their known answers, for a counter and a key of zeros and of ones."""
+    assert philox([0] * 4, [0] * 2) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    assert philox([WORD] * 4, [WORD] * 2) == [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]
+
+
+@pytest.mark.parametrize(
+    ("entries", "seed", "p"), [(1, 0, 0.5), (4 * SIZE, 2**31 - 1, 0.05), (3 * 4 * SIZE + 17, 7, 0.3)]
+)
+def test_entries_are_dropped_where_philox_says_so(device: torch.device, entries: int, seed: int, p: float) -> None:
+    """And the others are divided by 1 - p, rounded once, also where they are added to something."""
+    draw = torch.Generator().manual_seed(0)
+    x, other = (torch.randn(entries, generator=draw).bfloat16() for _ in range(2))
+    wanted = torch.where(kept(entries, seed, p), x.float() / (1 - p), torch.zeros(()))
+    there = torch.tensor([seed], device=device)
+    # a GPU's quotient is off by two units of fp32 and may be rounded to the next number of bf16; nothing makes a zero of it
+    bounds = {"rtol": 0, "atol": 0} if device.type == "cpu" else {"rtol": 2**-7, "atol": 1e-5}
+    found = dropped(x.to(device), there, p).cpu()
+    assert torch.equal(found == 0, wanted == 0)
+    torch.testing.assert_close(found, wanted.bfloat16(), **bounds)
+    out = other.clone().to(device)
+    assert add_dropped_(out, x.to(device), there, p) is out
+    torch.testing.assert_close(out.cpu(), (wanted + other.float()).bfloat16(), **bounds)
