@@ -56,7 +56,7 @@ def cell(arm: str, mode: str, device: torch.device) -> dict[str, Any]:
     """One step of the arm with kernels and one without.
 
     Returns:
-        losses: before and after the step, of each.
+        losses: of each batch before the step, and of the last one after it; without kernels, then with them.
         apart: how far apart the updates of A and of B are, relative to their size without kernels.
         calls: how often a kernel made a weight, of each, and how often it should have, with kernels.
         fused, unfused: how many layers have kernels, and why the others have not.

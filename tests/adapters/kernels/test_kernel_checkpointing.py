@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 
 import pytest
@@ -68,11 +69,21 @@ def test_reentrant_checkpointing_gives_the_same(chain: Chain, device: torch.devi
     assert all(torch.equal(found[name], value) for name, value in wanted.items())
 
 
+def as_large_as_a_weight() -> set[int]:
+    """Where tensors with as many entries as the first layer's weight are."""
+    tensors = [t for t in gc.get_objects() if issubclass(type(t), Tensor) and t.numel() >= 96 * 64]
+    return {t.untyped_storage().data_ptr() for t in tensors}
+
+
 def test_what_autograd_keeps_is_x(chain: Chain, device: torch.device) -> None:
-    """No d_out x d_in matrix; parameters are there anyway."""
+    """No d_out x d_in matrix, nor in a node of the graph; parameters and the workspace are there anyway."""
     x, kept = normal(device, 16, 64).requires_grad_(), []
+    chain.fused(0, x)
+    before = as_large_as_a_weight()
+    assert before, "the workspace is seen"
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        chain.fused(0, x)
+        y = chain.fused(0, x)
+    assert y.requires_grad and as_large_as_a_weight() <= before
     assert [t.untyped_storage().data_ptr() for t in kept] == [x.untyped_storage().data_ptr()]
 
 
