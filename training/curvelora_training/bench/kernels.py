@@ -13,8 +13,8 @@ from torch import Tensor
 from triton.testing import do_bench
 
 from curvelora.activations import Activation
+from curvelora.kernels import dropout, fp8_product, fp8_readings, nf4
 from curvelora.kernels import factor_gradients as gradients
-from curvelora.kernels import fp8_product, fp8_readings, nf4
 from curvelora.kernels import merged_weight as merged
 from curvelora.kernels.factor_norms import factor_norms
 from curvelora.kernels.fp8_gate import why_no_fp8
@@ -82,6 +82,7 @@ def _measure_layer(
     y = torch.empty(tokens, d_out, device=device, dtype=torch.bfloat16)
     A16, B16 = A.to(x.dtype), B.to(x.dtype)
     low, has_fp8 = x @ A16.T, why_no_fp8(device) is None
+    seed = dropout.new_seed(device)
     thin = fp8_readings.first_readings(g, x, A16, B16) if has_fp8 else ()
     record: dict[str, Any] = {"d_out": d_out, "d_in": d_in, "tiles": {}}
     record["errors"] = _errors(base, A, B, G, W, delta_map, layer)
@@ -100,6 +101,8 @@ def _measure_layer(
     best = {name: tuple(tiles[0]["tile"]) for name, tiles in record["tiles"].items()}
     calls = {
         "product": lambda: torch.mm(x, W.T, out=y),
+        # the second product of the separate path, with the first one's result to add
+        "product_added": lambda: y.addmm_(x, W.T, beta=0.5),
         "product_G": lambda: torch.mm(g.T, x, out=G),
         "low_rank_down": lambda: x @ A.to(x.dtype).T,
         "low_rank_up": lambda: y.addmm_(low, B.to(x.dtype).T),
@@ -107,6 +110,7 @@ def _measure_layer(
         "decoded": lambda: nf4.decoded(base, W),
         "merged_weight": lambda: merged.merged_weight(A, B, delta_map, base, W, best.get("merged_weight")),
         "gradients": lambda: gradients.factor_gradients(G, A, B, delta_map, best.get("gradients")),
+        "dropped": lambda: dropout.dropped(x, seed, 0.05),
     }
     if has_fp8:
         codes = [fp8_product.codes_of_columns(t) for t in (g, x)]

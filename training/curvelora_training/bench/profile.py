@@ -21,6 +21,7 @@ KINDS = {
     "kernels: merged weight": r"_merged_weight|_decoded",
     "kernels: gradients of A and B": r"^_gradients|^_sums",
     "kernels: FP8 codes and bounds": r"^_codes|^_largest|^_norms",
+    "kernels: dropout": r"^_dropped",
     "kernels: FP8 codes with thin products": r"^_first_readings|^_second_readings",
     "attention": r"flash|fmha|cudnn_generated|sdpa|attention",
     "NF4 dequantisation (bitsandbytes)": r"[dD]equantize|kgemm_4bit",
