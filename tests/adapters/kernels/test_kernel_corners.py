@@ -72,7 +72,9 @@ def test_a_base_that_was_asked_about_goes_with_its_model(nf4: Callable[..., nn.M
 
 
 @pytest.mark.parametrize("nested", [True, False])
-def test_small_updates_survive_on_fp4(device: torch.device, nested: bool) -> None:
+def test_small_updates_survive_on_fp4(
+    device: torch.device, nested: bool, record_property: Callable[[str, object], None]
+) -> None:
     """Half of its values are numbers of bf16, so no weight is merged there; transformers's default is FP4."""
     base = nf4_layer(device, 448, 512, nested=nested, quant_type="fp4")
     model = get_peft_model(OneLayer(base), LoranConfig(r=16, alpha=4, dropout=0.0, target_modules=["proj"]))
@@ -88,7 +90,8 @@ def test_small_updates_survive_on_fp4(device: torch.device, nested: bool) -> Non
         assert products.count == 1
     wanted = x.double() @ layer.delta_map("default").value(B.double() @ A.double()).T
     assert wanted.norm() < 2e-4 * (x.double() @ stored_weight(base).T).norm()
-    assert share(made[1] - made[0], wanted) == pytest.approx(1, abs=0.25)
+    record_property("share of the update", found := share(made[1] - made[0], wanted))
+    assert found == pytest.approx(1, abs=0.2)
 
 
 def test_peft_s_lora_on_fp4_is_peft_s_own(device: torch.device) -> None:
