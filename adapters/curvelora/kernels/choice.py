@@ -146,7 +146,7 @@ def takes_kernels(base_layer: nn.Module, x: Tensor, A: Tensor, B: Tensor) -> boo
 def use_kernels(model: nn.Module, mode: str = "auto") -> tuple[int, Counter[str]]:
     """Have the adapter layers of `model` take the fused kernels where they can ("auto"), or nowhere ("off").
 
-    LoRAN's layers take them without being asked; PEFT's LoRA layers on NF4 do after this call.
+    LoRAN's layers take them without being asked; PEFT's LoRA layers do after this call.
 
     Args:
         model: the module that training calls.

@@ -186,11 +186,11 @@ def low_rank_gradients(g: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float)
         x: (tokens, d_in), bf16.
         A, B: factors, (r, d_in) and (d_out, r), fp32.
     """
-    back, down = g @ _scaled(B, scale, g.dtype), x @ _scaled(A, scale, x.dtype).T
+    back, down = g @ scaled(B, scale, g.dtype), x @ scaled(A, scale, x.dtype).T
     return _fp32_product(back.T, x), _fp32_product(g.T, down)
 
 
-def _scaled(factor: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+def scaled(factor: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
     """scale * factor, rounded once: one kernel instead of two."""
     return torch.mul(factor, scale, out=torch.empty_like(factor, dtype=dtype))
 
@@ -242,7 +242,7 @@ def _four_readings(g: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, kno
 def _two_readings(g: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, known: Codes | None) -> CodesAndLinear:
     g, x = (t if t.stride(1) == 1 else t.contiguous() for t in (g, x))
     of_x = known is None
-    A, B = (_scaled(factor.contiguous(), scale, x.dtype) for factor in (A, B))
+    A, B = (scaled(factor.contiguous(), scale, x.dtype) for factor in (A, B))
     back, down, largest = first_readings(g, x, A, B, of_x)
     if known is not None:
         down = x @ A.T

@@ -1,10 +1,13 @@
-"""PEFT's own LoRA layers on an NF4 base, with its pass as one fused product (`merged_linear` with the identity)."""
+"""PEFT's own LoRA layers, with their pass by `merged_linear` with the identity, or `separate_linear` where that cannot be.
+
+On NF4 the pass is one product. With dropout, and on bases whose rounding would swallow the update of a merged weight, it is the
+base's product and two thin ones.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from peft.tuners.lora import Linear
 from torch import Tensor, nn
 
@@ -17,15 +20,13 @@ try:
 except ImportError:  # PEFT has it where bitsandbytes is installed
     Linear4bit = None
 
-NO_DITHER = "a base that is not NF4, where a merged weight would lose small updates"
-
 
 def _delta_map(layer: Any, adapter: str) -> DeltaMap:
     return DeltaMap(Activation("identity"), float(layer.scaling[adapter]))
 
 
-def _why_not(layer: Any, training: bool) -> str | None:
-    """Why no pass of this PEFT layer, in training or not, can be fused as it is now."""
+def _why_not(layer: Any) -> str | None:
+    """Why no pass of this PEFT layer can be fused as it is now."""
     if len(layer.active_adapters) != 1 or layer.active_adapters[0] not in layer.lora_A:
         return "not one active adapter"
     (adapter,) = layer.active_adapters
@@ -33,21 +34,13 @@ def _why_not(layer: Any, training: bool) -> str | None:
         return "a variant of LoRA"
     if layer.lora_bias[adapter]:
         return "LoRA with a bias"
-    dropout = layer.lora_dropout[adapter]
-    if (training or dropout.training) and getattr(dropout, "p", 0.0) > 0:
-        return "dropout on LoRA's input"
-    if has_hooks(layer.lora_A[adapter]) or has_hooks(layer.lora_B[adapter]):
-        return "LoRA's factors have hooks"
+    if any(has_hooks(part[adapter]) for part in (layer.lora_A, layer.lora_B, layer.lora_dropout)):
+        return "LoRA's parts have hooks"
+    if type(layer.lora_dropout[adapter]) not in (nn.Dropout, nn.Identity):
+        return "another dropout than PyTorch's"
     if layer.base_layer is not layer.get_base_layer():
         return "an adapter around another one"
-    base = layer.get_base_layer()
-    if type(base) is nn.Linear:
-        return NO_DITHER
-    if (reason := why_not(base, layer.r[adapter])) is not None:
-        return reason
-    from curvelora.kernels.nf4 import keeps_updates
-
-    return None if keeps_updates(base) else NO_DITHER
+    return why_not(layer.get_base_layer(), layer.r[adapter])
 
 
 def _fused(plain: type[nn.Module]) -> type[nn.Module]:
@@ -56,19 +49,18 @@ def _fused(plain: type[nn.Module]) -> type[nn.Module]:
     class Fused(plain):
         def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             """x: (..., d_in) -> (..., d_out), as PEFT's, where a pass can be fused; else PEFT's."""
-            if args or kwargs or self.disable_adapters or self.merged or _why_not(self, self.training) is not None:
+            if args or kwargs or self.disable_adapters or self.merged or _why_not(self) is not None:
                 return super().forward(x, *args, **kwargs)
             (adapter,) = self.active_adapters
             A, B = self.lora_A[adapter].weight, self.lora_B[adapter].weight
             base = self.get_base_layer()
             if not takes_kernels(base, x, A, B):
                 return super().forward(x, *args, **kwargs)
-            from curvelora.kernels.merged_linear import merged_linear
-            from curvelora.kernels.nf4 import codes_of
+            from curvelora.kernels.fused_output import fused_output
 
-            bias = base.bias if base.bias is None else base.bias.to(torch.bfloat16)
-            found = merged_linear(x, A, B, bias, codes_of(base), _delta_map(self, adapter))
-            return found.to(x.dtype)
+            dropout = self.lora_dropout[adapter]
+            p = dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0
+            return fused_output(base, x, A, B, _delta_map(self, adapter), p)
 
     Fused.__name__ = Fused.__qualname__ = f"Fused{plain.__name__}"
     return Fused
@@ -88,10 +80,10 @@ def is_lora_layer(module: nn.Module) -> bool:
 def switch(layer: nn.Module, mode: str) -> None:
     """Have a PEFT layer fuse its passes where it can ("auto"), or never ("off")."""
     plain = _PLAIN.get(type(layer), type(layer))
-    # one that cannot now may be able to later: dropout does nothing in evaluation, adapters are switched
+    # one that cannot now may be able to later: adapters are switched
     layer.__class__ = plain if mode == "off" else _FUSED[plain]
 
 
 def why_not_fused(layer: nn.Module) -> str | None:
-    """Why a PEFT layer's passes in training are not fused as it is now; None where they are."""
-    return _why_not(layer, training=True) if type(layer) in _PLAIN else "kernels: off"
+    """Why a PEFT layer's passes are not fused as it is now; None where they are."""
+    return _why_not(layer) if type(layer) in _PLAIN else "kernels: off"

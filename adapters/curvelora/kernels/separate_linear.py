@@ -4,12 +4,14 @@
 
     dL/dx = g W0 + drop(g dW), with the same mask    G = g^T z, in the workspace    dL/dA, dL/dB from G: `factor_gradients`
 
+LoRA, where f is the identity, needs neither dW nor G: its products with dW are two thin ones each, of factors in bf16.
+
 The update's product, small and rounded at its own size, is where the base's product is added inside of the matrix product: the
 sum is rounded once, at a value that is on no number of bf16, so an update far below half a unit is right in the mean. In the
 other order it would meet a y that is rounded already, and be lost in every entry (`merged_weight` has the same about W0).
 
 Autograd keeps x, A, B and the mask's seed, saved ahead of the products as in `merged_linear`; z is formed again. This costs one
-product more than `merged_linear` in every pass.
+product more than `merged_linear` in every pass, for LoRA two thin ones and a pass over y.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from torch import Tensor
 
 from curvelora.kernels import nf4
 from curvelora.kernels.dropout import add_dropped_, dropped, new_seed
-from curvelora.kernels.factor_gradients import gradients_of_factors
+from curvelora.kernels.factor_gradients import gradients_of_factors, scaled
 from curvelora.kernels.fp8_gate import Asked
 from curvelora.kernels.held import (
     Factors,
@@ -48,6 +50,22 @@ def _update(A: Tensor, B: Tensor, *fields: Any) -> Tensor:
     return merged_weight(A, B, delta_map_of(*fields), [], workspace(B.shape[0], A.shape[1], A.device))
 
 
+def _low_rank(z: Tensor, A: Tensor, B: Tensor, *fields: Any) -> tuple[Tensor, Tensor]:
+    """(P, Q) with z dW^T = P Q, the inner dimension as small as f allows."""
+    f = delta_map_of(*fields)
+    if f.activation.name == "identity":
+        return z @ scaled(A, f.scale, z.dtype).T, B.to(z.dtype).T
+    return z, _update(A, B, *fields).T
+
+
+def _low_rank_back(g: Tensor, A: Tensor, B: Tensor, *fields: Any) -> tuple[Tensor, Tensor]:
+    """The same of g dW."""
+    f = delta_map_of(*fields)
+    if f.activation.name == "identity":
+        return g @ scaled(B, f.scale, g.dtype), A.to(g.dtype)
+    return g, _update(A, B, *fields)
+
+
 def _product(
     x: Tensor,
     seed: Tensor | None,
@@ -68,12 +86,8 @@ def _product(
         y = x2.new_empty(x2.shape[0], d_out)
         # twice the one, then half of it beside the other: to add the whole of it, cuBLAS's kernels for Hopper round the product
         # to bf16 first and add in memory, and the update is lost as in the other order
-        y.addmm_(
-            dropped(x2, seed, p) if p else x2,
-            _update(A, B, name, amplitude, frequency, scale, inside).T,
-            beta=0,
-            alpha=2,
-        )
+        z = dropped(x2, seed, p) if p else x2
+        y.addmm_(*_low_rank(z, A, B, name, amplitude, frequency, scale, inside), beta=0, alpha=2)
         y.addmm_(x2, _base(base, d_out, d_in).T, beta=0.5)
     if bias is not None:
         y += bias
@@ -123,11 +137,11 @@ def _add_update_product(
     grad_x: Tensor, g: Tensor, seed: Tensor | None, A: Tensor, B: Tensor, p: float, fields: tuple
 ) -> None:
     """Add drop(g dW) to `grad_x` (tokens, d_in)."""
-    dW = _update(A, B, *fields)
+    left, right = _low_rank_back(g, A, B, *fields)
     if p:
-        add_dropped_(grad_x, g @ dW, seed, p)
+        add_dropped_(grad_x, left @ right, seed, p)
     else:
-        grad_x.addmm_(g, dW)
+        grad_x.addmm_(left, right)
 
 
 _gradients_operator = torch.library.custom_op("curvelora::separate_linear_gradients", _gradients, mutates_args=())

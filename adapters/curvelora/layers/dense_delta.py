@@ -351,24 +351,14 @@ class DenseDeltaLayer(AdapterLayer):
 
     def _fused_output(self, adapter: str, x: Tensor) -> Tensor:
         # Triton is there where this is reached
-        from curvelora.kernels import fp8_gate
-        from curvelora.kernels.merged_linear import merged_linear
-        from curvelora.kernels.nf4 import codes_of, keeps_updates
-        from curvelora.kernels.separate_linear import separate_linear
+        from curvelora.kernels.fp8_gate import asked
+        from curvelora.kernels.fused_output import fused_output
 
-        base, delta_map, config = self.get_base_layer(), self.delta_map(adapter), self.configs[adapter]
-        bias = base.bias if base.bias is None else base.bias.to(torch.bfloat16)
-        A, B = self.factors(adapter)
-        p, fp8 = config.dropout if self.training else 0.0, fp8_gate.asked(self, adapter)
+        config, (A, B) = self.configs[adapter], self.factors(adapter)
+        p = config.dropout if self.training else 0.0
         if p and config.dropout_form == "features":
             A, p = self._dropped_features(A, p), 0.0
-        if type(base) is nn.Linear:  # which leaves its output in bf16 under autocast
-            return separate_linear(x, A, B, bias, [base.weight], delta_map, p, fp8)
-        if p or not keeps_updates(base):
-            found = separate_linear(x, A, B, bias, codes_of(base), delta_map, p, fp8)
-        else:
-            found = merged_linear(x, A, B, bias, codes_of(base), delta_map, fp8)
-        return found.to(x.dtype)
+        return fused_output(self.base_layer, x, A, B, self.delta_map(adapter), p, asked(self, adapter))
 
     @staticmethod
     def _dropped_features(A: Tensor, p: float) -> Tensor:

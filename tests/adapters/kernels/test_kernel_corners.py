@@ -9,16 +9,18 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from kernel_world import FusedProducts, factors, nf4_layer, normal, relative, share, sinter, stored_weight
+from kernel_world import FusedProducts, factors, nf4_layer, normal, relative, share, sinter
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from curvelora.activations import Activation
 from curvelora.kernels import use_kernels, workspace
 from curvelora.kernels.choice import why_not
 from curvelora.kernels.factor_gradients import factor_gradients, factor_gradients_reference
 from curvelora.kernels.merged_linear import merged_linear
 from curvelora.kernels.nf4 import codes_of
+from curvelora.layers.dense_delta import DeltaMap
 from curvelora.methods.loran import LoranConfig
 
 
@@ -71,33 +73,39 @@ def test_a_base_that_was_asked_about_goes_with_its_model(nf4: Callable[..., nn.M
     assert gone() is None
 
 
-@pytest.mark.parametrize("nested", [True, False])
-def test_small_updates_survive_on_fp4(
-    device: torch.device, nested: bool, record_property: Callable[[str, object], None]
+@pytest.mark.parametrize("kind", ["fp4", "fp4, double", "bf16"])
+@pytest.mark.parametrize("method", ["loran", "lora"])
+def test_small_updates_survive_where_weights_are_numbers_of_bf16(
+    device: torch.device, kind: str, method: str, record_property: Callable[[str, object], None]
 ) -> None:
-    """Half of its values are numbers of bf16, so no weight is merged there; transformers's default is FP4."""
-    base = nf4_layer(device, 448, 512, nested=nested, quant_type="fp4")
-    model = get_peft_model(OneLayer(base), LoranConfig(r=16, alpha=4, dropout=0.0, target_modules=["proj"]))
+    """Or half of them, as FP4's, transformers's default: no weight is merged there."""
+    if kind == "bf16":
+        base = nn.Linear(512, 448, bias=False, device=device, dtype=torch.bfloat16).requires_grad_(False)
+    else:
+        base = nf4_layer(device, 448, 512, nested=kind != "fp4", quant_type="fp4")
+    lora = LoraConfig(r=16, lora_alpha=4, target_modules=["proj"])
+    loran = LoranConfig(r=16, alpha=4, dropout=0.0, target_modules=["proj"])
+    model = get_peft_model(OneLayer(base), lora if method == "lora" else loran)
     assert use_kernels(model) == (1, {})
     A, B = factors(device, 448, 512, 16, 1e-5)
     layer, x = model.base_model.model.proj, normal(device, 512, 512)
     made = []
     for size in (0, 1):
-        for parameter, value in zip(layer.factors("default"), (A, size * B), strict=True):
+        pair = (
+            layer.factors("default")
+            if method == "loran"
+            else (layer.lora_A.default.weight, layer.lora_B.default.weight)
+        )
+        for parameter, value in zip(pair, (A, size * B), strict=True):
             parameter.data = value
         with FusedProducts() as products, torch.no_grad():
             made.append(model(x).double())
         assert products.count == 1
-    wanted = x.double() @ layer.delta_map("default").value(B.double() @ A.double()).T
-    assert wanted.norm() < 2e-4 * (x.double() @ stored_weight(base).T).norm()
+    f = layer.delta_map("default") if method == "loran" else DeltaMap(Activation("identity"), 0.25)
+    wanted = x.double() @ f.value(B.double() @ A.double()).T
+    assert wanted.norm() < 2e-4 * made[0].norm()
     record_property("share of the update", found := share(made[1] - made[0], wanted))
     assert found == pytest.approx(1, abs=0.2)
-
-
-def test_peft_s_lora_on_fp4_is_peft_s_own(device: torch.device) -> None:
-    base = nf4_layer(device, 32, 64, quant_type="fp4")
-    model = get_peft_model(OneLayer(base), LoraConfig(r=4, target_modules=["proj"]))
-    assert use_kernels(model) == (0, {"a base that is not NF4, where a merged weight would lose small updates": 1})
 
 
 @pytest.mark.parametrize("config", [LoranConfig(r=4, dropout=0.0), LoraConfig(r=4)])
