@@ -22,7 +22,6 @@ from curvelora.errors import UserError, nearest
 from curvelora.precision import compute_dtype
 
 ENVIRONMENT = "CURVELORA_KERNELS"
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _KNOWN: WeakKeyDictionary[nn.Module, tuple] = WeakKeyDictionary()
 USES = ("auto", "off", "fp8")
 MODES = ("auto", "off", "interpret")
@@ -107,7 +106,9 @@ def why_not(base_layer: nn.Module, rank: int) -> str | None:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling `module` does more than its forward."""
-    return any(getattr(module, hooks) for hooks in _HOOKS)
+    # asked of four modules a layer and pass
+    before, after = module._forward_pre_hooks or module._backward_pre_hooks, module._forward_hooks or module._backward_hooks
+    return bool(before or after)
 
 
 def _weakly(thing: object) -> Callable[[], object]:
