@@ -31,9 +31,10 @@ def test_what_a_killed_one_left_is_not_in_the_way(powered: Cluster) -> None:
     state = STATE.with_name(f"{STATE.name}-second")  # not below tmp_path: munged wants folders that all can enter
     second = os.environ | {"SLURMCI_NAME": "second", "SLURMCI_STATE": str(state), "SLURMCI_NODES": "1"}
 
-    def control(*arguments: str) -> subprocess.CompletedProcess[str]:
+    def control(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        environment = second | variables
         return subprocess.run(
-            [SCRIPT, *arguments], env=second, capture_output=True, text=True, timeout=120, check=False
+            [SCRIPT, *arguments], env=environment, capture_output=True, text=True, timeout=120, check=False
         )
 
     try:
@@ -42,7 +43,11 @@ def test_what_a_killed_one_left_is_not_in_the_way(powered: Cluster) -> None:
         for process in started:
             os.kill(process, signal.SIGKILL)
         assert control("run", "hostname").returncode != 0
+        elsewhere = control("up", SLURMCI_STATE=str(SCRIPT.parent))
+        assert elsewhere.returncode == 1 and "has other files: set SLURMCI_STATE" in elsewhere.stderr
         assert (again := control("up")).returncode == 0, again.stderr
+        other = control("up", SLURMCI_STATE=f"{state}-other")
+        assert other.returncode == 1 and "is another cluster's: set SLURMCI_NAME" in other.stderr
         shown = control("run", "srun", "--ntasks=1", "hostname")
         assert shown.stdout.strip() == "n1", shown.stderr
     finally:

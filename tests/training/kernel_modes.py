@@ -12,7 +12,6 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -21,8 +20,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig
 
-from curvelora.kernels import dropout, factor_gradients, merged_linear, separate_linear, use_kernels
-from curvelora.layers import dense_delta
+from curvelora.kernels import dropout, factor_gradients, merged_linear, nf4, separate_linear, use_kernels
 from curvelora_training.bench.adapted import arm_model, set_update_std
 from curvelora_training.bench.arms import parse_arms
 from curvelora_training.bench.processes import join_deepspeed
@@ -39,6 +37,7 @@ ARMS = {
     "exact": ("nf4", "loran:sinter-large", {"dropout": 0.1, "dropout_form": "exact"}),
     "dense": ("bf16", "loran:sinter-large", {}),
     "qlora": ("nf4", "qlora", {}),
+    "dropped": ("nf4", "qlora", {"dropout": 0.1}),
     "fp8": ("nf4", "loran:sinter@fp8", {}),
 }
 SINGLE = ("plain", "nonreentrant", "reentrant", "kept", "offloaded", "autocast", "compiled")
@@ -79,7 +78,7 @@ def cell(arm: str, mode: str, device: torch.device) -> dict[str, Any]:
         adapted = arm_model(model, parse_arms(name)[0], options, [], 0, True)
         set_update_std(adapted, 1e-2)
         fused, reasons = use_kernels(adapted, kernels)
-        with counted() as calls, same_masks(), counted_fp8() as products:
+        with counted("decoded" if arm == "dropped" else "merged_weight") as calls, same_masks(), counted_fp8() as products:
             losses, moved = step(adapted, mode, device)
         found[kernels] = losses, moved, calls[0], fused, reasons
     (before, wanted, none, *_), (after, given, calls, fused, reasons) = found["off"], found[switched]
@@ -103,17 +102,26 @@ def wanted_calls(mode: str, layers: int, blocks: int) -> int:
 
 
 @contextlib.contextmanager
-def counted() -> Iterator[list[int]]:
-    """Inside, a list of one number: how many weights kernels have made. On a CPU in tiles no larger than these layers."""
-    calls, make = [0], merged_linear.merged_weight
+def counted(kernel: str = "merged_weight") -> Iterator[list[int]]:
+    """Inside, a list of one number: how many weights a kernel has made. On a CPU in tiles no larger than these layers.
 
-    def counting(A: torch.Tensor, *args: Any) -> torch.Tensor:
-        calls[0] += 1
-        return make(A, *args) if A.is_cuda else make(A, *args, tile=(64, 64, 1, 4, 1))
+    Args:
+        kernel: or "decoded", where a layer makes no other.
+    """
+    calls, merge, decode = [0], merged_linear.merged_weight, nf4.decoded
+
+    def merging(A: torch.Tensor, *args: Any) -> torch.Tensor:
+        calls[0] += kernel == "merged_weight"
+        return merge(A, *args) if A.is_cuda else merge(A, *args, tile=(64, 64, 1, 4, 1))
+
+    def decoding(*args: Any) -> torch.Tensor:
+        calls[0] += kernel == "decoded"
+        return decode(*args)
 
     with (
-        mock.patch.object(merged_linear, "merged_weight", counting),
-        mock.patch.object(separate_linear, "merged_weight", counting),
+        mock.patch.object(merged_linear, "merged_weight", merging),
+        mock.patch.object(separate_linear, "merged_weight", merging),
+        mock.patch.object(nf4, "decoded", decoding),
     ):
         yield calls
 
@@ -136,13 +144,13 @@ def same_masks() -> Iterator[None]:
     """Inside, layers without kernels drop of their input what kernels would drop, from the same seeds."""
     drop = nn.functional.dropout
 
-    def dropped(x: torch.Tensor, p: float) -> torch.Tensor:
-        if x.dim() == 1:  # of features: the same either way
-            return drop(x, p)
+    def dropped(x: torch.Tensor, p: float, training: bool = True, inplace: bool = False) -> torch.Tensor:
+        if x.dim() == 1 or not training:  # of features: the same either way
+            return drop(x, p, training)
         kept = dropout.mask_reference(x.shape, dropout.new_seed(x.device), p) > 0
         return (x.float() * kept / (1 - p)).to(x.dtype)
 
-    with mock.patch.object(dense_delta, "F", SimpleNamespace(dropout=dropped, linear=nn.functional.linear)):
+    with mock.patch.object(nn.functional, "dropout", dropped):
         yield
 
 

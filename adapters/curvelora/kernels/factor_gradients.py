@@ -178,15 +178,20 @@ def factor_gradients(
     return of_A, of_B
 
 
-def low_rank_gradients(g: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def low_rank_gradients(
+    g: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, back: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """(dL/dA, dL/dB) of dW = scale BA, fp32: products of bf16 as autograd would make them, but summed in fp32.
 
     Args:
         g: (tokens, d_out), bf16.
         x: (tokens, d_in), bf16.
         A, B: factors, (r, d_in) and (d_out, r), fp32.
+        back: scale g B, (tokens, r), bf16, where it is known.
     """
-    back, down = g @ scaled(B, scale, g.dtype), x @ scaled(A, scale, x.dtype).T
+    if back is None:
+        back = g @ scaled(B, scale, g.dtype)
+    down = x @ scaled(A, scale, x.dtype).T
     return _fp32_product(back.T, x), _fp32_product(g.T, down)
 
 
@@ -204,7 +209,14 @@ def _fp32_product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def gradients_of_factors(
-    g: Tensor, x: Tensor, A: Tensor, B: Tensor, delta_map: DeltaMap, fp8: Asked | None = None, node: Any = None
+    g: Tensor,
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    delta_map: DeltaMap,
+    fp8: Asked | None = None,
+    node: Any = None,
+    back: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(dL/dA, dL/dB), fp32; G is in the workspace.
 
@@ -213,9 +225,10 @@ def gradients_of_factors(
         x: (tokens, d_in), bf16.
         fp8: who is asked whether G of the part beyond f'(0) may be from FP8, and counts; or None.
         node: where x comes from, if it is shared: a node of `Held`, which keeps x in FP8 for the next layer.
+        back: s g B, (tokens, r), bf16, where f is the identity and it is known.
     """
     if delta_map.activation.name == "identity":
-        return low_rank_gradients(g, x, A, B, delta_map.scale)
+        return low_rank_gradients(g, x, A, B, delta_map.scale, back)
     G = workspace(B.shape[0], A.shape[1], x.device)
     # without tokens no column has a largest entry
     if fp8 is None or not len(g) or (count := fp8.granted()) is None:

@@ -134,7 +134,7 @@ class _Merged(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative()
         needs_x, *needs = ctx.needs_input_grad[:3]
-        (x,), (A, B) = saved(ctx.input), ctx.factors.tensors()
+        (x,), (A, B) = saved(ctx.input, ctx), ctx.factors.tensors()
         grad_x = grad_A = grad_B = None
         g = grad.reshape(-1, B.shape[0])
         with LOCK, torch.cuda.device_of(x):
@@ -158,7 +158,7 @@ def merged_linear(
     """x (W0 + s f(BA))^T + bias: (..., d_out), bf16, differentiable in x, A and B.
 
     Args:
-        x: (..., d_in), bf16, or another dtype, of which a copy in bf16 is made, one for layers that are called one after another.
+        x: (..., d_in), bf16, or another dtype, which is rounded to it, in training once for all that `held_input` joins.
         A, B: factors, (r, d_in) and (d_out, r), fp32.
         bias: (d_out,), bf16, or None; frozen.
         base: the NF4 weight, from `nf4.codes_of`.
@@ -170,5 +170,6 @@ def merged_linear(
     if torch.compiler.is_compiling() or not trains:
         if not torch.compiler.is_compiling():
             forget_input()
-        return _product_operator(x.to(torch.bfloat16), A, B, bias, base, *fields)
+        plain = not (torch.is_grad_enabled() or torch.compiler.is_compiling() or is_watched())
+        return (_product if plain else _product_operator)(x.to(torch.bfloat16), A, B, bias, base, *fields)
     return _Merged.apply(held_input(x), held_factor(A, B), B, bias, base, fields, fp8)

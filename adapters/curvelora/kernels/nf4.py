@@ -38,7 +38,7 @@ def why_unreadable(base_layer: nn.Module) -> str | None:
     """Why `decode` cannot read this layer's weight; None where it can."""
     weight = base_layer.weight
     if type(weight).__name__ != "Params4bit":
-        return "the base is not NF4"
+        return "the base is neither in 4 bits nor a linear layer in bf16"
     state: Any = weight.quant_state
     if state is None:
         return "the base is not quantised yet"

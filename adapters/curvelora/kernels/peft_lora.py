@@ -1,7 +1,8 @@
 """PEFT's own LoRA layers, with their pass by `merged_linear` with the identity, or `separate_linear` where that cannot be.
 
-On NF4 the pass is one product. With dropout, and on bases whose rounding would swallow the update of a merged weight, it is the
-base's product and two thin ones.
+On NF4 the pass is one product. With dropout, and on FP4, whose values would swallow the update of a merged weight, it is the
+base's product and two thin ones. A base in bf16 keeps PEFT's pass: nobody has timed the kernels' there, and they take more of the
+CPU's time for a small layer.
 """
 
 from __future__ import annotations
@@ -34,13 +35,15 @@ def _why_not(layer: Any) -> str | None:
         return "a variant of LoRA"
     if layer.lora_bias[adapter]:
         return "LoRA with a bias"
-    if any(has_hooks(part[adapter]) for part in (layer.lora_A, layer.lora_B, layer.lora_dropout)):
+    parts = layer.lora_A[adapter], layer.lora_B[adapter], layer.lora_dropout[adapter]
+    if any(has_hooks(part) or "forward" in vars(part) for part in parts):
         return "LoRA's parts have hooks"
     if type(layer.lora_dropout[adapter]) not in (nn.Dropout, nn.Identity):
         return "another dropout than PyTorch's"
     if layer.base_layer is not layer.get_base_layer():
         return "an adapter around another one"
-    return why_not(layer.get_base_layer(), layer.r[adapter])
+    base = layer.get_base_layer()
+    return "LoRA on a base that is not in 4 bits" if type(base) is nn.Linear else why_not(base, layer.r[adapter])
 
 
 def _fused(plain: type[nn.Module]) -> type[nn.Module]:

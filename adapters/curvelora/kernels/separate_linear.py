@@ -58,12 +58,10 @@ def _low_rank(z: Tensor, A: Tensor, B: Tensor, *fields: Any) -> tuple[Tensor, Te
     return z, _update(A, B, *fields).T
 
 
-def _low_rank_back(g: Tensor, A: Tensor, B: Tensor, *fields: Any) -> tuple[Tensor, Tensor]:
-    """The same of g dW."""
+def _low_rank_back(g: Tensor, B: Tensor, *fields: Any) -> Tensor | None:
+    """P = s g B, of g dW = P A, where f is the identity."""
     f = delta_map_of(*fields)
-    if f.activation.name == "identity":
-        return g @ scaled(B, f.scale, g.dtype), A.to(g.dtype)
-    return g, _update(A, B, *fields)
+    return g @ scaled(B, f.scale, g.dtype) if f.activation.name == "identity" else None
 
 
 def _product(
@@ -124,20 +122,22 @@ def _gradients(
     g, x2 = grad.reshape(-1, d_out), x.reshape(-1, d_in)
     grad_x = grad.new_empty(0)
     with LOCK, torch.cuda.device_of(x):
+        back = _low_rank_back(g, B, *fields)
         if needs_x:
             grad_x = g @ _base(base, d_out, d_in)
-            _add_update_product(grad_x, g, seed, A, B, p, fields)
+            _add_update_product(grad_x, g, back, seed, A, B, p, fields)
             grad_x = grad_x.view(x.shape)
         if not needs_factors:
             return grad_x, A.new_empty(0), B.new_empty(0)
-        return grad_x, *gradients_of_factors(g, dropped(x2, seed, p) if p else x2, A, B, delta_map_of(*fields))
+        z = dropped(x2, seed, p) if p else x2
+        return grad_x, *gradients_of_factors(g, z, A, B, delta_map_of(*fields), back=back)
 
 
 def _add_update_product(
-    grad_x: Tensor, g: Tensor, seed: Tensor | None, A: Tensor, B: Tensor, p: float, fields: tuple
+    grad_x: Tensor, g: Tensor, back: Tensor | None, seed: Tensor | None, A: Tensor, B: Tensor, p: float, fields: tuple
 ) -> None:
-    """Add drop(g dW) to `grad_x` (tokens, d_in)."""
-    left, right = _low_rank_back(g, A, B, *fields)
+    """Add drop(g dW) to `grad_x` (tokens, d_in). back: from `_low_rank_back`."""
+    left, right = (g, _update(A, B, *fields)) if back is None else (back, A.to(g.dtype))
     if p:
         add_dropped_(grad_x, left @ right, seed, p)
     else:
@@ -205,18 +205,19 @@ class _Separate(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative()
         needs_x, *needs = ctx.needs_input_grad[:3]
-        (x,), (A, B, *seed) = saved(ctx.input), ctx.factors.tensors()
+        (x,), (A, B, *seed) = saved(ctx.input, ctx), ctx.factors.tensors()
         seed = seed[0] if seed else None
         grad_x = grad_A = grad_B = None
         g, x2 = grad.reshape(-1, B.shape[0]), x.reshape(-1, A.shape[1])
         with LOCK, torch.cuda.device_of(x):
+            back = _low_rank_back(g, B, *ctx.fields)
             if needs_x:
                 grad_x = add_product(ctx.input, g, _base(ctx.base, B.shape[0], A.shape[1]), x.shape)
-                _add_update_product(ctx.input.pending, g, seed, A, B, ctx.p, ctx.fields)
+                _add_update_product(ctx.input.pending, g, back, seed, A, B, ctx.p, ctx.fields)
             if any(needs):
                 z = dropped(x2, seed, ctx.p) if ctx.p else x2
                 node = None if ctx.p else ctx.input
-                grad_A, grad_B = gradients_of_factors(g, z, A, B, delta_map_of(*ctx.fields), ctx.fp8, node)
+                grad_A, grad_B = gradients_of_factors(g, z, A, B, delta_map_of(*ctx.fields), ctx.fp8, node, back)
         return grad_x, grad_A, grad_B, None, None, None, None, None, None
 
 
@@ -233,7 +234,7 @@ def separate_linear(
     """x W0^T + bias + drop(x) (s f(BA))^T: (..., d_out), bf16, differentiable in x, A and B.
 
     Args:
-        x: (..., d_in), bf16, or another dtype, of which a copy in bf16 is made, one for layers that are called one after another.
+        x: (..., d_in), bf16, or another dtype, which is rounded to it, in training once for all that `held_input` joins.
         A, B: factors, (r, d_in) and (d_out, r), fp32.
         bias: (d_out,), bf16, or None; frozen.
         base: [W0] in bf16, or the NF4 weight from `nf4.codes_of`; frozen.
@@ -242,12 +243,14 @@ def separate_linear(
         fp8: from `fp8_gate.asked`, or None.
     """
     fields = map_fields(delta_map)
-    x = x.contiguous()  # entries are numbered by where they lie
-    seed = new_seed(x.device) if p else None
+    seed = None
+    if p:
+        x, seed = x.contiguous(), new_seed(x.device)  # entries are numbered by where they lie
     trains = torch.is_grad_enabled() and x.requires_grad and (A.requires_grad or B.requires_grad)
     if torch.compiler.is_compiling() or not trains:
         if not torch.compiler.is_compiling():
             forget_input()
-        return _product_operator(x.to(torch.bfloat16), seed, A, B, bias, base, p, *fields)
+        plain = not (torch.is_grad_enabled() or torch.compiler.is_compiling() or is_watched())
+        return (_product if plain else _product_operator)(x.to(torch.bfloat16), seed, A, B, bias, base, p, *fields)
     held = held_factor(A, B, seed) if p else held_factor(A, B)
     return _Separate.apply(held_input(x), held, B, seed, bias, base, p, fields, fp8)

@@ -336,7 +336,7 @@ class DenseDeltaLayer(AdapterLayer):
         return active[0] if len(active) == 1 else None
 
     def why_no_kernels(self) -> str | None:
-        """Why a pass takes no fused kernel as the layer is now; None where it does if the input is bf16."""
+        """Why a pass takes no fused kernel as the layer is now; None where it does if it multiplies in bf16."""
         return self._why_no_kernels(self._only_adapter())
 
     def _why_no_kernels(self, adapter: str | None) -> str | None:

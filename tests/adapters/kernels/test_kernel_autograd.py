@@ -19,6 +19,7 @@ from curvelora.layers.dense_delta import DeltaMap
 
 # bf16's own: W or dW, G, M and every result are rounded once each, 1.7e-3 in the norm; measured: 5e-3 at most
 BOUND = 8e-3
+LORA = DeltaMap(Activation("identity"), 0.25)
 
 
 def inputs(device: torch.device, d_out: int, d_in: int, rank: int, *leading: int) -> dict[str, Tensor]:
@@ -62,8 +63,8 @@ def test_every_rank(nf4: Callable[..., nn.Module], device: torch.device, rank: i
     """With an odd number of outputs."""
     layer, given = nf4(77, 128, nested=nested, bias=True), inputs(device, 77, 128, rank, 48)
     check_merged(layer, sinter(2e-2), given)
-    if not nested:
-        check_separate(layer, codes_of(layer), stored_weight(layer), sinter(2e-2), given)
+    for f in (LORA,) if nested else (LORA, sinter(2e-2)):
+        check_separate(layer, codes_of(layer), stored_weight(layer), f, given)
 
 
 @pytest.mark.parametrize("storage", [torch.bfloat16, torch.float32])
@@ -83,18 +84,19 @@ def test_bases_of_plain_linear_layers_may_have_any_width(device: torch.device) -
     check_separate(layer, [layer.weight], layer.weight, sinter(2e-2), inputs(device, 33, 75, 8, 48))
 
 
+@pytest.mark.parametrize("f", [sinter(2e-2), LORA], ids=["sinter", "identity"])
 @pytest.mark.parametrize("base", ["nf4", "bf16"])
-def test_dropout_is_the_mask_s(nf4: Callable[..., nn.Module], device: torch.device, base: str) -> None:
+def test_dropout_is_the_mask_s(nf4: Callable[..., nn.Module], device: torch.device, base: str, f: DeltaMap) -> None:
     """Of the adapter's input alone; the same mask in both passes, which the seed decides."""
     layer, given = nf4(40, 64, bias=True), inputs(device, 40, 64, 8, 3, 16)
     W0 = stored_weight(layer) if base == "nf4" else stored_weight(layer).bfloat16()
     stored = codes_of(layer) if base == "nf4" else [W0]
     torch.manual_seed(7)
-    found = gradients(lambda x, A, B: separate_linear(x, A, B, layer.bias, stored, sinter(2e-2), 0.3), **given)
+    found = gradients(lambda x, A, B: separate_linear(x, A, B, layer.bias, stored, f, 0.3), **given)
     torch.manual_seed(7)
     mask = mask_reference(given["x"].shape, new_seed(device), 0.3)
     assert 0.6 < (mask != 0).float().mean() < 0.8
-    compare(found, exact(W0, layer.bias, sinter(2e-2), mask=mask, **given))
+    compare(found, exact(W0, layer.bias, f, mask=mask, **given))
 
 
 def test_inputs_and_gradients_with_strides(nf4: Callable[..., nn.Module], device: torch.device) -> None:

@@ -358,7 +358,6 @@ def test_layers_on_one_tensor_share_its_codes(
     x = normal(device, 24, 128).requires_grad_()
 
     def block(x: Tensor) -> Tensor:
-        x = x * 1  # no leaf, as behind a norm
         made = (
             merged_linear(x, *pair, None, codes_of(layer), sinter(5e-5), fp8=Always())
             for pair, layer in zip(pairs, layers, strict=True)

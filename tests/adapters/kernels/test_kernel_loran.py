@@ -193,10 +193,10 @@ def test_what_a_base_must_be(device: torch.device) -> None:
     cases = {
         "a base in float32": nn.Linear(64, 64, device=device),
         "a Identity has no weight that kernels read": nn.Identity(),
-        "the base is not NF4": nn.Bilinear(64, 1, 64, device=device, dtype=torch.bfloat16),
+        "the base is neither in 4 bits nor a linear layer in bf16": nn.Bilinear(64, 1, 64, device=device, dtype=torch.bfloat16),
     }
-    cases["the base is not NF4"].out_features = 64
-    cases["the base is not NF4"].in_features = 64
+    cases["the base is neither in 4 bits nor a linear layer in bf16"].out_features = 64
+    cases["the base is neither in 4 bits nor a linear layer in bf16"].in_features = 64
     for reason, base in cases.items():
         assert why_not(base.requires_grad_(False), 8) == reason
     assert why_not(base_layer(device, "nf4", 96, 128), 129) == "rank 129 is above 128"

@@ -36,7 +36,6 @@ def test_three_layers_on_one_tensor(
     x = normal(device, 6, 128).requires_grad_()
 
     def block(x: Tensor) -> tuple[Tensor, ...]:
-        x = x * 1  # no leaf, as behind a norm
         return tuple(
             merged_linear(x, *pair, None, codes_of(layer), F) for pair, layer in zip(pairs, layers, strict=True)
         )
@@ -63,7 +62,7 @@ def test_three_layers_on_one_tensor(
 def test_the_sum_is_made_in_one_tensor(nf4: Callable[..., nn.Module], device: torch.device) -> None:
     """Three gradients of x reach autograd as one: the hook of `Held`'s input sees a single tensor."""
     layers = [nf4(size, 128) for size in SIZES]
-    x = normal(device, 6, 128).requires_grad_() * 1
+    x = normal(device, 6, 128).requires_grad_()
     made = [
         merged_linear(x, *(t.requires_grad_() for t in factors(device, size, 128, 8, 1e-2)), None, codes_of(layer), F)
         for size, layer in zip(SIZES, layers, strict=True)
@@ -77,19 +76,39 @@ def test_the_sum_is_made_in_one_tensor(nf4: Callable[..., nn.Module], device: to
     assert seen == [True]
 
 
-def test_a_leaf_s_losses_may_be_walked_one_by_one(nf4: Callable[..., nn.Module], device: torch.device) -> None:
-    """With a shared `Held` the first of two backward passes would free what the second needs, where plain layers need nothing."""
+@pytest.mark.parametrize("history", ["a leaf", "a view", "in fp32", "a norm"])
+def test_losses_may_be_walked_one_by_one(nf4: Callable[..., nn.Module], device: torch.device, history: str) -> None:
+    """The first of two backward passes frees what was saved for all; plain layers save their input each."""
     layers, pairs = [nf4(size, 128) for size in SIZES], [factors(device, size, 128, 8, 1e-2) for size in SIZES]
-    x = normal(device, 6, 128).requires_grad_()
+    leaf = normal(device, 6, 128).to(torch.float32 if history == "in fp32" else torch.bfloat16).requires_grad_()
+    x = {"a leaf": leaf, "a norm": nn.functional.layer_norm(leaf, (128,))}.get(history, leaf.view(6, 128))
 
     def products() -> list[Tensor]:
         train = [[t.detach().clone().requires_grad_() for t in pair] for pair in pairs]
-        return [merged_linear(x, *pair, None, codes_of(layer), F) for pair, layer in zip(train, layers, strict=True)]
+        made = [merged_linear(x, *pair, None, codes_of(layer), F) for pair, layer in zip(train, layers, strict=True)]
+        assert len({y.grad_fn.next_functions[0][0] for y in made}) == 1
+        return made
 
     (wanted,) = torch.autograd.grad(sum(y.float().square().sum() for y in products()), x)
-    for y in products():
-        y.float().square().sum().backward()
-    assert relative(x.grad, wanted) < BOUND
+    made = products()
+    node = made[0].grad_fn.next_functions[0][0]
+    found = [torch.autograd.grad(y.float().square().sum(), x)[0] for y in made]
+    assert relative(sum(found), wanted) < BOUND
+    assert all(gradient.norm() > 0.1 * wanted.norm() for gradient in found)
+    assert node.waiting == 0 and node.kept is None, "and then nothing is kept"
+
+
+def test_an_input_that_changed_between_such_losses_is_noticed(
+    nf4: Callable[..., nn.Module], device: torch.device
+) -> None:
+    x, layer = normal(device, 6, 128).requires_grad_() * 1, nf4(96, 128)
+    A, B = (t.requires_grad_() for t in factors(device, 96, 128, 8, 1e-2))
+    first, second = (merged_linear(x, A, B, None, codes_of(layer), F).float().sum() for _ in range(2))
+    torch.autograd.grad(first, x)
+    with torch.no_grad():
+        x.mul_(2)
+    with pytest.raises(RuntimeError, match="inplace operation"):
+        torch.autograd.grad(second, x)
 
 
 @contextlib.contextmanager
