@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -29,46 +30,40 @@ class Held(torch.autograd.Function):
         ctx.pending = None  # dL/dx so far, of those layers below that have had their turn
         ctx.codes = None  # of `first` in FP8, once a layer below has made them
         ctx.walked = False  # whether a backward pass has been here: what was saved may be gone
-        ctx.waiting = 1  # functions that took the result and have not asked for what is saved
-        ctx.kept = None  # for them, what is saved and its versions, where a pass that has been here freed it
         return first.view_as(first)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """The gradient of `first` as it comes; the others get theirs from the function that took it."""
-        # losses of q, k and v may be differentiated one by one, as those of plain layers, which save their input each
-        unasked = ctx.waiting > 0 and ctx.unpacked is not None
-        ctx.kept = (ctx.unpacked, tuple(tensor._version for tensor in ctx.unpacked)) if unasked else None
         ctx.task = ctx.unpacked = ctx.pending = ctx.codes = None
         ctx.walked = True
         return grad, *(None for _ in ctx.needs_input_grad[1:])
 
 
-def saved(node: Any, asker: Any) -> tuple[Tensor, ...]:
+def saved(node: Any, own: tuple[Tensor, ...] = ()) -> tuple[Tensor, ...]:
     """What `node`, the grad_fn of a `Held`'s result, has saved; for several askers, where a checkpoint unpacks only once.
 
     Args:
-        asker: who remembers here, in `asked`, that it has asked once.
+        own: what the asker has saved itself, and gets.
     """
     global _last
-    if not getattr(asker, "asked", False):
-        asker.asked = True
-        node.waiting -= 1
     task = torch._C._current_graph_task_id()
     if node.task != task:
-        node.unpacked, node.pending, node.codes = _kept(node) or node.saved_tensors, None, None
+        node.unpacked = node.pending = node.codes = None
         node.task = task
-        _last = None  # where a checkpoint has just run its layers again, its last input is not needed any more
-    return node.unpacked
+    if not own and node.unpacked is None:
+        node.unpacked = node.saved_tensors
+    _last = None  # where a checkpoint has just run its layers again, its last input is not needed any more
+    return own or node.unpacked
 
 
-def _kept(node: Any) -> tuple[Tensor, ...] | None:
-    if node.kept is None:
-        return None
-    tensors, versions = node.kept
-    if versions != tuple(tensor._version for tensor in tensors):
-        raise RuntimeError("a layer's input has been modified by an inplace operation between two backward passes")
-    return tensors
+def saves_itself() -> bool:
+    """Whether a function saves its input beside `Held`, which costs nothing where no hook packs what is saved.
+
+    So do plain layers, and the losses of q, k and v can be differentiated one after the other: each pass frees its own. Under
+    checkpoints and hooks there is one for all of them.
+    """
+    return _top_hooks(False) is None
 
 
 def held_factor(A: Tensor, B: Tensor, *others: Tensor) -> Tensor:
@@ -91,7 +86,7 @@ class Factors:
             RuntimeError: a parameter was changed in place since, as autograd raises it for what it saves.
         """
         if self.leaves is None:
-            return saved(self.node, self)
+            return saved(self.node)
         if self.versions != tuple(factor._version for factor in self.leaves):
             raise RuntimeError("a factor of an adapter was changed between the forward and the backward pass")
         return self.leaves
@@ -115,7 +110,7 @@ def held_input(x: Tensor) -> Tensor:
     """`Held` of a layer's input in bf16, the same one for layers that are called with one tensor one after another (q, k and v).
 
     They share it within one and the same pass, since a checkpoint counts what is saved inside of it, the first time and again,
-    and on one stream, where their products are added in turn. An x whose `.data` was replaced is not noticed.
+    in one thread and on one stream, where their products are added in turn. An x whose `.data` was replaced is not noticed.
 
     Args:
         x: (..., d_in), requires a gradient, with gradients enabled.
@@ -123,12 +118,11 @@ def held_input(x: Tensor) -> Tensor:
     global _last
     hooks = _top_hooks(False)
     pack = None if hooks is None else hooks[0]
-    state = x._version, stream_of(x.device)
+    state = x._version, stream_of(x.device), get_ident()
     if (last := _last) is not None:  # which another thread may take away
         tensor, known, packed_by, held = last
         same = tensor() is x and known == state and (packed_by and packed_by()) is pack
         if same and not held.grad_fn.walked:
-            held.grad_fn.waiting += 1
             return held
     held = Held.apply(x.to(torch.bfloat16))
     # x and the pass may end any time; the result stays until the next pass, with or without gradients, or the backward pass

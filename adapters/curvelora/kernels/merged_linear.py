@@ -26,6 +26,7 @@ from curvelora.kernels.held import (
     is_watched,
     refuse_second_derivative,
     saved,
+    saves_itself,
 )
 from curvelora.kernels.merged_weight import merged_weight
 from curvelora.kernels.workspace import LOCK, workspace
@@ -127,6 +128,8 @@ class _Merged(torch.autograd.Function):
         fp8: Asked | None,
     ) -> Tensor:
         ctx.input, ctx.factors, ctx.base, ctx.fields, ctx.fp8 = x.grad_fn, Factors(A, B), base, fields, fp8
+        if saves_itself():
+            ctx.save_for_backward(x.detach())  # not as the view of a function's input that it is
         product = _product_operator if is_watched() else _product
         return product(x, A, B, bias, base, *fields)
 
@@ -134,7 +137,7 @@ class _Merged(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative()
         needs_x, *needs = ctx.needs_input_grad[:3]
-        (x,), (A, B) = saved(ctx.input, ctx), ctx.factors.tensors()
+        (x,), (A, B) = saved(ctx.input, ctx.saved_tensors), ctx.factors.tensors()
         grad_x = grad_A = grad_B = None
         g = grad.reshape(-1, B.shape[0])
         with LOCK, torch.cuda.device_of(x):
@@ -170,6 +173,6 @@ def merged_linear(
     if torch.compiler.is_compiling() or not trains:
         if not torch.compiler.is_compiling():
             forget_input()
-        plain = not (torch.is_grad_enabled() or torch.compiler.is_compiling() or is_watched())
+        plain = type(x) is Tensor and not (torch.is_grad_enabled() or torch.compiler.is_compiling() or is_watched())
         return (_product if plain else _product_operator)(x.to(torch.bfloat16), A, B, bias, base, *fields)
     return _Merged.apply(held_input(x), held_factor(A, B), B, bias, base, fields, fp8)

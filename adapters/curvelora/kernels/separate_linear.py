@@ -34,6 +34,7 @@ from curvelora.kernels.held import (
     is_watched,
     refuse_second_derivative,
     saved,
+    saves_itself,
 )
 from curvelora.kernels.merged_weight import merged_weight
 from curvelora.kernels.workspace import LOCK, workspace
@@ -198,6 +199,8 @@ class _Separate(torch.autograd.Function):
     ) -> Tensor:
         ctx.input, ctx.factors, ctx.base, ctx.p = x.grad_fn, Factors(A, B), base, p
         ctx.fields, ctx.fp8 = fields, fp8
+        if saves_itself():
+            ctx.save_for_backward(x.detach())  # not as the view of a function's input that it is
         product = _product_operator if is_watched() else _product
         return product(x, seed, A, B, bias, base, p, *fields)
 
@@ -205,7 +208,7 @@ class _Separate(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative()
         needs_x, *needs = ctx.needs_input_grad[:3]
-        (x,), (A, B, *seed) = saved(ctx.input, ctx), ctx.factors.tensors()
+        (x,), (A, B, *seed) = saved(ctx.input, ctx.saved_tensors), ctx.factors.tensors()
         seed = seed[0] if seed else None
         grad_x = grad_A = grad_B = None
         g, x2 = grad.reshape(-1, B.shape[0]), x.reshape(-1, A.shape[1])
@@ -250,7 +253,7 @@ def separate_linear(
     if torch.compiler.is_compiling() or not trains:
         if not torch.compiler.is_compiling():
             forget_input()
-        plain = not (torch.is_grad_enabled() or torch.compiler.is_compiling() or is_watched())
+        plain = type(x) is Tensor and not (torch.is_grad_enabled() or torch.compiler.is_compiling() or is_watched())
         return (_product if plain else _product_operator)(x.to(torch.bfloat16), seed, A, B, bias, base, p, *fields)
     held = held_factor(A, B, seed) if p else held_factor(A, B)
     return _Separate.apply(held_input(x), held, B, seed, bias, base, p, fields, fp8)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 
 import pytest
@@ -91,11 +93,17 @@ def test_losses_may_be_walked_one_by_one(nf4: Callable[..., nn.Module], device: 
 
     (wanted,) = torch.autograd.grad(sum(y.float().square().sum() for y in products()), x)
     made = products()
-    node = made[0].grad_fn.next_functions[0][0]
     found = [torch.autograd.grad(y.float().square().sum(), x)[0] for y in made]
     assert relative(sum(found), wanted) < BOUND
     assert all(gradient.norm() > 0.1 * wanted.norm() for gradient in found)
-    assert node.waiting == 0 and node.kept is None, "and then nothing is kept"
+    made = products()
+    (all_at_once,) = torch.autograd.grad(sum(y.float().square().sum() for y in made), x, retain_graph=True)
+    assert torch.equal(all_at_once, wanted)
+    assert all(
+        torch.equal(torch.autograd.grad(y.float().square().sum(), x)[0], g) for y, g in zip(made, found, strict=True)
+    )
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(made[0].float().square().sum(), x)
 
 
 def test_an_input_that_changed_between_such_losses_is_noticed(
@@ -137,6 +145,28 @@ def test_an_input_in_fp32_has_one_copy_in_bf16(nf4: Callable[..., nn.Module], de
         found[dtype] = [leaf.grad, *(t.grad for pair in train for t in pair)]
     for wide, wanted in zip(found[torch.float32], found[torch.bfloat16], strict=True):
         assert torch.equal(wide, wanted.to(wide.dtype))
+
+
+def test_an_output_that_nobody_uses_keeps_nothing(nf4: Callable[..., nn.Module], device: torch.device) -> None:
+    """Of x, once the other layers' gradients are there and the output is gone."""
+    layers, pairs = [nf4(size, 128) for size in SIZES], [factors(device, size, 128, 8, 1e-2) for size in SIZES]
+    x = normal(device, 6, 128).requires_grad_() * 1
+    train = [[t.requires_grad_() for t in pair] for pair in pairs]
+    made = [merged_linear(x, *pair, None, codes_of(layer), F) for pair, layer in zip(train, layers, strict=True)]
+    loss, alive = made[0].float().sum() + made[2].float().sum(), weakref.ref(x)
+    loss.backward()
+    del made, x
+    assert alive() is None
+
+
+def test_threads_share_nothing(nf4: Callable[..., nn.Module], device: torch.device) -> None:
+    """Their backward passes may be at the same time."""
+    x, found = normal(device, 6, 128).requires_grad_() * 1, []
+    thread = threading.Thread(target=lambda: found.append(held.held_input(x)))
+    first = held.held_input(x)
+    thread.start()
+    thread.join()
+    assert found[0] is not first
 
 
 @pytest.mark.gpu
