@@ -106,9 +106,8 @@ def why_not(base_layer: nn.Module, rank: int) -> str | None:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling `module` does more than its forward."""
-    # asked of four modules a layer and pass
-    before, after = module._forward_pre_hooks or module._backward_pre_hooks, module._forward_hooks or module._backward_hooks
-    return bool(before or after)
+    before = module._forward_pre_hooks or module._backward_pre_hooks
+    return bool(before or module._forward_hooks or module._backward_hooks)
 
 
 def _weakly(thing: object) -> Callable[[], object]:

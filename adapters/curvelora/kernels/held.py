@@ -130,10 +130,22 @@ def held_input(x: Tensor) -> Tensor:
     return held
 
 
-def forget_input() -> None:
-    """Let go of the last call's result, and with it of the graph before it: a pass without gradients has begun."""
+def is_recorded(x: Tensor, A: Tensor, B: Tensor) -> bool:
+    """Whether a pass is recorded by this file's functions; else, with `needs_operator`, by none or by its operator."""
+    trains = x.requires_grad and (A.requires_grad or B.requires_grad)
+    return trains and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def needs_operator(x: Tensor) -> bool:
+    """Whether a pass that is not recorded here calls its operator: somebody looks for that, or wants one gradient of it.
+
+    Lets go of the last call's result, and with it of the graph before it: a pass without gradients may have begun.
+    """
     global _last
+    if torch.compiler.is_compiling():
+        return True
     _last = None
+    return torch.is_grad_enabled() or is_watched() or type(x) is not Tensor
 
 
 def refuse_second_derivative() -> None:

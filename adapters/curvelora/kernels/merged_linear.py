@@ -20,10 +20,11 @@ from curvelora.kernels.fp8_gate import Asked
 from curvelora.kernels.held import (
     Factors,
     add_product,
-    forget_input,
     held_factor,
     held_input,
+    is_recorded,
     is_watched,
+    needs_operator,
     refuse_second_derivative,
     saved,
     saves_itself,
@@ -169,10 +170,7 @@ def merged_linear(
         fp8: from `fp8_gate.asked`, or None.
     """
     fields = map_fields(delta_map)
-    trains = torch.is_grad_enabled() and x.requires_grad and (A.requires_grad or B.requires_grad)
-    if torch.compiler.is_compiling() or not trains:
-        if not torch.compiler.is_compiling():
-            forget_input()
-        plain = type(x) is Tensor and not (torch.is_grad_enabled() or torch.compiler.is_compiling() or is_watched())
-        return (_product if plain else _product_operator)(x.to(torch.bfloat16), A, B, bias, base, *fields)
+    if not is_recorded(x, A, B):
+        product = _product_operator if needs_operator(x) else _product
+        return product(x.to(torch.bfloat16), A, B, bias, base, *fields)
     return _Merged.apply(held_input(x), held_factor(A, B), B, bias, base, fields, fp8)

@@ -28,10 +28,11 @@ from curvelora.kernels.fp8_gate import Asked
 from curvelora.kernels.held import (
     Factors,
     add_product,
-    forget_input,
     held_factor,
     held_input,
+    is_recorded,
     is_watched,
+    needs_operator,
     refuse_second_derivative,
     saved,
     saves_itself,
@@ -240,7 +241,7 @@ def separate_linear(
         x: (..., d_in), bf16, or another dtype, which is rounded to it, in training once for all that `held_input` joins.
         A, B: factors, (r, d_in) and (d_out, r), fp32.
         bias: (d_out,), bf16, or None; frozen.
-        base: [W0] in bf16, or the NF4 weight from `nf4.codes_of`; frozen.
+        base: [W0] in bf16, or a 4-bit weight from `nf4.codes_of`; frozen.
         delta_map: with an `Activation` whose kernel exists (`curves.NAMES`).
         p: the probability with which an entry of x is dropped, in [0, 1).
         fp8: from `fp8_gate.asked`, or None.
@@ -249,11 +250,8 @@ def separate_linear(
     seed = None
     if p:
         x, seed = x.contiguous(), new_seed(x.device)  # entries are numbered by where they lie
-    trains = torch.is_grad_enabled() and x.requires_grad and (A.requires_grad or B.requires_grad)
-    if torch.compiler.is_compiling() or not trains:
-        if not torch.compiler.is_compiling():
-            forget_input()
-        plain = type(x) is Tensor and not (torch.is_grad_enabled() or torch.compiler.is_compiling() or is_watched())
-        return (_product if plain else _product_operator)(x.to(torch.bfloat16), seed, A, B, bias, base, p, *fields)
+    if not is_recorded(x, A, B):
+        product = _product_operator if needs_operator(x) else _product
+        return product(x.to(torch.bfloat16), seed, A, B, bias, base, p, *fields)
     held = held_factor(A, B, seed) if p else held_factor(A, B)
     return _Separate.apply(held_input(x), held, B, seed, bias, base, p, fields, fp8)

@@ -94,6 +94,20 @@ def test_what_the_text_makes_of_them_is_so(page: str, folder: Path) -> None:
     assert longest == ["1.2", "0.9", "3.1"] and "the longest 1.2, 0.9 and 3.1 ms" in page
     assert [round(arm["idle"]["milliseconds"]) for arm in profile.values()] == [21, 14, 22]
     assert "had nothing to run for 21, 14 and 22 ms a step" in page
+    kinds = [arm["kinds"] for arm in profile.values()][:2]
+    parts = {
+        "the profiled {} and {} (busy and idle)": [
+            arm["busy_milliseconds"] + arm["idle"]["milliseconds"] for arm in profile.values()
+        ],
+        "attention {} and {}": [kind["attention"] + kind["other"] for kind in kinds],
+        "Liger's kernels {} and {}, the adapters": [kind["Liger: norms, SwiGLU, RoPE, loss"] for kind in kinds],
+        "the rest {} and {}.": [
+            sum(kind[name] for name in ("elementwise and reductions", "optimiser and clipping", "copies and fills"))
+            for kind in kinds
+        ],
+    }
+    for words, milliseconds in parts.items():
+        assert words.format(*(round(value) for value in milliseconds[:2])) in page
     joules = [round(arms(folder, STEP)[arm]["joules_per_step"]) for arm in ("qlora@liger", "loran:sinter@liger")]
     assert joules == [428, 549] and "QLoRA's takes 428 J, LoRAN's 549" in page
     assert "ran at 787 TFLOP/s alone" in page
