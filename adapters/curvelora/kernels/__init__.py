@@ -4,7 +4,7 @@
     factor_gradients   dL/dA and dL/dB of s f(BA)                        -> separate_linear   dropout, bf16 and FP4 bases
     fused_output       which of the two products a layer's pass is
     fp8_product        G for them from FP8                               -> fp8_gate          where its error is bounded
-    fp8_readings       what that multiplies, and the linear part of dL/dA and dL/dB, from two readings (off: `TWO_READINGS`)
+    fp8_readings       what that multiplies, and the linear part of dL/dA and dL/dB, from two readings of g and x
     nf4, curves, portable    what they are made of          workspace, held    where matrices live, and when tensors are saved
 
 One operation a file, with its maths, a plain reference in fp64 beside it, and tests against that on odd shapes. A kernel for

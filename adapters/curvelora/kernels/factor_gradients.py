@@ -19,8 +19,6 @@ Where f is the identity the layer is LoRA, and the gradients need no G:  dL/dB =
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -28,11 +26,11 @@ from torch import Tensor
 
 from curvelora.kernels import curves
 from curvelora.kernels.fp8_gate import Asked
-from curvelora.kernels.fp8_product import Codes, codes_of_columns, fp8_product
+from curvelora.kernels.fp8_product import fp8_product
 from curvelora.kernels.fp8_readings import first_readings, second_readings
 from curvelora.kernels.launch import launch
 from curvelora.kernels.merged_weight import Tile, padded_rank, scales_of
-from curvelora.kernels.portable import cdiv, dot, split, split_product, to_bf16
+from curvelora.kernels.portable import add_parts, cdiv, dot, split, split_product, to_bf16
 from curvelora.kernels.workspace import workspace
 from curvelora.layers.dense_delta import DeltaMap
 
@@ -40,9 +38,6 @@ from curvelora.layers.dense_delta import DeltaMap
 TILE = (64, 128, 264, 4, 2)
 # at twice the rank that would take more than the 99 KiB of shared memory that every GPU has
 WIDE_TILE = (32, 64, 264, 4, 1)
-
-# whether g and x are read twice each for FP8 instead of four times: not until a GPU has run it (docs/decisions.md, 8)
-TWO_READINGS = False
 SUM_TILE = (8, 512)  # parts a turn, and entries of a program, of the sums
 # entries of the parts of dL/dB that are there at once: 96 MiB, so that a large layer is done in bands of rows
 PARTS = 3 << 23
@@ -91,15 +86,6 @@ def _gradients(
 
 
 @triton.jit
-def _add_parts(total, parts, at, there, count, apart, TURN: tl.constexpr):
-    for start in range(0, count, TURN):
-        part = start + tl.arange(0, TURN)
-        of_parts = part.to(tl.int64)[:, None] * apart + at[None, :]
-        total += tl.sum(tl.load(parts + of_parts, (part < count)[:, None] & there[None, :], other=0.0), 0)
-    return total
-
-
-@triton.jit
 def _sum(
     out, parts, more, size, count, count_more, apart_more, first,
     ADD: tl.constexpr, TURN: tl.constexpr, BLOCK: tl.constexpr,
@@ -107,8 +93,8 @@ def _sum(
     at = first + tl.arange(0, BLOCK)
     there = at < size
     total = tl.load(out + at, there, other=0.0) if ADD else tl.zeros((BLOCK,), tl.float32)
-    total = _add_parts(total, parts, at, there, count, size, TURN)
-    total = _add_parts(total, more, at, there, count_more, apart_more, TURN)
+    total = add_parts(total, parts, at, there, count, size, TURN)
+    total = add_parts(total, more, at, there, count_more, apart_more, TURN)
     tl.store(out + at, total, there)
 
 
@@ -215,7 +201,6 @@ def gradients_of_factors(
     B: Tensor,
     delta_map: DeltaMap,
     fp8: Asked | None = None,
-    node: Any = None,
     back: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(dL/dA, dL/dB), fp32; G is in the workspace.
@@ -224,7 +209,6 @@ def gradients_of_factors(
         g: dL/dy (tokens, d_out), bf16.
         x: (tokens, d_in), bf16.
         fp8: who is asked whether G of the part beyond f'(0) may be from FP8, and counts; or None.
-        node: where x comes from, if it is shared: a node of `Held`, which keeps x in FP8 for the next layer.
         back: s g B, (tokens, r), bf16, where f is the identity and it is known.
     """
     if delta_map.activation.name == "identity":
@@ -233,36 +217,12 @@ def gradients_of_factors(
     # without tokens no column has a largest entry
     if fp8 is None or not len(g) or (count := fp8.granted()) is None:
         return factor_gradients(torch.mm(g.T, x, out=G), A, B, delta_map)
-    codes_g, codes_x, linear = (_two_readings if TWO_READINGS else _four_readings)(
-        g, x, A, B, delta_map.slope_at_zero, node.codes if node else None
-    )
-    if node:
-        node.codes = codes_x
+    g, x = (t if t.stride(1) == 1 else t.contiguous() for t in (g, x))
+    thin_factors = (scaled(factor.contiguous(), delta_map.slope_at_zero, x.dtype) for factor in (A, B))
+    codes_g, codes_x, *linear = second_readings(g, x, *first_readings(g, x, *thin_factors))
     fp8_product(codes_g, codes_x, G)
     count.products += 1
-    return factor_gradients(G, A, B, delta_map, linear=False, more=linear)
-
-
-# (codes of g, codes of x, parts of the gradients that f'(0) makes)
-CodesAndLinear = tuple[Codes, Codes, tuple[Tensor, Tensor]]
-
-
-def _four_readings(g: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, known: Codes | None) -> CodesAndLinear:
-    of_A, of_B = low_rank_gradients(g, x, A, B, scale)
-    return codes_of_columns(g), known or codes_of_columns(x), (of_A[None], of_B[None])
-
-
-def _two_readings(g: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, known: Codes | None) -> CodesAndLinear:
-    g, x = (t if t.stride(1) == 1 else t.contiguous() for t in (g, x))
-    of_x = known is None
-    A, B = (scaled(factor.contiguous(), scale, x.dtype) for factor in (A, B))
-    back, down, largest = first_readings(g, x, A, B, of_x)
-    if known is not None:
-        down = x @ A.T
-    codes_g, codes_x, parts_A, parts_B = second_readings(g, x, back, down, largest, of_x)
-    if known is not None:
-        codes_x, parts_A = known, _fp32_product(back.T, x)[None]
-    return codes_g, codes_x, (parts_A, parts_B)
+    return factor_gradients(G, A, B, delta_map, linear=False, more=tuple(linear))
 
 
 def factor_gradients_reference(G: Tensor, A: Tensor, B: Tensor, delta_map: DeltaMap) -> tuple[Tensor, Tensor]:

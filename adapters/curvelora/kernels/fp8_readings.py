@@ -3,13 +3,14 @@
     back = c g B      down = c x A^T       c = s f'(0)      (tokens, r) bf16: first readings, with columns' largest entries
     dL/dA = back^T x  dL/dB = g^T down                      fp32: second readings, which write the codes (`fp8_product`)
 
-`low_rank_gradients` makes these by four thin products that read g and x twice each, as do `codes_of_columns`; here a product
-rides on every reading that is made anyway. What is rounded where is the same.
+`low_rank_gradients` makes the same gradients, rounded in the same places, by four thin products; here one rides on every reading
+that codes need anyway.
 
-In a first reading a program has some tokens and walks over all columns, each program from another one on: all of them write the
-largest entries that they find to one place, as whole numbers by `atomic_max`, whose result knows no order. In a second reading a
-program has some columns and a span of tokens, and keeps its part of the product in registers; the parts are summed with those
-of `factor_gradients`. Traffic: 2 bytes an entry, then 2 and 1 for the code; factors and thin matrices come from the cache. One
+In a first reading a program has some tokens and some tiles of columns. Its part of a thin product stays in registers; the parts
+are summed and rounded by a small kernel, in one order. Largest entries go to one place as whole numbers by `atomic_max`, whose
+result knows no order. In a second reading a program has some columns and a span of tokens, and keeps its part of a gradient in
+registers; those are summed with the parts of `factor_gradients`. Traffic: 2 bytes an entry, then 2 and 1 for the code; the
+factors come from the cache, a quarter as many bytes as x with 256 tokens a program; parts are 4 r bytes a token and split. One
 launch reads both matrices, so that one's last programs run beside the other's first.
 """
 
@@ -20,34 +21,36 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from curvelora.kernels.fp8_product import MULTIPLE, Codes, scale_of
+from curvelora.kernels.fp8_product import MULTIPLE, Codes
 from curvelora.kernels.launch import launch
 from curvelora.kernels.merged_weight import padded_rank
-from curvelora.kernels.portable import cdiv, dot, to_bf16, to_e4m3
+from curvelora.kernels.portable import add_parts, cdiv, dot, to_bf16, to_e4m3
 
 Tile = tuple[int, ...]
-# tokens and columns of a tile, warps, stages
-FIRST_TILE = (64, 128, 4, 3)
-# tokens and columns of a tile, programs to aim at, warps, stages
+# tokens and columns of a tile, programs to aim at, warps, stages (`curvelora bench kernels`, H200)
+FIRST_TILE = (256, 64, 264, 4, 3)
 SECOND_TILE = (64, 128, 264, 4, 3)
 # at twice the rank those would take more than 99 KiB of shared memory, and more registers than RTX 40 has
-WIDE_FIRST_TILE = (64, 64, 4, 3)
+WIDE_FIRST_TILE = (128, 64, 264, 8, 3)
 WIDE_SECOND_TILE = (64, 64, 264, 4, 3)
+THIN_TILE = (4, 512)  # parts a turn, and entries of a program, of the sums of thin products
 
 
 @triton.jit
 def _first(
-    thin, largest, x, factor, program, tokens, width, rank, stride, by_column, by_rank,
+    parts, largest, x, factor, program, splits, tokens, width, rank, stride, by_column, by_rank,
     RANK: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    at = program * TOKENS + tl.arange(0, TOKENS)
+    blocks = tl.cdiv(tokens, TOKENS)
+    at = program % blocks * TOKENS + tl.arange(0, TOKENS)
     inside = at < tokens
     ranks = tl.arange(0, RANK)
     of_rank = ranks < rank
     sums = tl.zeros((RANK, TOKENS), tl.float32)
-    turns = tl.cdiv(width, COLUMNS)
-    for turn in range(turns):
-        columns = (turn + program) % turns * COLUMNS + tl.arange(0, COLUMNS)
+    tiles = tl.cdiv(width, COLUMNS)
+    split = program // blocks
+    for tile in range(tiles * split // splits, tiles * (split + 1) // splits):
+        columns = tile * COLUMNS + tl.arange(0, COLUMNS)
         there = columns < width
         of_x = at.to(tl.int64)[:, None] * stride + columns[None, :]
         value = tl.load(x + of_x, inside[:, None] & there[None, :], other=0.0)
@@ -56,21 +59,50 @@ def _first(
         sums = dot(part, tl.trans(value), sums)
         size = tl.max(value.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0)
         tl.atomic_max(largest + columns, size, there, sem="relaxed")
-    tl.store(thin + at[None, :] * rank + ranks[:, None], to_bf16(sums), inside[None, :] & of_rank[:, None])
+    of_parts = (split.to(tl.int64) * tokens + at[None, :]) * rank + ranks[:, None]
+    tl.store(parts + of_parts, sums, inside[None, :] & of_rank[:, None])
 
 
 @triton.jit
 def _first_readings(
-    back, down, largest_g, largest_x, g, x, A, B, tokens, d_out, d_in, rank, stride_g, stride_x,
+    parts_g, parts_x, largest_g, largest_x, g, x, A, B,
+    tokens, d_out, d_in, rank, stride_g, stride_x, splits_g, splits_x,
     RANK: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
-    of_g = tl.cdiv(tokens, TOKENS)
+    of_g = tl.cdiv(tokens, TOKENS) * splits_g
     if program < of_g:
-        _first(back, largest_g, g, B, program, tokens, d_out, rank, stride_g, rank, 1, RANK, TOKENS, COLUMNS)
+        _first(
+            parts_g, largest_g, g, B, program, splits_g, tokens, d_out, rank, stride_g, rank, 1, RANK, TOKENS, COLUMNS
+        )
     else:
         program -= of_g
-        _first(down, largest_x, x, A, program, tokens, d_in, rank, stride_x, 1, d_in, RANK, TOKENS, COLUMNS)
+        _first(
+            parts_x, largest_x, x, A, program, splits_x, tokens, d_in, rank, stride_x, 1, d_in, RANK, TOKENS, COLUMNS
+        )
+
+
+@triton.jit
+def _thin(back, down, parts_g, parts_x, size, count_g, count_x, TURN: tl.constexpr, BLOCK: tl.constexpr):
+    """Both products of the first readings: sums of their parts, rounded once."""
+    programs = tl.cdiv(size, BLOCK)
+    program = tl.program_id(0)
+    at = program % programs * BLOCK + tl.arange(0, BLOCK)
+    there = at < size
+    total = tl.zeros((BLOCK,), tl.float32)
+    if program < programs:
+        tl.store(back + at, to_bf16(add_parts(total, parts_g, at, there, count_g, size, TURN)), there)
+    else:
+        tl.store(down + at, to_bf16(add_parts(total, parts_x, at, there, count_x, size, TURN)), there)
+
+
+@triton.jit
+def _scale_of(largest):
+    """(scale, 1 / scale) of columns with these largest entries; 1 where there is none, or a NaN."""
+    # 448 is 1.75 2^8: a mantissa above 1.75 takes the next power. No power is below the smallest normal number
+    power = ((largest.to(tl.uint32, bitcast=True) + 0x1FFFFF) >> 23).to(tl.int32) - 8
+    power = tl.where(largest > 0, tl.maximum(power, 1), 127)
+    return (power << 23).to(tl.float32, bitcast=True), ((254 - power) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -83,7 +115,7 @@ def _second(
     there = columns < width
     ranks = tl.arange(0, RANK)
     of_rank = ranks < rank
-    scale, inverse = scale_of(tl.load(largest + columns, there, other=0).to(tl.float32, bitcast=True))
+    scale, inverse = _scale_of(tl.load(largest + columns, there, other=0).to(tl.float32, bitcast=True))
     if program < blocks:
         tl.store(scales + columns, scale, there)
     sums = tl.zeros((RANK, COLUMNS), tl.float32)
@@ -109,15 +141,15 @@ def _second_readings(
     RANK: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
-    of_g = tl.cdiv(d_out, COLUMNS) * spans
-    if program < of_g:
+    of_x = tl.cdiv(d_in, COLUMNS) * spans
+    if program < of_x:  # what the first readings read last, part of which may still be in the cache
         _second(
-            codes_g, scales_g, parts_B, largest_g, g, down, program, tokens, d_out, rank, stride_g, padded, span, rank, 1,
+            codes_x, scales_x, parts_A, largest_x, x, back, program, tokens, d_in, rank, stride_x, padded, span, 1, d_in,
             RANK, TOKENS, COLUMNS,
         )  # fmt: skip
     else:
         _second(
-            codes_x, scales_x, parts_A, largest_x, x, back, program - of_g, tokens, d_in, rank, stride_x, padded, span, 1, d_in,
+            codes_g, scales_g, parts_B, largest_g, g, down, program - of_x, tokens, d_out, rank, stride_g, padded, span, rank, 1,
             RANK, TOKENS, COLUMNS,
         )  # fmt: skip
 
@@ -128,7 +160,7 @@ def tiles_for(rank: int) -> tuple[Tile, Tile]:
 
 
 def first_readings(
-    g: Tensor, x: Tensor, A: Tensor, B: Tensor, of_x: bool = True, tile: Tile | None = None
+    g: Tensor, x: Tensor, A: Tensor, B: Tensor, tile: Tile | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(g B, x A^T, largest): products are (tokens, r) bf16; largest, (d_out + d_in,) int32, has the bits of fp32 numbers.
 
@@ -138,23 +170,33 @@ def first_readings(
         g: (tokens, d_out), bf16, entries of a row side by side.
         x: (tokens, d_in), bf16, entries of a row side by side.
         A, B: (r, d_in) and (d_out, r), bf16, contiguous.
-        of_x: whether x is read; else its product has no entries, and its largest entries are zeros.
-        tile: tokens and columns of a tile, warps, stages; None: of `tiles_for`.
+        tile: tokens and columns of a tile, programs to aim at, warps, stages; None: of `tiles_for`.
     """
     (tokens, d_out), (rank, d_in) = g.shape, A.shape
-    turn, columns, warps, stages = tile or tiles_for(rank)[0]
-    back, down = (torch.empty((rows, rank), dtype=g.dtype, device=g.device) for rows in (tokens, of_x * tokens))
+    turn, columns, programs, warps, stages = tile or tiles_for(rank)[0]
+    blocks = cdiv(tokens, turn)
+    splits = max(2, programs // blocks)
+    of_g = min(max(1, round(splits * d_out / (d_out + d_in))), splits - 1)
+    splits_g, splits_x = min(of_g, cdiv(d_out, columns)), min(splits - of_g, cdiv(d_in, columns))
+    parts_g, parts_x = (
+        torch.empty((each, tokens, rank), dtype=torch.float32, device=g.device) for each in (splits_g, splits_x)
+    )
     largest = torch.zeros(d_out + d_in, dtype=torch.int32, device=g.device)
     launch(
-        _first_readings, (cdiv(tokens, turn) * (1 + of_x),), back, down, largest, largest[d_out:], g, x, A, B,
-        tokens, d_out, d_in, rank, g.stride(0), x.stride(0), padded_rank(rank), turn, columns,
+        _first_readings, (blocks * (splits_g + splits_x),), parts_g, parts_x, largest, largest[d_out:], g, x, A, B,
+        tokens, d_out, d_in, rank, g.stride(0), x.stride(0), splits_g, splits_x, padded_rank(rank), turn, columns,
         num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    back, down = (torch.empty((tokens, rank), dtype=g.dtype, device=g.device) for _ in range(2))
+    launch(
+        _thin, (2 * cdiv(tokens * rank, THIN_TILE[1]),), back, down, parts_g, parts_x,
+        tokens * rank, len(parts_g), len(parts_x), *THIN_TILE,
     )  # fmt: skip
     return back, down, largest
 
 
 def second_readings(
-    g: Tensor, x: Tensor, back: Tensor, down: Tensor, largest: Tensor, of_x: bool = True, tile: Tile | None = None
+    g: Tensor, x: Tensor, back: Tensor, down: Tensor, largest: Tensor, tile: Tile | None = None
 ) -> tuple[Codes, Codes, Tensor, Tensor]:
     """(codes of g, codes of x, parts of back^T x, parts of g^T down): (n, r, d_in) and (n, d_out, r), fp32, to be summed over n.
 
@@ -163,18 +205,17 @@ def second_readings(
         x: (tokens, d_in), bf16, entries of a row side by side.
         back, down: (tokens, r), bf16, contiguous.
         largest: from `first_readings`.
-        of_x: whether x is read; else what is made of it has no entries.
         tile: tokens and columns of a tile, programs to aim at, warps, stages; None: of `tiles_for`.
     """
     (tokens, d_out), d_in, rank = g.shape, x.shape[1], back.shape[1]
     turn, columns, programs, warps, stages = tile or tiles_for(rank)[1]
     padded = cdiv(tokens, MULTIPLE) * MULTIPLE
-    blocks = cdiv(d_out, columns) + of_x * cdiv(d_in, columns)
+    blocks = cdiv(d_out, columns) + cdiv(d_in, columns)
     span = cdiv(cdiv(padded, max(1, programs // blocks)), turn) * turn
     spans = cdiv(padded, span)
-    codes = [torch.empty((width, padded), dtype=torch.float8_e4m3fn, device=g.device) for width in (d_out, of_x * d_in)]
-    scales = [torch.empty(width, dtype=torch.float32, device=g.device) for width in (d_out, of_x * d_in)]
-    parts_A = torch.empty((spans, rank, of_x * d_in), dtype=torch.float32, device=g.device)
+    codes = [torch.empty((width, padded), dtype=torch.float8_e4m3fn, device=g.device) for width in (d_out, d_in)]
+    scales = [torch.empty(width, dtype=torch.float32, device=g.device) for width in (d_out, d_in)]
+    parts_A = torch.empty((spans, rank, d_in), dtype=torch.float32, device=g.device)
     parts_B = torch.empty((spans, d_out, rank), dtype=torch.float32, device=g.device)
     launch(
         _second_readings, (blocks * spans,), *codes, *scales, parts_B, parts_A, largest, largest[d_out:], g, x, down, back,
@@ -182,3 +223,10 @@ def second_readings(
         num_warps=warps, num_stages=stages,
     )  # fmt: skip
     return (codes[0], scales[0]), (codes[1], scales[1]), parts_A, parts_B
+
+
+def codes_reference(x: Tensor) -> Codes:
+    """The codes of x by PyTorch's own conversion, without zeros at the end."""
+    largest = x.double().abs().amax(0)
+    scales = torch.where(largest > 0, 2 ** torch.ceil(torch.log2(largest / 448)), 1.0)
+    return (x.double() / scales).float().T.to(torch.float8_e4m3fn), scales.float()

@@ -25,17 +25,16 @@ class Held(torch.autograd.Function):
     def forward(ctx: Any, first: Tensor, *others: Tensor) -> Tensor:
         """`first`, as a view."""
         ctx.save_for_backward(first, *others)
-        ctx.task = None  # the backward pass that the next three belong to: not each ends here, as one for the factors alone
+        ctx.task = None  # the backward pass that the next two belong to: not each ends here, as one for the factors alone
         ctx.unpacked = None
         ctx.pending = None  # dL/dx so far, of those layers below that have had their turn
-        ctx.codes = None  # of `first` in FP8, once a layer below has made them
         ctx.walked = False  # whether a backward pass has been here: what was saved may be gone
         return first.view_as(first)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """The gradient of `first` as it comes; the others get theirs from the function that took it."""
-        ctx.task = ctx.unpacked = ctx.pending = ctx.codes = None
+        ctx.task = ctx.unpacked = ctx.pending = None
         ctx.walked = True
         return grad, *(None for _ in ctx.needs_input_grad[1:])
 
@@ -49,7 +48,7 @@ def saved(node: Any, own: tuple[Tensor, ...] = ()) -> tuple[Tensor, ...]:
     global _last
     task = torch._C._current_graph_task_id()
     if node.task != task:
-        node.unpacked = node.pending = node.codes = None
+        node.unpacked = node.pending = None
         node.task = task
     if not own and node.unpacked is None:
         node.unpacked = node.saved_tensors

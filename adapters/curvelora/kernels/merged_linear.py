@@ -146,7 +146,7 @@ class _Merged(torch.autograd.Function):
                 grad_x = add_product(ctx.input, g, _weight(A, B, ctx.base, *ctx.fields), x.shape)
             if any(needs):
                 x2 = x.reshape(-1, A.shape[1])
-                grad_A, grad_B = gradients_of_factors(g, x2, A, B, delta_map_of(*ctx.fields), ctx.fp8, ctx.input)
+                grad_A, grad_B = gradients_of_factors(g, x2, A, B, delta_map_of(*ctx.fields), ctx.fp8)
         return grad_x, grad_A, grad_B, None, None, None, None
 
 

@@ -102,3 +102,13 @@ def split_product(b_high, b_low, a_high, a_low, sums):
     sums = dot(b_low, a_high, sums)
     sums = dot(b_high, a_low, sums)
     return dot(b_high, a_high, sums)
+
+
+@triton.jit
+def add_parts(total, parts, at, there, count, apart, TURN: tl.constexpr):
+    """total + what stands at `at` in each of `count` arrays that lie `apart` entries from one another."""
+    for start in range(0, count, TURN):
+        part = start + tl.arange(0, TURN)
+        of_parts = part.to(tl.int64)[:, None] * apart + at[None, :]
+        total += tl.sum(tl.load(parts + of_parts, (part < count)[:, None] & there[None, :], other=0.0), 0)
+    return total

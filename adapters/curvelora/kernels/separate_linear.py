@@ -220,8 +220,7 @@ class _Separate(torch.autograd.Function):
                 _add_update_product(ctx.input.pending, g, back, seed, A, B, ctx.p, ctx.fields)
             if any(needs):
                 z = dropped(x2, seed, ctx.p) if ctx.p else x2
-                node = None if ctx.p else ctx.input
-                grad_A, grad_B = gradients_of_factors(g, z, A, B, delta_map_of(*ctx.fields), ctx.fp8, node, back)
+                grad_A, grad_B = gradients_of_factors(g, z, A, B, delta_map_of(*ctx.fields), ctx.fp8, back)
         return grad_x, grad_A, grad_B, None, None, None, None, None, None
 
 

@@ -20,7 +20,7 @@ from functools import partial
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from curvelora.kernels import dropout, factor_gradients as gradients, factor_norms as norms, fp8_product as fp8
+from curvelora.kernels import dropout, factor_gradients as gradients, factor_norms as norms
 from curvelora.kernels import fp8_readings as readings
 from curvelora.kernels import merged_weight as merged, nf4
 
@@ -59,20 +59,16 @@ def shared(kernel, name, rank, arch, _):
         types |= {name: "i32" for name in ("size_A", "size_B", *counts)}
         constants = {"ADD": True, "TURN": gradients.SUM_TILE[0], "BLOCK": gradients.SUM_TILE[1]}
         return build(gradients._sums, types, constants, arch)
-    sizes = {n: "i32" for n in ("tokens", "width", "stride", "padded", "chunks")}
-    if kernel == "largest":
-        constants = dict(zip(("COLUMNS", "TOKENS", "TURN"), fp8.LARGEST_TILE))
-        return build(fp8._largest, {"out": "*fp32", "x": "*bf16", **sizes}, constants, arch, num_warps=fp8.LARGEST_TILE[3])
-    if kernel == "codes":
-        types = {"out": "*fp8e4nv", "x": "*bf16", "scales": "*fp32", "parts": "*fp32", **sizes}
-        constants = {"CHUNKS": 16, "COLUMNS": fp8.TILE[0], "TOKENS": fp8.TILE[1]}
-        return build(fp8._codes, types, constants, arch, num_warps=fp8.TILE[2])
+    if kernel == "thin":
+        types = {"back": "*bf16", "down": "*bf16", "parts_g": "*fp32", "parts_x": "*fp32"}
+        types |= {name: "i32" for name in ("size", "count_g", "count_x")}
+        return build(readings._thin, types, {"TURN": readings.THIN_TILE[0], "BLOCK": readings.THIN_TILE[1]}, arch)
     if kernel.endswith("readings"):
         matrices = ("back", "down", "g", "x", "A", "B")
         types = {name: "*bf16" for name in matrices} | {"codes_g": "*fp8e4nv", "codes_x": "*fp8e4nv"}
-        types |= {name: "*fp32" for name in ("scales_g", "scales_x", "parts_A", "parts_B")}
+        types |= {name: "*fp32" for name in ("scales_g", "scales_x", "parts_A", "parts_B", "parts_g", "parts_x")}
         types |= {name: "*i32" for name in ("largest_g", "largest_x")}
-        types |= {name: "i32" for name in ("tokens", "stride_g", "stride_x", "padded", "spans")}
+        types |= {name: "i32" for name in ("tokens", "stride_g", "stride_x", "padded", "spans", "splits_g", "splits_x")}
         first = kernel == "first readings"
         turn, columns, *_, warps, stages = readings.tiles_for(rank)[0 if first else 1]
         constants = {"RANK": rank, "TOKENS": turn, "COLUMNS": columns}
@@ -96,8 +92,7 @@ for case in json.loads(sys.argv[1]):
 """
 
 FP8 = [
-    ("largest", 1),
-    ("codes", 1),
+    ("thin", 1),
     *((f"{which} readings", rank) for which in ("first", "second") for rank in (1, 64, 128)),
 ]
 
@@ -118,7 +113,7 @@ def check(cases: list[tuple[str, str, int, int, int]], cache: Path) -> None:
 def test_kernels_of_sinter_fit_into_99_kib(tmp_path: Path) -> None:
     """What RTX 30 and 40 have, at the published rank and at the largest."""
     cases = [(kernel, rank) for kernel in ("weight2", "gradients") for rank in (64, 128)]
-    fp8_on_rtx_40 = [("largest", "", 1, 89, 99), ("codes", "", 1, 89, 99)]
+    fp8_on_rtx_40 = [("thin", "", 1, 89, 99)]
     fp8_on_rtx_40 += [(f"{which} readings", "", rank, 89, 99) for which in ("first", "second") for rank in (64, 128)]
     check([*fp8_on_rtx_40, *((kernel, "sinter", rank, 80, 99) for kernel, rank in cases)], tmp_path)
 

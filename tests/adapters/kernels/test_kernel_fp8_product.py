@@ -9,7 +9,14 @@ from torch import Tensor
 
 from curvelora.kernels import fp8_product
 from curvelora.kernels.factor_norms import factor_norms, factor_norms_reference
-from curvelora.kernels.fp8_product import ROUNDING, SMALL, codes_of_columns, codes_reference
+from curvelora.kernels.fp8_product import ROUNDING, SMALL, Codes
+from curvelora.kernels.fp8_readings import Tile, codes_reference, first_readings, second_readings
+
+
+def codes_of_columns(x: Tensor, tile: Tile | None = None) -> Codes:
+    """As the gradients' two readings make them; their thin products are of zeros here."""
+    A, B = x.new_zeros(1, x.shape[1]), x.new_zeros(x.shape[1], 1)
+    return second_readings(x, x, *first_readings(x, x, A, B), tile=tile)[1]
 
 
 def wide_range(tokens: int, width: int, device: torch.device) -> Tensor:
@@ -22,8 +29,8 @@ def wide_range(tokens: int, width: int, device: torch.device) -> Tensor:
 
 @needs_fp8
 @pytest.mark.parametrize(("tokens", "width"), [(1, 16), (37, 48), (600, 77), (512, 16)])
-@pytest.mark.parametrize("tile", [None, (16, 64, 4), (32, 256, 4)])
-def test_codes_are_pytorch_s(device: torch.device, tokens: int, width: int, tile: tuple[int, int, int] | None) -> None:
+@pytest.mark.parametrize("tile", [None, (16, 64, 4, 4, 2), (128, 32, 60, 4, 1)])
+def test_codes_are_pytorch_s(device: torch.device, tokens: int, width: int, tile: Tile | None) -> None:
     """Bit for bit, the smallest numbers too, transposed, with zeros up to a multiple of 16."""
     x = wide_range(tokens, width, device)
     codes, scales = codes_of_columns(x, tile)
@@ -54,15 +61,6 @@ def test_codes_of_what_is_not_finite(device: torch.device) -> None:
     found = codes.float()
     assert found[0, 3].isnan() and found[0].isnan().sum() == 1 and (found[0, 4:] * scales[0] == 1).all()
     assert found[1, 3:5].tolist() == [448, -448] and not found[1, 5:].any() and scales.isfinite().all()
-
-
-@needs_fp8
-def test_columns_with_strides_are_read_as_they_are_meant(device: torch.device) -> None:
-    x = normal(device, 40, 96)
-    for view in (x[:, 16:64], x.T[:48].T, x[::2]):
-        found, wanted = codes_of_columns(view), codes_of_columns(view.clone(memory_format=torch.contiguous_format))
-        assert torch.equal(found[0].view(torch.uint8), wanted[0].view(torch.uint8))
-        assert torch.equal(found[1], wanted[1])
 
 
 @needs_fp8

@@ -1,4 +1,4 @@
-"""Codes and the linear part of the gradients from two readings of g and x, against what four readings make."""
+"""Codes and the linear part of the gradients from two readings of g and x."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from kernel_world import needs_fp8, normal, relative, sinter
 from torch import Tensor
 
 from curvelora.kernels import factor_gradients as module
-from curvelora.kernels.factor_gradients import factor_gradients
-from curvelora.kernels.fp8_product import Codes, codes_of_columns
-from curvelora.kernels.fp8_readings import first_readings, second_readings
+from curvelora.kernels import fp8_readings as readings
+from curvelora.kernels.factor_gradients import factor_gradients, gradients_of_factors, low_rank_gradients
+from curvelora.kernels.fp8_gate import Taken
+from curvelora.kernels.fp8_product import Codes
+from curvelora.kernels.fp8_readings import codes_reference, first_readings, second_readings
 
-# tokens, d_out, d_in, rank: less than a tile, no multiples of one, several tiles and spans
+# tokens, d_out, d_in, rank: less than a tile, no multiples of one, several tiles, splits and spans
 SHAPES = [(1, 16, 32, 1), (37, 48, 80, 5), (600, 77, 272, 64), (300, 200, 16, 17), (130, 96, 144, 128)]
-TILES = [(None, None), ((32, 64, 4, 2), (32, 64, 4, 4, 2)), ((128, 32, 4, 1), (128, 32, 60, 4, 1))]
+TILES = [(None, None), ((32, 64, 4, 4, 2), (32, 64, 4, 4, 2)), ((128, 32, 30, 4, 1), (128, 32, 60, 4, 1))]
 
 
 def of(device: torch.device, tokens: int, d_out: int, d_in: int, rank: int) -> tuple[Tensor, ...]:
@@ -26,8 +28,12 @@ def of(device: torch.device, tokens: int, d_out: int, d_in: int, rank: int) -> t
     return g * sizes, x, normal(device, rank, d_in, seed=3), normal(device, d_out, rank, seed=4) / sizes[:, None]
 
 
-def same(found: Codes, wanted: Codes) -> bool:
-    return torch.equal(found[0].view(torch.uint8), wanted[0].view(torch.uint8)) and torch.equal(found[1], wanted[1])
+def same(found: Codes, x: Tensor) -> bool:
+    """Whether these are the codes of x, and zeros behind them."""
+    (codes, scales), (wanted, wanted_scales) = found, codes_reference(x)
+    of_x, behind = codes[:, : len(x)].contiguous(), codes[:, len(x) :]
+    equal = torch.equal(of_x.view(torch.uint8), wanted.contiguous().view(torch.uint8))
+    return equal and torch.equal(scales, wanted_scales) and not behind.float().any()
 
 
 @needs_fp8
@@ -43,62 +49,59 @@ def test_both_readings(device: torch.device, shape: tuple[int, ...], tiles: tupl
         assert thin.dtype == torch.bfloat16 and thin.shape == exactly.shape
         assert relative(thin, exactly) < 2**-8
     codes_g, codes_x, parts_A, parts_B = second_readings(g, x, back, down, largest, tile=tiles[1])
-    assert same(codes_g, codes_of_columns(g)) and same(codes_x, codes_of_columns(x))
+    assert same(codes_g, g) and same(codes_x, x)
     assert relative(parts_A.sum(0), back.double().T @ x.double()) < 1e-5
     each, exactly = parts_B.sum(0).double(), g.double().T @ down.double()
     assert ((each - exactly).norm(dim=1) < 1e-5 * exactly.norm(dim=1)).all()
 
 
 @needs_fp8
-def test_more_than_one_span(device: torch.device) -> None:
-    """Or the sums above would be of one part each."""
+def test_more_than_one_part(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or the sums above would be of one part each; and no more of a first reading than there are tiles of columns."""
+    launch, seen = readings.launch, []
+    monkeypatch.setattr(readings, "launch", lambda *args, **options: (seen.append(args), launch(*args, **options)))
     g, x, A, B = of(device, 600, 77, 272, 64)
     *_, parts_A, parts_B = second_readings(g, x, *first_readings(g, x, A, B))
     assert len(parts_A) == len(parts_B) > 1
-
-
-@needs_fp8
-def test_g_alone(device: torch.device) -> None:
-    """Where x has its codes already: nothing is made of it, and what is made of g is the same."""
-    g, x, A, B = of(device, 130, 96, 144, 8)
-    back, down, largest = first_readings(g, x, A, B)
-    both = second_readings(g, x, back, down, largest)
-    back_alone, _, largest_alone = first_readings(g, x, A, B, of_x=False)
-    assert (
-        torch.equal(back_alone, back) and torch.equal(largest_alone[:96], largest[:96]) and not largest_alone[96:].any()
-    )
-    codes_g, _, _, parts_B = second_readings(g, x, back, down, largest_alone, of_x=False)
-    assert same(codes_g, both[0]) and relative(parts_B.sum(0), both[3].sum(0)) < 1e-6
+    assert [len(parts) for parts in seen[0][2:4]] == [2, 5]
 
 
 @needs_fp8
 def test_what_is_not_finite(device: torch.device) -> None:
-    """NaN stays NaN in codes and sums, and infinity takes the largest code, as with four readings.
-
-    Beside a NaN the scale is 1, so that a column's other codes may be others than those of four readings; no product shows it.
-    """
+    """NaN stays NaN in codes and sums, and infinity takes the largest code."""
     g, x, A, B = of(device, 32, 16, 16, 4)
     g[3, 0], x[3, 1], x[4, 1] = float("nan"), float("inf"), -float("inf")
     back, down, largest = first_readings(g, x, A, B)
-    codes_g, codes_x, parts_A, parts_B = second_readings(g, x, back, down, largest)
-    assert same(codes_x, codes_of_columns(x))
-    assert codes_g[0].float()[0, 3].isnan() and codes_g[0].float().isnan().sum() == 1
+    (codes_g, _), (codes_x, scales), parts_A, parts_B = second_readings(g, x, back, down, largest)
+    assert (
+        codes_x.float()[1, 3:5].tolist() == [448, -448] and not codes_x.float()[1, 5:].any() and scales.isfinite().all()
+    )
+    assert codes_g.float()[0, 3].isnan() and codes_g.float().isnan().sum() == 1
     assert parts_B.sum(0)[0].isnan().all() and parts_A.sum(0).isnan().all() and back[3].isnan().all()
 
 
+class Always:
+    """Allows FP8 whatever the factors are."""
+
+    def granted(self) -> Taken:
+        return Taken()
+
+
 @needs_fp8
-@pytest.mark.parametrize("known", [False, True])
 @pytest.mark.parametrize("view", [lambda t: t, lambda t: t[::2], lambda t: t.T.contiguous().T])
-def test_two_readings_make_what_four_make(device: torch.device, known: bool, view: Callable[[Tensor], Tensor]) -> None:
-    """From factors in fp32 and a scale, with any strides: the same codes, gradients within bf16's rounding of thin products."""
+def test_the_linear_part_is_lora_s(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, view: Callable[[Tensor], Tensor]
+) -> None:
+    """From factors in fp32, with a scale and any strides: what thin products make, within bf16's rounding of them."""
     g, x, A, B = (t.float() if i > 1 else view(t) for i, t in enumerate(of(device, 256, 96, 144, 8)))
-    codes = codes_of_columns(x) if known else None
-    four = module._four_readings(g, x, A, B, 0.25, codes)
-    two = module._two_readings(g, x, A, B, 0.25, codes)
-    assert same(two[0], four[0]) and same(two[1], four[1])
-    for found, wanted in zip(two[2], four[2], strict=True):
-        found, wanted = found.sum(0), wanted.sum(0)
-        assert ((found - wanted).norm(dim=1) < 6e-3 * wanted.norm(dim=1)).all()
+    seen = []
+    made = factor_gradients
+    monkeypatch.setattr(module, "factor_gradients", lambda *a, **o: (seen.append(o), made(*a, **o))[1])
+    gradients_of_factors(g, x, A, B, sinter(5e-5), Always())
+    wanted = low_rank_gradients(g, x, A, B, sinter(5e-5).slope_at_zero)
+    assert seen[0]["linear"] is False
+    for parts, exactly in zip(seen[0]["more"], wanted, strict=True):
+        assert ((parts.sum(0) - exactly).norm(dim=1) < 6e-3 * exactly.norm(dim=1)).all()
 
 
 def test_parts_are_added_band_by_band(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,5 +124,5 @@ def test_no_tokens(device: torch.device) -> None:
             raise AssertionError("asked without need")
 
     g, x, A, B = of(device, 0, 48, 80, 4)
-    for found in module.gradients_of_factors(g, x, A.float(), B.float(), sinter(5e-5), Never()):
+    for found in gradients_of_factors(g, x, A.float(), B.float(), sinter(5e-5), Never()):
         assert found.shape in (A.shape, B.shape) and not found.any()

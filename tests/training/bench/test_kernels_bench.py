@@ -12,7 +12,7 @@ from curvelora.activations import Activation
 from curvelora.kernels import choice
 from curvelora_training.bench import kernels
 
-TILES = ("merged_weight", "gradients", "codes", "first_readings", "second_readings")
+TILES = ("merged_weight", "gradients", "first_readings", "second_readings")
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[Callable[[], Any]]:
     decode = kernels.dequantize_4bit
     monkeypatch.setattr(kernels, "dequantize_4bit", lambda codes, state, out=None: decode(codes, state))
     monkeypatch.setattr(kernels, "_copy_rate", lambda device: 1.0)
-    for tiles in ("WEIGHT_TILES", "CODE_TILES", "FIRST_TILES", "SECOND_TILES", "GRADIENT_TILES"):
+    for tiles in ("WEIGHT_TILES", "FIRST_TILES", "SECOND_TILES", "GRADIENT_TILES"):
         monkeypatch.setattr(kernels, tiles, getattr(kernels, tiles)[:1])
     return made
 

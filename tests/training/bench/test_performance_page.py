@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from curvelora.kernels import factor_gradients, fp8_product
+from curvelora.kernels import factor_gradients
 from curvelora.kernels.merged_weight import TILE as MERGED_TILE
 from curvelora_training.bench import kernels_command, profile_command, step_command
 from curvelora_training.bench.arms import parse_arms
@@ -124,7 +124,7 @@ def test_the_readme_says_the_same(root: Path, folder: Path) -> None:
 
 
 def test_tiles_are_nearly_the_fastest_that_were_measured(page: str, folder: Path) -> None:
-    chosen = {"merged_weight": MERGED_TILE, "gradients": factor_gradients.tile_for(64), "codes": fp8_product.TILE}
+    chosen = {"merged_weight": MERGED_TILE, "gradients": factor_gradients.tile_for(64)}
     for layer in json.loads((folder / "kernels_h200_tiles.json").read_text(encoding="utf-8"))["layers"]:
         for name, tile in chosen.items():
             times = {tuple(one["tile"]): one.get("milliseconds") for one in layer["tiles"][name]}
@@ -150,7 +150,7 @@ def test_its_commands_are_accepted(page: str) -> None:
         ("_merged_weight", "kernels: merged weight"),
         ("_gradients", "kernels: gradients of A and B"),
         ("_sums", "kernels: gradients of A and B"),
-        ("_largest", "kernels: FP8 codes and bounds"),
+        ("_thin", "kernels: FP8 codes, thin products, bounds"),
         ("nvjet_sm90_tst_256x128_64x4_1x2_h_bz_coopA_TNT", "matrix products"),
         ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma", "attention"),
         ("_triton_rope", "Liger: norms, SwiGLU, RoPE, loss"),

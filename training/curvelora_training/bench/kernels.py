@@ -25,8 +25,7 @@ from curvelora_training.bench.devices import Device
 from curvelora_training.bench.random_base import nf4_byte_table, random_nf4_linear
 
 WEIGHT_TILES = [*itertools.product((64, 128), (64,), (2, 4, 8, 16), (4, 8), (1, 2, 3))]
-CODE_TILES = [*itertools.product((32, 64, 128), (64, 128, 256), (4, 8))]
-FIRST_TILES = [*itertools.product((32, 64, 128), (64, 128, 256), (4, 8), (2, 3, 4))]
+FIRST_TILES = [*itertools.product((64, 128, 256), (64, 128), (132, 264, 528), (4, 8), (2, 3, 4))]
 SECOND_TILES = [*itertools.product((32, 64, 128), (64, 128), (132, 264, 528), (4, 8), (2, 3, 4))]
 GRADIENT_TILES = [*itertools.product((32, 64, 128), (64, 128), (132, 264, 396, 528), (4, 8), (1, 2, 3))]
 
@@ -89,8 +88,6 @@ def _measure_layer(
     for name in tune:
         if name == "merged_weight":
             tried = _tried(WEIGHT_TILES, lambda tile: merged.merged_weight(A, B, delta_map, base, W, tile))
-        elif name == "codes":
-            tried = _tried(CODE_TILES, lambda tile: fp8_product.codes_of_columns(x, tile))
         elif name == "first_readings":
             tried = _tried(FIRST_TILES, lambda tile: fp8_readings.first_readings(g, x, A16, B16, tile=tile))
         elif name == "second_readings":
@@ -113,15 +110,12 @@ def _measure_layer(
         "dropped": lambda: dropout.dropped(x, seed, 0.05),
     }
     if has_fp8:
-        codes = [fp8_product.codes_of_columns(t) for t in (g, x)]
+        codes = fp8_readings.second_readings(g, x, *thin)[:2]
         record["errors"]["product_G_in_fp8"] = _relative(fp8_product.fp8_product(*codes, G), g.double().T @ x.double())
         first, second = best.get("first_readings"), best.get("second_readings")
         calls |= {
             "first_readings": lambda: fp8_readings.first_readings(g, x, A16, B16, tile=first),
-            "first_reading_of_g": lambda: fp8_readings.first_readings(g, x, A16, B16, False, first),
             "second_readings": lambda: fp8_readings.second_readings(g, x, *thin, tile=second),
-            "second_reading_of_g": lambda: fp8_readings.second_readings(g, x, *thin, False, second),
-            "codes": lambda: fp8_product.codes_of_columns(x, best.get("codes")),
             "product_G_in_fp8": lambda: fp8_product.fp8_product(*codes, G),
             "gradients_beyond": lambda: gradients.factor_gradients(G, A, B, delta_map, linear=False),
             "factor_norms": lambda: factor_norms([(A, B)]),

@@ -11,7 +11,7 @@ from curvelora.kernels.choice import MAX_RANK, why_nowhere
 from curvelora_eval.files import make_folder, write_json
 from curvelora_training.bench.layer_command import LAYERS, parse_shapes
 
-TUNABLE = ("merged_weight", "gradients", "codes", "first_readings", "second_readings")
+TUNABLE = ("merged_weight", "gradients", "first_readings", "second_readings")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -34,11 +34,14 @@ ROWS = (
     Row("LoRAN Sinter, kernels", STEP, "loran:sinter", None),
     Row("**LoRAN Sinter, kernels, Liger**", STEP, "loran:sinter@liger", 0.78),
     Row("the same, FP8 for the gradients beyond f'(0)", STEP, "loran:sinter@liger@fp8", 0.72),
+    Row("LoRAN with tanh, kernels, Liger", STEP, "loran:tanh@liger", 0.78),
+    Row("QLoRA, kernels, Liger, dropout 0.05", STEP, "dropped", None),
     Row("LoRAN Sinter, kernels, Liger, dropout 0.05, `dropout_form: exact`", STEP, "exact", 1.30),
     Row("the same, dropout 0.05, `dropout_form: features`", STEP, "features", 0.85),
     Row("QLoRA, kernels, Liger, all activations kept", KEPT, "qlora@liger", 0.50),
     Row("LoRAN Sinter, kernels, Liger, all activations kept", KEPT, "loran:sinter@liger", None),
     Row("70B shape: LoRAN over QLoRA, kernels and Liger in both", LARGE, "loran:sinter@liger", 1.30, "qlora@liger"),
+    Row("the same, FP8 for the gradients beyond f'(0)", LARGE, "loran:sinter@liger@fp8", 1.30, "qlora@liger"),
 )
 HEAD = "| what | device | goal | measured | tokens/s | peak GB |\n|---|---|---:|---:|---:|---:|"
 

@@ -20,9 +20,8 @@ from curvelora_training.garbage import uncollected
 KINDS = {
     "kernels: merged weight": r"_merged_weight|_decoded",
     "kernels: gradients of A and B": r"^_gradients|^_sums",
-    "kernels: FP8 codes and bounds": r"^_codes|^_largest|^_norms",
     "kernels: dropout": r"^_dropped",
-    "kernels: FP8 codes with thin products": r"^_first_readings|^_second_readings",
+    "kernels: FP8 codes, thin products, bounds": r"^_first_readings|^_second_readings|^_thin|^_norms",
     "attention": r"flash|fmha|cudnn_generated|sdpa|attention",
     "NF4 dequantisation (bitsandbytes)": r"[dD]equantize|kgemm_4bit",
     "Liger: norms, SwiGLU, RoPE, loss": r"liger|_rms_norm|_swiglu|_rope|_triton_rope|cross_entropy|_element_mul",
