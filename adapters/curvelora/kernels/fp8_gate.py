@@ -13,10 +13,10 @@ bound on e, written in `_BEYOND`. Sinter at its published setting passes until s
 skipped, however small. What is left to the data: `fp8_product` makes zeros of entries below some 2^-18 of their column's largest
 one, and says what small entries add; g and x are not looked at.
 
-The bounds of all layers are formed at the start of each pass of the model in training, since the factors move with every step,
-and read by the first layer of the backward pass, when they have long arrived. A layer takes bf16 where its factors are others in
-its forward pass, or have changed as autograd counts changes; writes through `.data`, DeepSpeed's steps among them, are seen by
-the next pass of the model alone.
+The bounds of all layers are formed once for each pass of the model in training, since the factors move with every step: when the
+first layer of the backward pass asks. What the forward pass has put into the GPU's queue still runs then, and the bounds, on a
+stream of their own, do not wait for it, so that neither does the GPU wait for them. A layer takes bf16 where its factors were
+others in its forward pass, as autograd counts changes.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ _BEYOND = {
 class Taken:
     """How often FP8 was asked for and allowed, in layers summed over passes, and how many products it then made.
 
-    A layer is counted as allowed once a backward pass of the model has asked for any layer.
+    All layers of a pass are counted once its backward pass has asked for any of them.
     """
 
     asked: int = 0
@@ -65,38 +65,43 @@ class Taken:
 
 
 class _Look:
-    """What one pass of a model found: the norms of its factors, on their way from the GPU until somebody asks for them."""
+    """One pass of a model: which of its layers may take FP8, once somebody asks."""
 
-    def __init__(self, count: Taken, asking: list[tuple[Any, str, tuple[Tensor, Tensor]]]) -> None:
+    def __init__(self, count: Taken, layers: list[ref]) -> None:
         self.count = count
-        self.which = {id(layer): _which(adapter, *pair) for layer, adapter, pair in asking}
-        self.factors = [pair for *_, pair in asking]  # kept, or another one's might get the id of one that is gone
-        # layers keep this, and it must not keep them
-        self.asking = [(ref(layer), adapter) for layer, adapter, _ in asking]
-        by_device: dict[torch.device, list[int]] = {}
-        for number, (*_, (A, _)) in enumerate(asking):
-            by_device.setdefault(A.device, []).append(number)
-        self.norms = [
-            (numbers, *_on_its_way(factor_norms([asking[number][2] for number in numbers])))
-            for numbers in by_device.values()
-        ]
-        self.found: set[int] | None = None
+        self.layers = layers  # layers keep this, and it must not keep them
+        # what was written to the factors before; they are not written again until the pass is over
+        self.start = torch.cuda.current_stream().record_event() if torch.cuda.is_initialized() else None
+        self.found: dict[int, tuple] | None = None
+        self.factors: list[tuple[Tensor, Tensor]] = []  # kept, or another one's might get the id of one that is gone
 
-    def allowed(self) -> set[int]:
-        """ids of the layers that may take FP8; waits for the GPU the first time."""
+    def allowed(self) -> dict[int, tuple]:
+        """id -> `_which` of the layers that may take FP8; the first time, waits for the GPU to look at their factors."""
         with _LOCK:  # a thread for each GPU runs backward passes
             if self.found is None:
-                found = set()
-                for numbers, norms, arrived in self.norms:
-                    if arrived is not None:
-                        arrived.synchronize()
-                    for number, (of_A, of_B) in zip(numbers, norms.tolist(), strict=True):
-                        layer, adapter = self.asking[number][0](), self.asking[number][1]
-                        if layer is not None and _is_bounded(layer, adapter, SLACK * of_A * of_B):
-                            found.add(id(layer))
-                self.found = found
-                self.count.allowed += len(found)
+                self.found = self._bounded()
         return self.found
+
+    def _bounded(self) -> dict[int, tuple]:
+        layers = [layer for known in self.layers if (layer := known()) is not None and layer.kernels == "fp8"]
+        asking = [(layer, adapter, layer.factors(adapter)) for layer, adapter in map(_adapter_of, layers) if adapter]
+        by_device: dict[torch.device, list[tuple[Any, str, tuple[Tensor, Tensor]]]] = {}
+        for layer, adapter, (A, B) in asking:
+            if A.dtype == B.dtype == torch.float32:
+                by_device.setdefault(A.device, []).append((layer, adapter, (A, B)))
+        found = {}
+        for device, there in by_device.items():
+            if why_no_fp8(device) is not None:  # a model may have moved since `watch`
+                continue
+            self.count.asked += len(there)
+            pairs = [pair for *_, pair in there]
+            self.factors += pairs
+            norms = _norms_now(pairs, self.start)
+            for (layer, adapter, pair), (of_A, of_B) in zip(there, norms, strict=True):
+                if _is_bounded(layer, adapter, SLACK * of_A * of_B):
+                    found[id(layer)] = _which(adapter, *pair)
+        self.count.allowed += len(found)
+        return found
 
 
 @dataclass
@@ -105,10 +110,11 @@ class Asked:
 
     look: _Look
     layer: int
+    which: tuple
 
     def granted(self) -> Taken | None:
         """Who counts the products in FP8; None where there are none."""
-        return self.look.count if self.layer in self.look.allowed() else None
+        return self.look.count if self.look.allowed().get(self.layer) == self.which else None
 
 
 _LOCK = threading.Lock()
@@ -116,6 +122,7 @@ _LOCK = threading.Lock()
 _LOOKS: WeakKeyDictionary[nn.Module, _Look] = WeakKeyDictionary()
 _TAKEN: WeakKeyDictionary[nn.Module, Taken] = WeakKeyDictionary()
 _LAYERS: WeakKeyDictionary[nn.Module, list[ref]] = WeakKeyDictionary()
+_STREAMS: dict[torch.device, torch.cuda.Stream] = {}
 
 
 def slope_beyond_zero_bound(delta_map: DeltaMap, largest: float) -> float:
@@ -176,29 +183,18 @@ def _unreadable() -> bool:
 
 
 def look(model: nn.Module, _: Any = None) -> None:
-    """Form the bounds of all layers of `model`, as their factors are now; the backward pass decides by them."""
+    """Begin a pass of `model`, whose backward pass decides by the factors as they are now."""
     if _unreadable() or not torch.is_grad_enabled():
         return
     if model not in _LAYERS:
         _LAYERS[model] = [ref(layer) for layer in model.modules() if getattr(layer, "kernels", None) == "fp8"]
-    layers = [layer for known in _LAYERS[model] if (layer := known()) is not None and layer.kernels == "fp8"]
-    for layer in layers:
-        _LOOKS.pop(layer, None)
-    if not model.training:
-        return
-    asking = [(layer, adapter, layer.factors(adapter)) for layer, adapter in map(_adapter_of, layers) if adapter]
-    # a model may have moved since `watch`
-    able = {device: why_no_fp8(device) is None for device in {A.device for _, _, (A, _) in asking}}
-    asking = [
-        (layer, adapter, (A, B))
-        for layer, adapter, (A, B) in asking
-        if able[A.device] and A.dtype == B.dtype == torch.float32
-    ]
-    count = _TAKEN.setdefault(model, Taken())
-    count.asked += len(asking)
-    if asking:
-        found = _Look(count, asking)
-        _LOOKS.update((layer, found) for layer, *_ in asking)
+    layers = [layer for known in _LAYERS[model] if (layer := known()) is not None]
+    if model.training:
+        found = _Look(_TAKEN.setdefault(model, Taken()), _LAYERS[model])
+        _LOOKS.update((layer, found) for layer in layers)
+    else:
+        for layer in layers:
+            _LOOKS.pop(layer, None)
 
 
 def _adapter_of(layer: Any) -> tuple[Any, str | None]:
@@ -221,15 +217,19 @@ def _is_bounded(layer: Any, adapter: str, largest: float) -> bool:
     return slope_beyond_zero_bound(layer.delta_map(adapter), largest / spread) <= LIMIT
 
 
-def _on_its_way(norms: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
-    """The same on the CPU, once the event has come."""
-    if not norms.is_cuda:
-        return norms, None
-    with torch.cuda.device_of(norms):
-        copy = torch.empty(norms.shape, dtype=norms.dtype, pin_memory=True).copy_(norms, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-    return copy, event
+def _norms_now(pairs: list[tuple[Tensor, Tensor]], start: torch.cuda.Event | None) -> list[list[float]]:
+    """`factor_norms` of factors on one device, behind nothing but `start` where that was there."""
+    if not pairs[0][0].is_cuda:
+        return factor_norms(pairs).tolist()
+    with torch.cuda.device_of(pairs[0][0]):
+        device = torch.device("cuda", torch.cuda.current_device())
+        stream = _STREAMS.setdefault(device, torch.cuda.Stream(priority=-1))
+        if start is not None and start.device == device:
+            stream.wait_event(start)
+        else:
+            stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            return factor_norms(pairs).tolist()
 
 
 def _which(adapter: str, A: Tensor, B: Tensor) -> tuple:
@@ -240,4 +240,4 @@ def asked(layer: Any, adapter: str) -> Asked | None:
     """What the backward pass of this pass of `layer`, which takes kernels, asks; None where it takes no FP8 in any case."""
     if layer.kernels != "fp8" or _unreadable() or not torch.is_grad_enabled() or (look := _LOOKS.get(layer)) is None:
         return None
-    return Asked(look, id(layer)) if look.which.get(id(layer)) == _which(adapter, *layer.factors(adapter)) else None
+    return Asked(look, id(layer), _which(adapter, *layer.factors(adapter)))

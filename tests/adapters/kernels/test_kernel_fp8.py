@@ -135,7 +135,7 @@ def test_layers_take_it_up_to_the_limit(device: torch.device, products: list[int
 @needs_fp8
 @pytest.mark.parametrize("reentrant", [None, True, False])
 def test_bounds_are_waited_for_in_the_backward_pass(device: torch.device, reentrant: bool | None) -> None:
-    """Without checkpointing and with both kinds, so that a pass does not begin with a wait for the GPU."""
+    """Without checkpointing and with both kinds: a pass does not begin with them."""
     model, x = model_of(device), normal(device, 3, 16, 64).requires_grad_()
     set_largest(model, 1e-2)
     with torch.autocast(device.type, torch.bfloat16):
@@ -143,6 +143,23 @@ def test_bounds_are_waited_for_in_the_backward_pass(device: torch.device, reentr
     assert fp8_record(model)["fp8"]["allowed"] == 0
     y.float().square().sum().backward()
     assert fp8_record(model)["fp8"]["allowed"] == 2 and fp8_record(model)["fp8"]["products"] == 2
+
+
+@needs_fp8
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_bounds_wait_for_what_came_before_the_pass_and_for_nothing_after() -> None:
+    """A write that the GPU has not come to when the pass begins counts; work that it has not come to later is not waited for."""
+    model = model_of(torch.device("cuda", 0))
+    set_largest(model, 1e-3)
+    fp8_gate.look(model)
+    look = fp8_gate._LOOKS[model.base_model.model.up]
+    torch.cuda._sleep(1 << 32)  # two seconds or more
+    behind = torch.cuda.current_stream().record_event()
+    assert len(look.allowed()) == 2 and not behind.query()
+    model.base_model.model.up.loran_B["default"].data.mul_(1e6)
+    fp8_gate.look(model)
+    assert len(fp8_gate._LOOKS[model.base_model.model.up].allowed()) == 1 and behind.query()
 
 
 def test_an_adapter_that_is_gone_is_not_allowed(device: torch.device) -> None:
@@ -154,7 +171,7 @@ def test_an_adapter_that_is_gone_is_not_allowed(device: torch.device) -> None:
     look = fp8_gate._LOOKS[layer]
     assert look is fp8_gate._LOOKS[model.base_model.model.down]
     model.delete_adapter("default")
-    assert look.allowed() == set() and look.allowed() == set()
+    assert look.allowed() == {} and look.allowed() == {}
 
 
 def test_layers_are_not_kept(device: torch.device) -> None:

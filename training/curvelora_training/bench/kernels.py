@@ -25,8 +25,8 @@ from curvelora_training.bench.devices import Device
 from curvelora_training.bench.random_base import nf4_byte_table, random_nf4_linear
 
 WEIGHT_TILES = [*itertools.product((64, 128), (64,), (2, 4, 8, 16), (4, 8), (1, 2, 3))]
-FIRST_TILES = [*itertools.product((64, 128, 256), (64, 128), (132, 264, 528), (4, 8), (2, 3, 4))]
-SECOND_TILES = [*itertools.product((32, 64, 128), (64, 128), (132, 264, 528), (4, 8), (2, 3, 4))]
+FIRST_TILES = [*itertools.product((64, 128, 256), (64, 128), (132, 264, 528), (4, 8), (2, 3))]
+SECOND_TILES = [*itertools.product((32, 64), (64, 128), (132, 264, 528), (4, 8), (3, 4))]
 GRADIENT_TILES = [*itertools.product((32, 64, 128), (64, 128), (132, 264, 396, 528), (4, 8), (1, 2, 3))]
 
 
