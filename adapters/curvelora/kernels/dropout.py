@@ -2,6 +2,9 @@
 
     drop(x) = x * m / (1 - p)    m_i ~ Bernoulli(1 - p), a function of the seed and the entry's number i (Philox)
 
+with p rounded to a multiple of 2^-16, in the mask and in 1 / (1 - p) alike: an entry takes half of a word, since drawing a whole
+one takes a GPU longer than memory does. (FlashAttention's dropout has 2^-8.)
+
 A layer with `separate_linear` needs the mask in its forward pass, again for G = g^T drop(x), and for dL/dx; stored masks and
 dropped inputs of a block would be the larger part of a checkpointed step's memory. The seed is a tensor, drawn by PyTorch's
 generator of the device: it follows `torch.manual_seed`, and gradient checkpointing draws the same one again. The numbers are
@@ -18,7 +21,8 @@ from torch import Tensor
 from curvelora.kernels.launch import launch
 from curvelora.kernels.portable import cdiv, to_bf16
 
-SIZE = 1024  # a program has four times as many entries, since Philox makes four numbers at a time
+SIZE = 512  # a program has eight times as many entries: Philox makes four words at a time, and each is for two
+STEPS = 1 << 16  # of p
 
 
 def new_seed(device: torch.device) -> Tensor:
@@ -27,27 +31,35 @@ def new_seed(device: torch.device) -> Tensor:
 
 
 @triton.jit
-def _write(out, x, at, uniform, entries, p, ADD: tl.constexpr):
+def _write(out, x, at, drawn, entries, limit, scale, ADD: tl.constexpr):
     inside = at < entries
-    value = tl.where(uniform >= p, tl.load(x + at, inside, other=0.0).to(tl.float32) / (1 - p), 0.0)
+    value = tl.where(drawn >= limit, scale * tl.load(x + at, inside, other=0.0).to(tl.float32), 0.0)
     if ADD:
         value += tl.load(out + at, inside, other=0.0).to(tl.float32)
     tl.store(out + at, to_bf16(value), inside)
 
 
 @triton.jit
-def _dropped(out, x, seed, entries, p, ADD: tl.constexpr, SIZE: tl.constexpr):
+def _write_two(out, x, at, word, entries, limit, scale, ADD: tl.constexpr, SIZE: tl.constexpr):
+    word = word.to(tl.uint32, bitcast=True)
+    _write(out, x, at, (word & 0xFFFF).to(tl.int32), entries, limit, scale, ADD)
+    _write(out, x, at + SIZE, (word >> 16).to(tl.int32), entries, limit, scale, ADD)
+
+
+@triton.jit
+def _dropped(out, x, seed, entries, limit, scale, ADD: tl.constexpr, SIZE: tl.constexpr):
     number = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
-    first, second, third, fourth = tl.rand4x(tl.load(seed), number)
-    at = tl.program_id(0).to(tl.int64) * 4 * SIZE + tl.arange(0, SIZE)
-    _write(out, x, at, first, entries, p, ADD)
-    _write(out, x, at + SIZE, second, entries, p, ADD)
-    _write(out, x, at + 2 * SIZE, third, entries, p, ADD)
-    _write(out, x, at + 3 * SIZE, fourth, entries, p, ADD)
+    first, second, third, fourth = tl.randint4x(tl.load(seed), number)
+    at = tl.program_id(0).to(tl.int64) * 8 * SIZE + tl.arange(0, SIZE)
+    _write_two(out, x, at, first, entries, limit, scale, ADD, SIZE)
+    _write_two(out, x, at + 2 * SIZE, second, entries, limit, scale, ADD, SIZE)
+    _write_two(out, x, at + 4 * SIZE, third, entries, limit, scale, ADD, SIZE)
+    _write_two(out, x, at + 6 * SIZE, fourth, entries, limit, scale, ADD, SIZE)
 
 
 def _launch(out: Tensor, x: Tensor, seed: Tensor, p: float, add: bool) -> Tensor:
-    launch(_dropped, (cdiv(x.numel(), 4 * SIZE),), out, x, seed, x.numel(), p, add, SIZE, num_warps=4)
+    limit, programs = min(round(p * STEPS), STEPS - 1), cdiv(x.numel(), 8 * SIZE)
+    launch(_dropped, (programs,), out, x, seed, x.numel(), limit, 1 / (1 - limit / STEPS), add, SIZE, num_warps=4)
     return out
 
 

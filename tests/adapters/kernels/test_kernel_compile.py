@@ -51,7 +51,7 @@ def shared(kernel, name, rank, arch, _):
         constants = {"RANK": rank, "BLOCK": norms.BLOCK}
         return build(norms._norms, {"out": "*fp32", "layers": "*i64"}, constants, arch, num_warps=4)
     if kernel == "dropped":
-        types = {"out": "*bf16", "x": "*bf16", "seed": "*i64", "entries": "i32", "p": "fp32"}
+        types = {"out": "*bf16", "x": "*bf16", "seed": "*i64", "entries": "i32", "limit": "i32", "scale": "fp32"}
         return build(dropout._dropped, types, {"ADD": True, "SIZE": dropout.SIZE}, arch, num_warps=4)
     if kernel == "sums":
         types = {name: "*fp32" for name in ("out_A", "out_B", "parts_A", "parts_B", "more_A", "more_B")}
