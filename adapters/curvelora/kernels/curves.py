@@ -6,9 +6,9 @@ f' - 1 is 5e-3 at most, and a bf16 product of the whole f' would lose half of it
     sinter      f' - 1    = a (sin z + z cos z)          z = w u
     cos         f' - 2    = cos z - 1 - z sin z
     tanh        f' - 1    = -tanh^2 u
-    sigmoid     f' - 1/4  = -t^2 / 4                     t = tanh(u/2) = 2 sigmoid(u) - 1
+    sigmoid     f' - 1/4  = -(sigmoid u - 1/2)^2
     relu        f'        = [u > 0]
-    silu, swish f' - 1/2  = t/2 + beta u (1 - t^2) / 4   t = tanh(beta u / 2), beta = 1, 25
+    silu, swish f' - 1/2  = y - 1/2 + beta u y (1 - y)   y = sigmoid(beta u), beta = 1, 25
     gaussian    f' - 1/2  = (1/2 - u^2) exp(-u^2) - 1/2
 """
 
@@ -25,25 +25,41 @@ NAMES = ("identity", "sinter", "tanh", "sigmoid", "relu", "silu", "swish", "cos"
 
 
 @triton.jit
-def tanh(u):
-    """Near zero by its series, where 1 - 2 / (1 + exp(2u)) would cancel. Most tiles of BA are near zero as a whole, and then
-    neither exponentials nor quotients are formed, which take longer than all else here.
-    """
+def _series(u):
+    """tanh for |u| < 0.25, where 2 sigmoid(2u) - 1 would cancel."""
     square = u * u
-    y = u * (1 + square * (-0.3333333333 + square * (0.1333333333 + square * (-0.05396825397 + square * 0.0218694885))))
+    return u * (
+        1 + square * (-0.3333333333 + square * (0.1333333333 + square * (-0.05396825397 + square * 0.0218694885)))
+    )
+
+
+@triton.jit
+def tanh(u):
+    return tl.where(tl.abs(u) < 0.25, _series(u), 2 * tl.sigmoid(2 * u) - 1)
+
+
+@triton.jit
+def _tanh_of_tile(u):
+    """The same. Nearly all tiles of BA are near zero as a whole, and then neither exponentials nor quotients are formed, which
+    take longer than all else here. (The gradients' kernel has no registers left for two ways.)
+    """
+    y = _series(u)
     if tl.max(tl.abs(u)) >= 0.25:
-        y = tl.where(tl.abs(u) < 0.25, y, 2 * tl.sigmoid(2 * u) - 1)
+        y = tanh(u)
     return y
 
 
 @triton.jit
-def sigmoid(u):
-    return 0.5 + 0.5 * tanh(0.5 * u)
+def _sigmoid_of_tile(u):
+    y = 0.5 + 0.5 * _series(0.5 * u)
+    if tl.max(tl.abs(u)) >= 0.5:
+        y = tl.sigmoid(u)
+    return y
 
 
 @triton.jit
 def value(u, NAME: tl.constexpr, amplitude, frequency):
-    """f(u), fp32."""
+    """f(u), fp32. u: a tile."""
     if NAME == "sinter":
         sine, _ = sin_cos(u * frequency)
         return u + amplitude * u * sine
@@ -51,15 +67,15 @@ def value(u, NAME: tl.constexpr, amplitude, frequency):
         _, cosine = sin_cos(u * frequency)
         return u + u * cosine
     elif NAME == "tanh":
-        return tanh(u)
+        return _tanh_of_tile(u)
     elif NAME == "sigmoid":
-        return sigmoid(u)
+        return _sigmoid_of_tile(u)
     elif NAME == "relu":
         return tl.where(u < 0, 0.0, u)  # a maximum would be 0 where u is not a number
     elif NAME == "silu":
-        return u * sigmoid(u)
+        return u * _sigmoid_of_tile(u)
     elif NAME == "swish":
-        return u * sigmoid(u * BETA)
+        return u * tl.sigmoid(u * BETA)
     elif NAME == "gaussian":
         return 0.5 * u * tl.exp(-u * u)
     else:
@@ -80,17 +96,16 @@ def slope_beyond_zero(u, NAME: tl.constexpr, amplitude, frequency):
         y = tanh(u)
         return -y * y
     elif NAME == "sigmoid":
-        t = tanh(0.5 * u)
-        return -0.25 * t * t
+        y = tl.sigmoid(u) - 0.5
+        return -y * y
     elif NAME == "relu":
         return tl.where(u > 0, 1.0, 0.0)
     elif NAME == "silu":
-        t = tanh(0.5 * u)
-        return 0.5 * t + 0.25 * u * (1 - t * t)
+        y = tl.sigmoid(u)
+        return y - 0.5 + u * y * (1 - y)
     elif NAME == "swish":
-        z = u * BETA
-        t = tanh(0.5 * z)
-        return 0.5 * t + 0.25 * z * (1 - t * t)
+        y = tl.sigmoid(u * BETA)
+        return y - 0.5 + u * BETA * y * (1 - y)
     else:
         tl.static_assert(NAME == "gaussian")
         return (0.5 - u * u) * tl.exp(-u * u) - 0.5

@@ -13,10 +13,11 @@ bound on e, written in `_BEYOND`. Sinter at its published setting passes until s
 skipped, however small. What is left to the data: `fp8_product` makes zeros of entries below some 2^-18 of their column's largest
 one, and says what small entries add; g and x are not looked at.
 
-The bounds of all layers are formed once for each pass of the model in training, since the factors move with every step: when the
-first layer of the backward pass asks. What the forward pass has put into the GPU's queue still runs then, and the bounds, on a
-stream of their own, do not wait for it, so that neither does the GPU wait for them. A layer takes bf16 where its factors were
-others in its forward pass, as autograd counts changes.
+The bounds of all layers are formed once for each pass of the model in training, since the factors move with every step: half way
+through the forward pass, where the GPU has most work in its queue (asking hundreds of layers for their factors takes the host
+milliseconds). They are read by the first layer of the backward pass, when they have long arrived. A layer takes bf16 where its
+factors are others in its forward pass, or have changed as autograd counts changes; writes through `.data`, DeepSpeed's steps
+among them, are seen by the next pass of the model alone.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from curvelora.errors import UserError
 from curvelora.kernels.choice import ENVIRONMENT, environment_mode, why_nowhere
 from curvelora.kernels.factor_norms import factor_norms
 from curvelora.kernels.fp8_product import MULTIPLE, ROUNDING
+from curvelora.kernels.held import is_watched
 from curvelora.layers.dense_delta import DeltaMap
 
 LIMIT = ((1 + 2**-8) ** 4 - 1) / ROUNDING
@@ -56,7 +58,7 @@ _BEYOND = {
 class Taken:
     """How often FP8 was asked for and allowed, in layers summed over passes, and how many products it then made.
 
-    All layers of a pass are counted once its backward pass has asked for any of them.
+    All layers of a pass are counted, as asking half way through it, and as allowed once its backward pass has asked for any.
     """
 
     asked: int = 0
@@ -65,43 +67,58 @@ class Taken:
 
 
 class _Look:
-    """One pass of a model: which of its layers may take FP8, once somebody asks."""
+    """One pass of a model: the norms of its layers' factors, on their way from the GPU until somebody asks for them."""
 
     def __init__(self, count: Taken, layers: list[ref]) -> None:
         self.count = count
         self.layers = layers  # layers keep this, and it must not keep them
-        # what was written to the factors before; they are not written again until the pass is over
-        self.start = torch.cuda.current_stream().record_event() if torch.cuda.is_initialized() else None
-        self.found: dict[int, tuple] | None = None
+        self.calls_left = max(1, len(layers) // 2)
+        self.norms: list[tuple[list[tuple[ref, str, tuple]], Tensor, torch.cuda.Event | None]] | None = None
         self.factors: list[tuple[Tensor, Tensor]] = []  # kept, or another one's might get the id of one that is gone
+        self.found: dict[int, tuple] | None = None
 
-    def allowed(self) -> dict[int, tuple]:
-        """id -> `_which` of the layers that may take FP8; the first time, waits for the GPU to look at their factors."""
-        with _LOCK:  # a thread for each GPU runs backward passes
-            if self.found is None:
-                self.found = self._bounded()
-        return self.found
+    def called(self) -> None:
+        """One of the layers is; `form` at half of them, where nobody watches, who would keep these operators' results."""
+        self.calls_left -= 1
+        if self.calls_left <= 0 and self.norms is None and not is_watched():
+            with _LOCK:
+                self.form()
 
-    def _bounded(self) -> dict[int, tuple]:
+    def form(self) -> None:
+        """Have the GPUs look at the factors as they are now, if they have not been told to."""
+        if self.norms is not None:
+            return
         layers = [layer for known in self.layers if (layer := known()) is not None and layer.kernels == "fp8"]
         asking = [(layer, adapter, layer.factors(adapter)) for layer, adapter in map(_adapter_of, layers) if adapter]
         by_device: dict[torch.device, list[tuple[Any, str, tuple[Tensor, Tensor]]]] = {}
         for layer, adapter, (A, B) in asking:
             if A.dtype == B.dtype == torch.float32:
                 by_device.setdefault(A.device, []).append((layer, adapter, (A, B)))
-        found = {}
+        self.norms = []
         for device, there in by_device.items():
-            if why_no_fp8(device) is not None:  # a model may have moved since `watch`
-                continue
-            self.count.asked += len(there)
-            pairs = [pair for *_, pair in there]
-            self.factors += pairs
-            norms = _norms_now(pairs, self.start)
-            for (layer, adapter, pair), (of_A, of_B) in zip(there, norms, strict=True):
-                if _is_bounded(layer, adapter, SLACK * of_A * of_B):
-                    found[id(layer)] = _which(adapter, *pair)
-        self.count.allowed += len(found)
-        return found
+            if why_no_fp8(device) is None:  # a model may have moved since `watch`
+                pairs = [pair for *_, pair in there]
+                which = [(ref(layer), adapter, _which(adapter, *pair)) for layer, adapter, pair in there]
+                self.norms.append((which, *_on_its_way(factor_norms(pairs))))
+                self.factors += pairs
+        self.count.asked += len(self.factors)
+
+    def allowed(self) -> dict[int, tuple]:
+        """id -> `_which` of the layers that may take FP8; waits for the GPU the first time."""
+        with _LOCK:  # a thread for each GPU runs backward passes
+            if self.found is None:
+                self.form()
+                found = {}
+                for layers, norms, arrived in self.norms:
+                    if arrived is not None:
+                        arrived.synchronize()
+                    for (known, adapter, which), (of_A, of_B) in zip(layers, norms.tolist(), strict=True):
+                        layer = known()
+                        if layer is not None and _is_bounded(layer, adapter, SLACK * of_A * of_B):
+                            found[id(layer)] = which
+                self.count.allowed += len(found)
+                self.found = found
+        return self.found
 
 
 @dataclass
@@ -122,7 +139,6 @@ _LOCK = threading.Lock()
 _LOOKS: WeakKeyDictionary[nn.Module, _Look] = WeakKeyDictionary()
 _TAKEN: WeakKeyDictionary[nn.Module, Taken] = WeakKeyDictionary()
 _LAYERS: WeakKeyDictionary[nn.Module, list[ref]] = WeakKeyDictionary()
-_STREAMS: dict[torch.device, torch.cuda.Stream] = {}
 
 
 def slope_beyond_zero_bound(delta_map: DeltaMap, largest: float) -> float:
@@ -183,7 +199,7 @@ def _unreadable() -> bool:
 
 
 def look(model: nn.Module, _: Any = None) -> None:
-    """Begin a pass of `model`, whose backward pass decides by the factors as they are now."""
+    """Begin a pass of `model`."""
     if _unreadable() or not torch.is_grad_enabled():
         return
     if model not in _LAYERS:
@@ -217,19 +233,13 @@ def _is_bounded(layer: Any, adapter: str, largest: float) -> bool:
     return slope_beyond_zero_bound(layer.delta_map(adapter), largest / spread) <= LIMIT
 
 
-def _norms_now(pairs: list[tuple[Tensor, Tensor]], start: torch.cuda.Event | None) -> list[list[float]]:
-    """`factor_norms` of factors on one device, behind nothing but `start` where that was there."""
-    if not pairs[0][0].is_cuda:
-        return factor_norms(pairs).tolist()
-    with torch.cuda.device_of(pairs[0][0]):
-        device = torch.device("cuda", torch.cuda.current_device())
-        stream = _STREAMS.setdefault(device, torch.cuda.Stream(priority=-1))
-        if start is not None and start.device == device:
-            stream.wait_event(start)
-        else:
-            stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            return factor_norms(pairs).tolist()
+def _on_its_way(norms: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """The same on the CPU, once the event has come."""
+    if not norms.is_cuda:
+        return norms, None
+    with torch.cuda.device_of(norms):
+        copy = torch.empty(norms.shape, dtype=norms.dtype, pin_memory=True).copy_(norms, non_blocking=True)
+        return copy, torch.cuda.current_stream().record_event()
 
 
 def _which(adapter: str, A: Tensor, B: Tensor) -> tuple:
@@ -238,6 +248,7 @@ def _which(adapter: str, A: Tensor, B: Tensor) -> tuple:
 
 def asked(layer: Any, adapter: str) -> Asked | None:
     """What the backward pass of this pass of `layer`, which takes kernels, asks; None where it takes no FP8 in any case."""
-    if layer.kernels != "fp8" or _unreadable() or not torch.is_grad_enabled() or (look := _LOOKS.get(layer)) is None:
+    if layer.kernels != "fp8" or _unreadable() or (look := _LOOKS.get(layer)) is None:
         return None
-    return Asked(look, id(layer), _which(adapter, *layer.factors(adapter)))
+    look.called()  # without gradients too: so are layers the first time under a reentrant checkpoint
+    return Asked(look, id(layer), _which(adapter, *layer.factors(adapter))) if torch.is_grad_enabled() else None

@@ -9,7 +9,7 @@ import torch
 from kernel_world import nf4_layer
 from torch import nn
 
-from curvelora.kernels import portable, workspace
+from curvelora.kernels import factor_gradients, portable, workspace
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -44,3 +44,22 @@ def kernels_mode(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], No
 def nf4(device: torch.device) -> Callable[..., nn.Module]:
     """-> build(d_out, d_in, **options): see `kernel_world.nf4_layer`; on the test's device."""
     return lambda *args, **kwargs: nf4_layer(device, *args, **kwargs)
+
+
+@pytest.fixture
+def products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many products in FP8 have been made, and second readings: [products, readings]."""
+    made = [0, 0]
+
+    def counted(name: str, index: int) -> None:
+        function = getattr(factor_gradients, name)
+
+        def call(*args: object) -> object:
+            made[index] += 1
+            return function(*args)
+
+        monkeypatch.setattr(factor_gradients, name, call)
+
+    counted("fp8_product", 0)
+    counted("second_readings", 1)
+    return made

@@ -9,10 +9,12 @@ import bitsandbytes as bnb
 import pytest
 import torch
 from inside_operators import InsideOperators
+from peft import get_peft_model
 from torch import Tensor, nn
 
+from curvelora import LoranConfig
 from curvelora.activations import Activation
-from curvelora.kernels import fp8_gate
+from curvelora.kernels import fp8_gate, use_kernels
 from curvelora.layers.dense_delta import DeltaMap
 
 Gradients = dict[str, Tensor]
@@ -153,3 +155,28 @@ def agree(found: Gradients, wanted: Gradients, bound: float) -> None:
     for name, value in wanted.items():
         assert (found[name].dtype, found[name].shape) == (value.dtype, value.shape), name
         assert relative(found[name], value) < bound, (name, relative(found[name], value))
+
+
+class Always:
+    """Allows FP8 whatever the factors are."""
+
+    def granted(self) -> fp8_gate.Taken:
+        return fp8_gate.Taken()
+
+
+def fp8_model(device: torch.device, **options: object) -> nn.Module:
+    """Two layers with Sinter at its published setting, told to take FP8."""
+    settings = {"r": 8, "alpha": 16, "dropout": 0.0, "init_B_std": 0.02} | options
+    torch.manual_seed(4)
+    model = get_peft_model(Small(device), LoranConfig(target_modules=["up", "down"], **settings)).train()
+    use_kernels(model, "fp8")
+    return model
+
+
+def set_largest(model: nn.Module, largest: float) -> None:
+    """Scale every B so that |B_i| |A_j| is at most `largest`, and is that somewhere."""
+    for layer in model.modules():
+        if hasattr(layer, "loran_B"):
+            A, B = layer.factors("default")
+            with torch.no_grad():
+                B *= largest / (A.norm(dim=0).max() * B.norm(dim=1).max())

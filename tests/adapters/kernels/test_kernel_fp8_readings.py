@@ -6,13 +6,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from kernel_world import needs_fp8, normal, relative, sinter
+from kernel_world import Always, needs_fp8, normal, relative, sinter
 from torch import Tensor
 
 from curvelora.kernels import factor_gradients as module
 from curvelora.kernels import fp8_readings as readings
 from curvelora.kernels.factor_gradients import factor_gradients, gradients_of_factors, low_rank_gradients
-from curvelora.kernels.fp8_gate import Taken
 from curvelora.kernels.fp8_product import Codes
 from curvelora.kernels.fp8_readings import codes_reference, first_readings, second_readings
 
@@ -80,20 +79,10 @@ def test_what_is_not_finite(device: torch.device) -> None:
     assert parts_B.sum(0)[0].isnan().all() and parts_A.sum(0).isnan().all() and back[3].isnan().all()
 
 
-class Always:
-    """Allows FP8 whatever the factors are."""
-
-    def granted(self) -> Taken:
-        return Taken()
-
-
 @needs_fp8
-@pytest.mark.parametrize("view", [lambda t: t, lambda t: t[::2], lambda t: t.T.contiguous().T])
-def test_the_linear_part_is_lora_s(
-    device: torch.device, monkeypatch: pytest.MonkeyPatch, view: Callable[[Tensor], Tensor]
-) -> None:
-    """From factors in fp32, with a scale and any strides: what thin products make, within bf16's rounding of them."""
-    g, x, A, B = (t.float() if i > 1 else view(t) for i, t in enumerate(of(device, 256, 96, 144, 8)))
+def test_the_linear_part_is_lora_s(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From factors in fp32, with a scale: what thin products make, within bf16's rounding of them."""
+    g, x, A, B = (t.float() if i > 1 else t for i, t in enumerate(of(device, 256, 96, 144, 8)))
     seen = []
     made = factor_gradients
     monkeypatch.setattr(module, "factor_gradients", lambda *a, **o: (seen.append(o), made(*a, **o))[1])
@@ -102,6 +91,19 @@ def test_the_linear_part_is_lora_s(
     assert seen[0]["linear"] is False
     for parts, exactly in zip(seen[0]["more"], wanted, strict=True):
         assert ((parts.sum(0) - exactly).norm(dim=1) < 6e-3 * exactly.norm(dim=1)).all()
+
+
+@needs_fp8
+@pytest.mark.parametrize("view", [lambda t: t[::2], lambda t: t[:, 16:], lambda t: t.T.contiguous().T])
+def test_matrices_with_strides_are_read_as_they_are_meant(
+    device: torch.device, view: Callable[[Tensor], Tensor]
+) -> None:
+    g, x = view(normal(device, 256, 96)), view(normal(device, 256, 144, seed=2))
+    A, B = normal(device, 8, x.shape[1], seed=3).float(), normal(device, g.shape[1], 8, seed=4).float() * 1e-3
+    found = gradients_of_factors(g, x, A, B, sinter(5e-5), Always())
+    whole = (t.clone(memory_format=torch.contiguous_format) for t in (g, x))
+    for one, wanted in zip(found, gradients_of_factors(*whole, A, B, sinter(5e-5), Always()), strict=True):
+        assert torch.equal(one, wanted) and one.abs().sum() > 0
 
 
 def test_parts_are_added_band_by_band(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
