@@ -58,8 +58,9 @@ def _dropped(out, x, seed, entries, limit, scale, ADD: tl.constexpr, SIZE: tl.co
 
 
 def _launch(out: Tensor, x: Tensor, seed: Tensor, p: float, add: bool) -> Tensor:
-    limit, programs = min(round(p * STEPS), STEPS - 1), cdiv(x.numel(), 8 * SIZE)
-    launch(_dropped, (programs,), out, x, seed, x.numel(), limit, 1 / (1 - limit / STEPS), add, SIZE, num_warps=4)
+    limit, programs = round(p * STEPS), cdiv(x.numel(), 8 * SIZE)
+    scale = STEPS / (STEPS - limit) if limit < STEPS else 0.0
+    launch(_dropped, (programs,), out, x, seed, x.numel(), limit, scale, add, SIZE, num_warps=4)
     return out
 
 

@@ -15,9 +15,10 @@ one, and says what small entries add; g and x are not looked at.
 
 The bounds of all layers are formed once for each pass of the model in training, since the factors move with every step: half way
 through the forward pass, where the GPU has most work in its queue (asking hundreds of layers for their factors takes the host
-milliseconds). They are read by the first layer of the backward pass, when they have long arrived. A layer takes bf16 where its
-factors are others in its forward pass, or have changed as autograd counts changes; writes through `.data`, DeepSpeed's steps
-among them, are seen by the next pass of the model alone.
+milliseconds), or by the first layer of the backward pass where half of the layers were not called, or operators are watched. That
+layer reads them, when they have long arrived. A layer takes bf16 where its factors are no parameters, or are others in its
+forward pass, or have changed as autograd counts changes; writes through `.data`, DeepSpeed's steps among them, are seen by the
+next pass of the model alone.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ _BEYOND = {
 class Taken:
     """How often FP8 was asked for and allowed, in layers summed over passes, and how many products it then made.
 
-    All layers of a pass are counted, as asking half way through it, and as allowed once its backward pass has asked for any.
+    All layers of a pass are counted, as asking when its bounds are formed, and as allowed once its backward pass asks for any.
     """
 
     asked: int = 0
@@ -73,7 +74,8 @@ class _Look:
         self.count = count
         self.layers = layers  # layers keep this, and it must not keep them
         self.calls_left = max(1, len(layers) // 2)
-        self.norms: list[tuple[list[tuple[ref, str, tuple]], Tensor, torch.cuda.Event | None]] | None = None
+        # (layers as (id, `_which`, map, what is kept of A), their norms, when those have come), a device each
+        self.norms: list[tuple[list[tuple[int, tuple, DeltaMap, float]], Tensor, torch.cuda.Event | None]] | None = None
         self.factors: list[tuple[Tensor, Tensor]] = []  # kept, or another one's might get the id of one that is gone
         self.found: dict[int, tuple] | None = None
 
@@ -92,14 +94,15 @@ class _Look:
         asking = [(layer, adapter, layer.factors(adapter)) for layer, adapter in map(_adapter_of, layers) if adapter]
         by_device: dict[torch.device, list[tuple[Any, str, tuple[Tensor, Tensor]]]] = {}
         for layer, adapter, (A, B) in asking:
-            if A.dtype == B.dtype == torch.float32:
+            # what is made of parameters would be kept with all that it is made of
+            if A.dtype == B.dtype == torch.float32 and A.is_leaf and B.is_leaf:
                 by_device.setdefault(A.device, []).append((layer, adapter, (A, B)))
         self.norms = []
         for device, there in by_device.items():
             if why_no_fp8(device) is None:  # a model may have moved since `watch`
                 pairs = [pair for *_, pair in there]
-                which = [(ref(layer), adapter, _which(adapter, *pair)) for layer, adapter, pair in there]
-                self.norms.append((which, *_on_its_way(factor_norms(pairs))))
+                asked = [(id(layer), _which(adapter, *pair), *_map_of(layer, adapter)) for layer, adapter, pair in there]
+                self.norms.append((asked, *_on_its_way(factor_norms(pairs))))
                 self.factors += pairs
         self.count.asked += len(self.factors)
 
@@ -112,10 +115,9 @@ class _Look:
                 for layers, norms, arrived in self.norms:
                     if arrived is not None:
                         arrived.synchronize()
-                    for (known, adapter, which), (of_A, of_B) in zip(layers, norms.tolist(), strict=True):
-                        layer = known()
-                        if layer is not None and _is_bounded(layer, adapter, SLACK * of_A * of_B):
-                            found[id(layer)] = which
+                    for (layer, which, f, kept), (of_A, of_B) in zip(layers, norms.tolist(), strict=True):
+                        if slope_beyond_zero_bound(f, SLACK * of_A * of_B / kept) <= LIMIT:
+                            found[layer] = which
                 self.count.allowed += len(found)
                 self.found = found
         return self.found
@@ -224,13 +226,10 @@ def _adapter_of(layer: Any) -> tuple[Any, str | None]:
     return layer, adapter if able else None
 
 
-def _is_bounded(layer: Any, adapter: str, largest: float) -> bool:
-    """Whether the limit holds for |BA| up to `largest`."""
-    if (config := layer.configs.get(adapter)) is None:  # deleted since
-        return False
-    # what is kept of A is divided by this
-    spread = 1 - config.dropout if config.dropout_form == "features" else 1.0
-    return slope_beyond_zero_bound(layer.delta_map(adapter), largest / spread) <= LIMIT
+def _map_of(layer: Any, adapter: str) -> tuple[DeltaMap, float]:
+    """The layer's map, and by what `features` divides what it keeps of A."""
+    config = layer.configs[adapter]
+    return layer.delta_map(adapter), 1 - config.dropout if config.dropout_form == "features" else 1.0
 
 
 def _on_its_way(norms: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:

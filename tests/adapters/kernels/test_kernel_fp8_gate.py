@@ -19,6 +19,8 @@ from kernel_world import (
     set_largest,
     step,
 )
+from peft import get_peft_model
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -82,7 +84,7 @@ def formed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_bounds_are_formed_in_the_forward_pass_and_waited_for_in_the_backward_pass(
     device: torch.device, formed: list[int], reentrant: bool | None
 ) -> None:
-    """Without checkpointing and with both kinds; not before the first kernels of a pass, and once."""
+    """Without checkpointing and with both kinds, and once a pass."""
     model, x = fp8_model(device), normal(device, 3, 16, 64).requires_grad_()
     set_largest(model, 1e-2)
     fp8_gate.look(model)
@@ -133,8 +135,63 @@ def test_bounds_do_not_wait_for_what_comes_after_them() -> None:
     assert not behind.query()
 
 
-def test_an_adapter_that_is_gone_is_not_allowed(device: torch.device) -> None:
-    """Deleted between a pass and the first question, by which nothing else suffers."""
+class Four(nn.Module):
+    """Four layers."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList([Small(device), Small(device)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., 64) -> (..., 64)."""
+        return self.parts[1](self.parts[0](x))
+
+
+@needs_fp8
+def test_half_of_the_layers_come_before_the_bounds(device: torch.device, formed: list[int]) -> None:
+    """So that the GPU has something to do meanwhile."""
+    config = LoranConfig(target_modules=["up", "down"], r=8, alpha=16, dropout=0.0)
+    model, seen = get_peft_model(Four(device), config).train(), []
+    use_kernels(model, "fp8")
+    for name, module in model.named_modules():
+        if name.endswith((".up", ".down")):
+            module.register_forward_hook(lambda *_: seen.append(sum(formed)))
+    step(model, normal(device, 3, 16, 64))
+    assert seen == [0, 4, 4, 4] and fp8_record(model)["fp8"]["asked"] == 4
+
+
+@needs_fp8
+def test_factors_that_are_no_parameters_take_bf16_and_are_not_kept(device: torch.device, products: list[int]) -> None:
+    """As under `functional_call`, where they may be made of anything."""
+    model, x = fp8_model(device), normal(device, 3, 16, 64).requires_grad_()
+    set_largest(model, 1e-3)
+    name = next(name for name, _ in model.named_parameters() if "up.loran_A" in name)
+    doubled = 2 * model.get_parameter(name)
+    with torch.autocast(device.type, torch.bfloat16):
+        y = torch.func.functional_call(model, {name: doubled}, (x,))
+    y.float().square().sum().backward()
+    assert products == [1, 1] and fp8_record(model)["fp8"] == {"asked": 1, "allowed": 1, "products": 1}
+    known = weakref.ref(doubled)
+    del doubled, y
+    gc.collect()
+    assert known() is None
+
+
+@needs_fp8
+def test_a_bound_is_of_the_map_that_the_pass_had(device: torch.device, products: list[int]) -> None:
+    """Features that are dropped make factors larger, whatever the config says by the time of the backward pass."""
+    edge = (LIMIT / 5e-5 - 1) / 1e4
+    model, x = fp8_model(device, dropout=0.5, dropout_form="features"), normal(device, 3, 16, 64).requires_grad_()
+    set_largest(model, 0.6 * edge)
+    with torch.autocast(device.type, torch.bfloat16):
+        y = model(x)
+    model.peft_config["default"].dropout = 0.0
+    y.float().square().sum().backward()
+    assert products == [0, 0]
+
+
+def test_an_adapter_that_is_gone_stops_nothing(device: torch.device) -> None:
+    """Deleted between a pass and the first question."""
     model = fp8_model(device)
     set_largest(model, 1e-3)
     fp8_gate.look(model)
@@ -143,7 +200,7 @@ def test_an_adapter_that_is_gone_is_not_allowed(device: torch.device) -> None:
     assert look is fp8_gate._LOOKS[model.base_model.model.down]
     look.called()
     model.delete_adapter("default")
-    assert look.allowed() == {} and look.allowed() == {}
+    assert len(look.allowed()) == 2 and look.allowed() is look.allowed()
 
 
 def test_layers_are_not_kept(device: torch.device) -> None:
@@ -151,10 +208,11 @@ def test_layers_are_not_kept(device: torch.device) -> None:
     model = fp8_model(device)
     layer = model.base_model.model.up
     use_kernels(layer, "fp8")
-    fp8_gate.look(layer)
-    fp8_gate.look(model)
+    for module in (layer, model):
+        fp8_gate.look(module)
+        fp8_gate._LOOKS[layer].called()
     held = [weakref.ref(layer), weakref.ref(model)]
-    del layer, model
+    del layer, model, module
     gc.collect()
     assert [one() for one in held] == [None, None]
 
@@ -214,7 +272,7 @@ def test_dropped_features_widen_the_bound(device: torch.device, products: list[i
 
 @needs_fp8
 def test_only_training_asks(device: torch.device) -> None:
-    """A pass in evaluation is differentiated without FP8, also behind one in training, and one without gradients asks nothing."""
+    """A pass in evaluation is differentiated without FP8, also behind one in training; without gradients none asks."""
     model, x = fp8_model(device), normal(device, 3, 16, 64)
     set_largest(model, 1e-2)
     step(model, x)
