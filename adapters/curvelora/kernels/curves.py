@@ -35,13 +35,14 @@ def _series(u):
 
 @triton.jit
 def tanh(u):
+    """tanh(u), fp32, right near zero too."""
     return tl.where(tl.abs(u) < 0.25, _series(u), 2 * tl.sigmoid(2 * u) - 1)
 
 
 @triton.jit
 def _tanh_of_tile(u):
-    """The same. Nearly all tiles of BA are near zero as a whole, and then neither exponentials nor quotients are formed, which
-    take longer than all else here. (The gradients' kernel has no registers left for two ways.)
+    """tanh(u) again. Nearly all tiles of BA are near zero as a whole, and then neither exponentials nor quotients are formed,
+    which take longer than all else here. (The gradients' kernel has no registers left for two ways.)
     """
     y = _series(u)
     if tl.max(tl.abs(u)) >= 0.25:
@@ -51,6 +52,7 @@ def _tanh_of_tile(u):
 
 @triton.jit
 def _sigmoid_of_tile(u):
+    """sigmoid(u), fp32, by the same means."""
     y = 0.5 + 0.5 * _series(0.5 * u)
     if tl.max(tl.abs(u)) >= 0.5:
         y = tl.sigmoid(u)

@@ -101,8 +101,8 @@ class _Look:
         for device, there in by_device.items():
             if why_no_fp8(device) is None:  # a model may have moved since `watch`
                 pairs = [pair for *_, pair in there]
-                asked = [(id(layer), _which(adapter, *pair), *_map_of(layer, adapter)) for layer, adapter, pair in there]
-                self.norms.append((asked, *_on_its_way(factor_norms(pairs))))
+                known = [(id(layer), _which(adapter, *pair), *_map_of(layer, adapter)) for layer, adapter, pair in there]
+                self.norms.append((known, *_on_its_way(factor_norms(pairs))))
                 self.factors += pairs
         self.count.asked += len(self.factors)
 

@@ -27,7 +27,7 @@ from curvelora.kernels.merged_weight import padded_rank
 from curvelora.kernels.portable import add_parts, cdiv, dot, to_bf16, to_e4m3
 
 Tile = tuple[int, ...]
-# tokens and columns of a tile, programs to aim at, warps, stages (`curvelora bench kernels`, H200)
+# tokens and columns of a tile, programs to aim at, warps, stages (compared on an H200: docs/decisions.md, 8)
 FIRST_TILE = (256, 64, 264, 4, 3)
 SECOND_TILE = (64, 128, 264, 4, 3)
 # at twice the rank those would take more than 99 KiB of shared memory, and more registers than RTX 40 has
