@@ -13,6 +13,9 @@ others than `F.dropout` would draw.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from math import gcd
+
 import torch
 import triton
 import triton.language as tl
@@ -23,6 +26,7 @@ from curvelora.kernels.portable import cdiv, to_bf16
 
 SIZE = 512  # a program has eight times as many entries: Philox makes four words at a time, and each is for two
 STEPS = 1 << 16  # of p
+BAND = 1 << 24  # entries of a product that is there only to be dropped and added: what stays in the cache between the two
 
 
 def new_seed(device: torch.device) -> Tensor:
@@ -47,8 +51,8 @@ def _write_two(out, x, at, word, entries, limit, scale, ADD: tl.constexpr, SIZE:
 
 
 @triton.jit
-def _dropped(out, x, seed, entries, limit, scale, ADD: tl.constexpr, SIZE: tl.constexpr):
-    number = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+def _dropped(out, x, seed, start, entries, limit, scale, ADD: tl.constexpr, SIZE: tl.constexpr):
+    number = (start + tl.program_id(0)).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     first, second, third, fourth = tl.randint4x(tl.load(seed), number)
     at = tl.program_id(0).to(tl.int64) * 8 * SIZE + tl.arange(0, SIZE)
     _write_two(out, x, at, first, entries, limit, scale, ADD, SIZE)
@@ -57,10 +61,10 @@ def _dropped(out, x, seed, entries, limit, scale, ADD: tl.constexpr, SIZE: tl.co
     _write_two(out, x, at + 6 * SIZE, fourth, entries, limit, scale, ADD, SIZE)
 
 
-def _launch(out: Tensor, x: Tensor, seed: Tensor, p: float, add: bool) -> Tensor:
+def _launch(out: Tensor, x: Tensor, seed: Tensor, p: float, add: bool, start: int = 0) -> Tensor:
     limit, programs = round(p * STEPS), cdiv(x.numel(), 8 * SIZE)
     scale = STEPS / (STEPS - limit) if limit < STEPS else 0.0
-    launch(_dropped, (programs,), out, x, seed, x.numel(), limit, scale, add, SIZE, num_warps=4)
+    launch(_dropped, (programs,), out, x, seed, start, x.numel(), limit, scale, add, SIZE, num_warps=4)
     return out
 
 
@@ -69,9 +73,20 @@ def dropped(x: Tensor, seed: Tensor, p: float) -> Tensor:
     return _launch(torch.empty_like(x), x, seed, p, False)
 
 
-def add_dropped_(out: Tensor, x: Tensor, seed: Tensor, p: float) -> Tensor:
-    """out + drop(x), in place; both bf16, contiguous and of one shape."""
-    return _launch(out, x, seed, p, True)
+def add_dropped_(out: Tensor, x: Tensor, seed: Tensor, p: float, first: int = 0) -> Tensor:
+    """out + drop(x), in place; both bf16, contiguous and of one shape.
+
+    Args:
+        first: the row of the whole matrix that these begin with, a start of `bands`.
+    """
+    return _launch(out, x, seed, p, True, first * x.shape[-1] // (8 * SIZE))
+
+
+def bands(tokens: int, width: int) -> Iterator[slice]:
+    """The rows of a (tokens, width) matrix in bands of some `BAND` entries, each of which begins where a program's entries do."""
+    whole = 8 * SIZE // gcd(8 * SIZE, width)
+    step = max(1, BAND // (whole * width)) * whole
+    return (slice(start, min(start + step, tokens)) for start in range(0, tokens, step))
 
 
 def mask_reference(shape: torch.Size, seed: Tensor, p: float) -> Tensor:

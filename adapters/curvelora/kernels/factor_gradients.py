@@ -11,7 +11,8 @@ u is formed to 2^-16 (`split_product`).
 
 A program keeps the columns of dL/dA that belong to its columns of G in registers and walks over rows; what its tiles add to
 dL/dB goes to memory and is summed by a second kernel, so there are no atomics and the sums have one order. Traffic: G once
-(2 bytes an entry), and 4 r bytes a row and tile written and read again for the parts of dL/dB, at r = 64 as much as G. Two
+(2 bytes an entry), and 4 r bytes a row and tile written and read again for the parts of dL/dB, at r = 64 as much as G (half of
+it in bf16, for what f' - f'(0) adds alone). Two
 kernels that read G once each, with nothing to sum, took 8 to 17 % longer: both form u and f' (docs/decisions.md, 8).
 
 Where f is the identity the layer is LoRA, and the gradients need no G:  dL/dB = s g^T (x A^T),  dL/dA = s (g B)^T x.
@@ -31,6 +32,7 @@ from curvelora.kernels.fp8_readings import first_readings, second_readings
 from curvelora.kernels.launch import launch
 from curvelora.kernels.merged_weight import Tile, padded_rank, scales_of
 from curvelora.kernels.portable import add_parts, cdiv, dot, split, split_product, to_bf16
+from curvelora.kernels.rounded_factors import rounded_factors
 from curvelora.kernels.workspace import workspace
 from curvelora.layers.dense_delta import DeltaMap
 
@@ -46,6 +48,13 @@ PARTS = 3 << 23
 def tile_for(rank: int) -> Tile:
     """The tile for factors of this rank."""
     return TILE if rank <= 64 else WIDE_TILE
+
+
+@triton.jit
+def _write_part(out, at, part, there):
+    if out.dtype.element_ty == tl.bfloat16:
+        part = to_bf16(part)
+    tl.store(out + at, part, there)
 
 
 @triton.jit
@@ -80,9 +89,9 @@ def _gradients(
         if LINEAR:
             sums = dot(b_transposed, g, sums)
             part = dot(g, a_transposed, part)
-        tl.store(out_B + tl.program_id(0) * d_out * rank + of_B, factor * part, inside & of_rank[None, :])
-    at = tl.program_id(1) * rank * d_in + ranks[:, None] * d_in + columns[None, :]
-    tl.store(out_A + at, factor * sums, of_rank[:, None] & there)
+        _write_part(out_B + tl.program_id(0) * d_out * rank, of_B, factor * part, inside & of_rank[None, :])
+    of_A = ranks[:, None] * d_in + columns[None, :]
+    _write_part(out_A + tl.program_id(1) * rank * d_in, of_A, factor * sums, of_rank[:, None] & there)
 
 
 @triton.jit
@@ -137,6 +146,8 @@ def factor_gradients(
     A, B, f = A.contiguous(), B.contiguous(), delta_map.activation
     at_zero, inner = f.slope_at_zero or 1.0, scales_of(delta_map)[1]
     blocks = cdiv(d_in, columns)
+    # what f adds alone can be rounded as its products were; beside the linear part it would not be seen then
+    dtype = torch.float32 if linear else torch.bfloat16
     band = max(rows, PARTS // (blocks * rank) // rows * rows)
     of_A, of_B = torch.empty_like(A), torch.empty_like(B)
     more_A, more_B = more or (None, None)
@@ -144,8 +155,8 @@ def factor_gradients(
         here = slice(start, min(start + band, d_out))
         height = here.stop - start
         span = cdiv(cdiv(height, max(1, programs // blocks)), rows) * rows
-        parts_A = torch.empty((cdiv(height, span), rank, d_in), dtype=torch.float32, device=G.device)
-        parts_B = torch.empty((blocks, height, rank), dtype=torch.float32, device=G.device)
+        parts_A = torch.empty((cdiv(height, span), rank, d_in), dtype=dtype, device=G.device)
+        parts_B = torch.empty((blocks, height, rank), dtype=dtype, device=G.device)
         launch(
             _gradients, (blocks, len(parts_A)), parts_A, parts_B, G[here], A, B[here], height, d_in, rank, span,
             delta_map.scale * at_zero, inner, 1 / at_zero, f.amplitude, f.frequency,
@@ -165,7 +176,7 @@ def factor_gradients(
 
 
 def low_rank_gradients(
-    g: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, back: Tensor | None = None
+    g: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, back_and_A: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
     """(dL/dA, dL/dB) of dW = scale BA, fp32: products of bf16 as autograd would make them, but summed in fp32.
 
@@ -173,17 +184,22 @@ def low_rank_gradients(
         g: (tokens, d_out), bf16.
         x: (tokens, d_in), bf16.
         A, B: factors, (r, d_in) and (d_out, r), fp32.
-        back: scale g B, (tokens, r), bf16, where it is known.
+        back_and_A: from `low_rank_back`, where it is known.
     """
-    if back is None:
-        back = g @ scaled(B, scale, g.dtype)
-    down = x @ scaled(A, scale, x.dtype).T
+    back, A = back_and_A or low_rank_back(g, A, B, scale)
+    down = scaled_product(x, A.T, scale)
     return _fp32_product(back.T, x), _fp32_product(g.T, down)
 
 
-def scaled(factor: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
-    """scale * factor, rounded once: one kernel instead of two."""
-    return torch.mul(factor, scale, out=torch.empty_like(factor, dtype=dtype))
+def low_rank_back(g: Tensor, A: Tensor, B: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """(scale g B, A): what makes g dW of dW = scale BA, (tokens, r) and (r, d_in), bf16."""
+    A, B = rounded_factors(A, B)
+    return scaled_product(g, B, scale), A
+
+
+def scaled_product(a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """scale a b of bf16 matrices, rounded once."""
+    return a.new_empty(a.shape[0], b.shape[1]).addmm_(a, b, beta=0, alpha=scale)
 
 
 def _fp32_product(a: Tensor, b: Tensor) -> Tensor:
@@ -201,7 +217,7 @@ def gradients_of_factors(
     B: Tensor,
     delta_map: DeltaMap,
     fp8: Asked | None = None,
-    back: Tensor | None = None,
+    back_and_A: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(dL/dA, dL/dB), fp32; G is in the workspace.
 
@@ -209,17 +225,16 @@ def gradients_of_factors(
         g: dL/dy (tokens, d_out), bf16.
         x: (tokens, d_in), bf16.
         fp8: who is asked whether G of the part beyond f'(0) may be from FP8, and counts; or None.
-        back: s g B, (tokens, r), bf16, where f is the identity and it is known.
+        back_and_A: from `low_rank_back`, where f is the identity and it is known.
     """
     if delta_map.activation.name == "identity":
-        return low_rank_gradients(g, x, A, B, delta_map.scale, back)
+        return low_rank_gradients(g, x, A, B, delta_map.scale, back_and_A)
     G = workspace(B.shape[0], A.shape[1], x.device)
     # without tokens no column has a largest entry
     if fp8 is None or not len(g) or (count := fp8.granted()) is None:
         return factor_gradients(torch.mm(g.T, x, out=G), A, B, delta_map)
     g, x = (t if t.stride(1) == 1 else t.contiguous() for t in (g, x))
-    thin_factors = (scaled(factor.contiguous(), delta_map.slope_at_zero, x.dtype) for factor in (A, B))
-    codes_g, codes_x, *linear = second_readings(g, x, *first_readings(g, x, *thin_factors))
+    codes_g, codes_x, *linear = second_readings(g, x, *first_readings(g, x, A, B, delta_map.slope_at_zero))
     fp8_product(codes_g, codes_x, G)
     count.products += 1
     return factor_gradients(G, A, B, delta_map, linear=False, more=tuple(linear))

@@ -12,12 +12,14 @@ from torch import Tensor
 
 from curvelora.kernels.launch import launch
 from curvelora.kernels.merged_weight import padded_rank
+from curvelora.kernels.portable import cdiv
 
 BLOCK = 128  # columns of A, or rows of B, a turn
+TURNS = 4  # of a program: by more of them, one after another, memory is far from busy
 
 
 @triton.jit
-def _norms(out, layers, RANK: tl.constexpr, BLOCK: tl.constexpr):
+def _norms(out, layers, RANK: tl.constexpr, BLOCK: tl.constexpr, TURNS: tl.constexpr):
     layer = layers + tl.program_id(0) * 5
     side = tl.program_id(1)
     rank = tl.load(layer + 4).to(tl.int32)
@@ -27,7 +29,8 @@ def _norms(out, layers, RANK: tl.constexpr, BLOCK: tl.constexpr):
     apart, step = tl.where(side == 0, width, 1), tl.where(side == 0, 1, rank)
     ranks = tl.arange(0, RANK)
     largest = tl.zeros((BLOCK,), tl.float32)
-    for first in range(0, width, BLOCK):
+    start = tl.program_id(2) * TURNS * BLOCK
+    for first in range(start, tl.minimum(start + TURNS * BLOCK, width), BLOCK):
         at = first + tl.arange(0, BLOCK)
         there = (ranks < rank)[:, None] & (at < width)[None, :]
         value = tl.load(
@@ -35,7 +38,9 @@ def _norms(out, layers, RANK: tl.constexpr, BLOCK: tl.constexpr):
         )
         square = tl.sum(value * value, 0)
         largest = tl.maximum(largest, tl.where(square == square, square, float("inf")))
-    tl.store(out + tl.program_id(0) * 2 + side, tl.sqrt(tl.max(largest)))
+    # numbers of one sign have the order of their bits; which program comes first does not matter
+    size = tl.sqrt(tl.max(largest)).to(tl.int32, bitcast=True)
+    tl.atomic_max(out + tl.program_id(0) * 2 + side, size, sem="relaxed")
 
 
 def factor_norms(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
@@ -49,9 +54,10 @@ def factor_norms(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
     rows = [(A.data_ptr(), B.data_ptr(), A.shape[1], B.shape[0], A.shape[0]) for A, B in pairs]
     with torch.cuda.device_of(pairs[0][0]):
         layers = torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda").to(device, non_blocking=True)
-        out = torch.empty((len(pairs), 2), dtype=torch.float32, device=device)
-        launch(_norms, (len(pairs), 2), out, layers, padded_rank(max(row[4] for row in rows)), BLOCK, num_warps=4)
-    return out
+        out = torch.zeros((len(pairs), 2), dtype=torch.int32, device=device)
+        rank, width = padded_rank(max(row[4] for row in rows)), max(max(row[2:4]) for row in rows)
+        launch(_norms, (len(pairs), 2, cdiv(width, TURNS * BLOCK)), out, layers, rank, BLOCK, TURNS, num_warps=4)
+    return out.view(torch.float32)
 
 
 def factor_norms_reference(pairs: list[tuple[Tensor, Tensor]]) -> Tensor:

@@ -25,6 +25,7 @@ from curvelora.kernels.fp8_product import MULTIPLE, Codes
 from curvelora.kernels.launch import launch
 from curvelora.kernels.merged_weight import padded_rank
 from curvelora.kernels.portable import add_parts, cdiv, dot, to_bf16, to_e4m3
+from curvelora.kernels.rounded_factors import rounded_factors
 
 Tile = tuple[int, ...]
 # tokens and columns of a tile, programs to aim at, warps, stages (compared on an H200: docs/decisions.md, 8)
@@ -83,17 +84,17 @@ def _first_readings(
 
 
 @triton.jit
-def _thin(back, down, parts_g, parts_x, size, count_g, count_x, TURN: tl.constexpr, BLOCK: tl.constexpr):
-    """Both products of the first readings: sums of their parts, rounded once."""
+def _thin(back, down, parts_g, parts_x, size, count_g, count_x, scale, TURN: tl.constexpr, BLOCK: tl.constexpr):
+    """Both products of the first readings: scaled sums of their parts, rounded once."""
     programs = tl.cdiv(size, BLOCK)
     program = tl.program_id(0)
     at = program % programs * BLOCK + tl.arange(0, BLOCK)
     there = at < size
     total = tl.zeros((BLOCK,), tl.float32)
     if program < programs:
-        tl.store(back + at, to_bf16(add_parts(total, parts_g, at, there, count_g, size, TURN)), there)
+        tl.store(back + at, to_bf16(scale * add_parts(total, parts_g, at, there, count_g, size, TURN)), there)
     else:
-        tl.store(down + at, to_bf16(add_parts(total, parts_x, at, there, count_x, size, TURN)), there)
+        tl.store(down + at, to_bf16(scale * add_parts(total, parts_x, at, there, count_x, size, TURN)), there)
 
 
 @triton.jit
@@ -160,16 +161,17 @@ def tiles_for(rank: int) -> tuple[Tile, Tile]:
 
 
 def first_readings(
-    g: Tensor, x: Tensor, A: Tensor, B: Tensor, tile: Tile | None = None
+    g: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float = 1.0, tile: Tile | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(g B, x A^T, largest): products are (tokens, r) bf16; largest, (d_out + d_in,) int32, has the bits of fp32 numbers.
+    """(scale g B, scale x A^T, largest): products are (tokens, r) bf16; largest is (d_out + d_in,) int32.
 
-    The largest entries of g's columns stand before those of x's.
+    It has the bits of fp32 numbers, the largest entries of g's columns before those of x's.
 
     Args:
         g: (tokens, d_out), bf16, entries of a row side by side.
         x: (tokens, d_in), bf16, entries of a row side by side.
-        A, B: (r, d_in) and (d_out, r), bf16, contiguous.
+        A, B: factors, (r, d_in) and (d_out, r), which are rounded to bf16.
+        scale: c.
         tile: tokens and columns of a tile, programs to aim at, warps, stages; None: of `tiles_for`.
     """
     (tokens, d_out), (rank, d_in) = g.shape, A.shape
@@ -181,7 +183,8 @@ def first_readings(
     parts_g, parts_x = (
         torch.empty((each, tokens, rank), dtype=torch.float32, device=g.device) for each in (splits_g, splits_x)
     )
-    largest = torch.zeros(d_out + d_in, dtype=torch.int32, device=g.device)
+    largest = torch.empty(d_out + d_in, dtype=torch.int32, device=g.device)
+    A, B = rounded_factors(A, B, largest)
     launch(
         _first_readings, (blocks * (splits_g + splits_x),), parts_g, parts_x, largest, largest[d_out:], g, x, A, B,
         tokens, d_out, d_in, rank, g.stride(0), x.stride(0), splits_g, splits_x, padded_rank(rank), turn, columns,
@@ -190,7 +193,7 @@ def first_readings(
     back, down = (torch.empty((tokens, rank), dtype=g.dtype, device=g.device) for _ in range(2))
     launch(
         _thin, (2 * cdiv(tokens * rank, THIN_TILE[1]),), back, down, parts_g, parts_x,
-        tokens * rank, len(parts_g), len(parts_x), *THIN_TILE,
+        tokens * rank, len(parts_g), len(parts_x), scale, *THIN_TILE,
     )  # fmt: skip
     return back, down, largest
 

@@ -80,11 +80,12 @@ def _gradients(
     """(dL/dx, dL/dA, dL/dB); what is not needed is empty."""
     fields = (name, amplitude, frequency, scale, inside)
     g, x2 = grad.reshape(-1, B.shape[0]), x.reshape(-1, A.shape[1])
+    factors = A.new_empty(0), B.new_empty(0)
     with LOCK, torch.cuda.device_of(x):
+        if needs_factors:
+            factors = gradients_of_factors(g, x2, A, B, delta_map_of(*fields))
         grad_x = (g @ _weight(A, B, base, *fields)).view(x.shape) if needs_x else grad.new_empty(0)
-        if not needs_factors:
-            return grad_x, A.new_empty(0), B.new_empty(0)
-        return grad_x, *gradients_of_factors(g, x2, A, B, delta_map_of(*fields))
+    return grad_x, *factors
 
 
 _gradients_operator = torch.library.custom_op("curvelora::merged_linear_gradients", _gradients, mutates_args=())
@@ -142,11 +143,11 @@ class _Merged(torch.autograd.Function):
         grad_x = grad_A = grad_B = None
         g = grad.reshape(-1, B.shape[0])
         with LOCK, torch.cuda.device_of(x):
-            if needs_x:
-                grad_x = add_product(ctx.input, g, _weight(A, B, ctx.base, *ctx.fields), x.shape)
-            if any(needs):
+            if any(needs):  # first: what this allocates on its way is gone before dL/dx, the largest of all, is there
                 x2 = x.reshape(-1, A.shape[1])
                 grad_A, grad_B = gradients_of_factors(g, x2, A, B, delta_map_of(*ctx.fields), ctx.fp8)
+            if needs_x:
+                grad_x = add_product(ctx.input, g, _weight(A, B, ctx.base, *ctx.fields), x.shape)
         return grad_x, grad_A, grad_B, None, None, None, None
 
 

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from curvelora.kernels import nf4
-from curvelora.kernels.dropout import add_dropped_, dropped, new_seed
-from curvelora.kernels.factor_gradients import gradients_of_factors, scaled
+from curvelora.kernels.dropout import add_dropped_, bands, dropped, new_seed
+from curvelora.kernels.factor_gradients import gradients_of_factors, low_rank_back, scaled_product
 from curvelora.kernels.fp8_gate import Asked
 from curvelora.kernels.held import (
     Factors,
@@ -38,6 +38,7 @@ from curvelora.kernels.held import (
     saves_itself,
 )
 from curvelora.kernels.merged_weight import merged_weight
+from curvelora.kernels.rounded_factors import rounded_factors
 from curvelora.kernels.workspace import LOCK, workspace
 from curvelora.layers.dense_delta import DeltaMap, delta_map_of, map_fields
 
@@ -56,14 +57,15 @@ def _low_rank(z: Tensor, A: Tensor, B: Tensor, *fields: Any) -> tuple[Tensor, Te
     """(P, Q) with z dW^T = P Q, the inner dimension as small as f allows."""
     f = delta_map_of(*fields)
     if f.activation.name == "identity":
-        return z @ scaled(A, f.scale, z.dtype).T, B.to(z.dtype).T
+        A, B = rounded_factors(A, B)
+        return scaled_product(z, A.T, f.scale), B.T
     return z, _update(A, B, *fields).T
 
 
-def _low_rank_back(g: Tensor, B: Tensor, *fields: Any) -> Tensor | None:
-    """P = s g B, of g dW = P A, where f is the identity."""
+def _low_rank_back(g: Tensor, A: Tensor, B: Tensor, *fields: Any) -> tuple[Tensor, Tensor] | None:
+    """(P, Q) with g dW = P Q where f is the identity; None where it is not."""
     f = delta_map_of(*fields)
-    return g @ scaled(B, f.scale, g.dtype) if f.activation.name == "identity" else None
+    return low_rank_back(g, A, B, f.scale) if f.activation.name == "identity" else None
 
 
 def _product(
@@ -122,28 +124,37 @@ def _gradients(
     fields = (name, amplitude, frequency, scale, inside)
     d_out, d_in = B.shape[0], A.shape[1]
     g, x2 = grad.reshape(-1, d_out), x.reshape(-1, d_in)
-    grad_x = grad.new_empty(0)
+    grad_x, factors = grad.new_empty(0), (A.new_empty(0), B.new_empty(0))
     with LOCK, torch.cuda.device_of(x):
-        back = _low_rank_back(g, B, *fields)
+        low_rank = _low_rank_back(g, A, B, *fields)
+        if needs_factors:
+            z = dropped(x2, seed, p) if p else x2
+            factors = gradients_of_factors(g, z, A, B, delta_map_of(*fields), back_and_A=low_rank)
+            del z
         if needs_x:
             grad_x = g @ _base(base, d_out, d_in)
-            _add_update_product(grad_x, g, back, seed, A, B, p, fields)
+            _add_update_product(grad_x, g, low_rank, seed, A, B, p, fields)
             grad_x = grad_x.view(x.shape)
-        if not needs_factors:
-            return grad_x, A.new_empty(0), B.new_empty(0)
-        z = dropped(x2, seed, p) if p else x2
-        return grad_x, *gradients_of_factors(g, z, A, B, delta_map_of(*fields), back=back)
+    return grad_x, *factors
 
 
 def _add_update_product(
-    grad_x: Tensor, g: Tensor, back: Tensor | None, seed: Tensor | None, A: Tensor, B: Tensor, p: float, fields: tuple
+    grad_x: Tensor,
+    g: Tensor,
+    low_rank: tuple[Tensor, Tensor] | None,
+    seed: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    p: float,
+    fields: tuple,
 ) -> None:
-    """Add drop(g dW) to `grad_x` (tokens, d_in). back: from `_low_rank_back`."""
-    left, right = (g, _update(A, B, *fields)) if back is None else (back, A.to(g.dtype))
-    if p:
-        add_dropped_(grad_x, left @ right, seed, p)
-    else:
+    """Add drop(g dW) to `grad_x` (tokens, d_in). low_rank: from `_low_rank_back`."""
+    left, right = low_rank or (g, _update(A, B, *fields))
+    if not p:
         grad_x.addmm_(left, right)
+        return
+    for tokens in bands(*grad_x.shape):
+        add_dropped_(grad_x[tokens], left[tokens] @ right, seed, p, tokens.start)
 
 
 _gradients_operator = torch.library.custom_op("curvelora::separate_linear_gradients", _gradients, mutates_args=())
@@ -214,13 +225,14 @@ class _Separate(torch.autograd.Function):
         grad_x = grad_A = grad_B = None
         g, x2 = grad.reshape(-1, B.shape[0]), x.reshape(-1, A.shape[1])
         with LOCK, torch.cuda.device_of(x):
-            back = _low_rank_back(g, B, *ctx.fields)
+            low_rank = _low_rank_back(g, A, B, *ctx.fields)
+            if any(needs):  # first, and without z after it: see `merged_linear`
+                z = dropped(x2, seed, ctx.p) if ctx.p else x2
+                grad_A, grad_B = gradients_of_factors(g, z, A, B, delta_map_of(*ctx.fields), ctx.fp8, low_rank)
+                del z
             if needs_x:
                 grad_x = add_product(ctx.input, g, _base(ctx.base, B.shape[0], A.shape[1]), x.shape)
-                _add_update_product(ctx.input.pending, g, back, seed, A, B, ctx.p, ctx.fields)
-            if any(needs):
-                z = dropped(x2, seed, ctx.p) if ctx.p else x2
-                grad_A, grad_B = gradients_of_factors(g, z, A, B, delta_map_of(*ctx.fields), ctx.fp8, back)
+                _add_update_product(ctx.input.pending, g, low_rank, seed, A, B, ctx.p, ctx.fields)
         return grad_x, grad_A, grad_B, None, None, None, None, None, None
 
 

@@ -1,6 +1,6 @@
 """One buffer a device and stream for matrices that live within one layer's pass, so that none of them outlives it.
 
-Forward and backward passes use it for the merged weight, and the backward pass for G after that. Work on one stream runs in
+Forward and backward passes use it for the merged weight, and the backward pass for G before that. Work on one stream runs in
 order, so the next layer may have the same memory; each stream has its own. Threads may share a stream, so who uses the buffer
 holds `LOCK` until the last reader is queued.
 

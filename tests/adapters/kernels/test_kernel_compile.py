@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from curvelora.kernels import dropout, factor_gradients as gradients, factor_norms as norms
 from curvelora.kernels import fp8_readings as readings
-from curvelora.kernels import merged_weight as merged, nf4
+from curvelora.kernels import merged_weight as merged, nf4, rounded_factors
 
 LAYER = {name: "i32" for name in ("d_out", "d_in", "rank", "span")}
 MAP = {name: "fp32" for name in ("outer", "inner", "amplitude", "frequency", "factor", "inverse")}
@@ -48,20 +48,25 @@ def shared(kernel, name, rank, arch, _):
         constants = {"NESTED": True, "ROWS": nf4.TILE[0], "COLUMNS": nf4.TILE[1]}
         return build(nf4._decoded, {"out": "*bf16", "scales": "*u8"}, constants, arch, num_warps=nf4.TILE[2])
     if kernel == "norms":
-        constants = {"RANK": rank, "BLOCK": norms.BLOCK}
-        return build(norms._norms, {"out": "*fp32", "layers": "*i64"}, constants, arch, num_warps=4)
+        constants = {"RANK": rank, "BLOCK": norms.BLOCK, "TURNS": norms.TURNS}
+        return build(norms._norms, {"out": "*i32", "layers": "*i64"}, constants, arch, num_warps=4)
     if kernel == "dropped":
-        types = {"out": "*bf16", "x": "*bf16", "seed": "*i64", "entries": "i32", "limit": "i32", "scale": "fp32"}
+        types = {"out": "*bf16", "x": "*bf16", "seed": "*i64", "start": "i32", "entries": "i32", "limit": "i32", "scale": "fp32"}
         return build(dropout._dropped, types, {"ADD": True, "SIZE": dropout.SIZE}, arch, num_warps=4)
-    if kernel == "sums":
-        types = {name: "*fp32" for name in ("out_A", "out_B", "parts_A", "parts_B", "more_A", "more_B")}
+    if kernel == "rounded":
+        types = {"out_A": "*bf16", "out_B": "*bf16", "zeros": "*i32"}
+        types |= {name: "i32" for name in ("size_A", "size_B", "count")}
+        return build(rounded_factors._rounded, types, {"BLOCK": rounded_factors.BLOCK}, arch, num_warps=4)
+    if kernel.startswith("sums"):
+        types = {name: "*fp32" for name in ("out_A", "out_B", "more_A", "more_B")}
+        types |= {name: "*fp32" if kernel == "sums" else "*bf16" for name in ("parts_A", "parts_B")}
         counts = ("count_A", "count_B", "count_more_A", "count_more_B", "apart_more_B")
         types |= {name: "i32" for name in ("size_A", "size_B", *counts)}
         constants = {"ADD": True, "TURN": gradients.SUM_TILE[0], "BLOCK": gradients.SUM_TILE[1]}
         return build(gradients._sums, types, constants, arch)
     if kernel == "thin":
         types = {"back": "*bf16", "down": "*bf16", "parts_g": "*fp32", "parts_x": "*fp32"}
-        types |= {name: "i32" for name in ("size", "count_g", "count_x")}
+        types |= {name: "i32" for name in ("size", "count_g", "count_x")} | {"scale": "fp32"}
         return build(readings._thin, types, {"TURN": readings.THIN_TILE[0], "BLOCK": readings.THIN_TILE[1]}, arch)
     if kernel.endswith("readings"):
         matrices = ("back", "down", "g", "x", "A", "B")
@@ -83,7 +88,8 @@ def shared(kernel, name, rank, arch, _):
     rows, columns, _, warps, stages = tile
     constants = {"NAME": name, "LINEAR": kernel == "gradients", "SCALED": name != "sinter", "RANK": rank}
     constants |= {"ROWS": rows, "COLUMNS": columns}
-    types = {"out_A": "*fp32", "out_B": "*fp32", "G": "*bf16"}
+    part = "*fp32" if kernel == "gradients" else "*bf16"
+    types = {"out_A": part, "out_B": part, "G": "*bf16"}
     return build(gradients._gradients, types, constants, arch, num_warps=warps, num_stages=stages)
 
 
@@ -127,7 +133,9 @@ def test_kernels_of_sinter_fit_everywhere(arch: int, kib: int, tmp_path: Path) -
     others = [
         ("decoded", 1),
         ("dropped", 1),
+        ("rounded", 1),
         ("sums", 1),
+        ("sums in bf16", 1),
         ("norms", 64),
         ("norms", 128),
         *(FP8 if arch >= 89 else []),

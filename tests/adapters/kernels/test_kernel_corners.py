@@ -15,11 +15,12 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from curvelora.activations import Activation
-from curvelora.kernels import use_kernels, workspace
+from curvelora.kernels import dropout, use_kernels, workspace
 from curvelora.kernels.choice import why_not
 from curvelora.kernels.factor_gradients import factor_gradients, factor_gradients_reference
 from curvelora.kernels.merged_linear import merged_linear
 from curvelora.kernels.nf4 import codes_of
+from curvelora.kernels.separate_linear import separate_linear
 from curvelora.layers.dense_delta import DeltaMap
 from curvelora.methods.loran import LoranConfig
 
@@ -153,3 +154,29 @@ def test_gradients_in_bands_of_rows(device: torch.device, monkeypatch: pytest.Mo
     monkeypatch.setattr("curvelora.kernels.factor_gradients.PARTS", 2 * 8 * 64)
     for found, value in zip(factor_gradients(G, A, B, sinter(2e-2)), wanted, strict=True):
         assert relative(found, value) < 3e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU, which counts what is allocated")
+@pytest.mark.parametrize(("f", "p"), [("sinter", 0.0), ("identity", 0.3), ("sinter", 0.3)])
+def test_peak_of_a_backward_pass_is_qlora_s(f: str, p: float) -> None:
+    """Parts of gradients and inputs with dropout are gone before dL/dx is there; the latter's own part comes in bands."""
+    device = torch.device("cuda", 0)
+    layer, (A, B) = nf4_layer(device, 1024, 4096), factors(device, 1024, 4096, 64, 1e-2)
+    base, given = codes_of(layer), (normal(device, 8192, 4096).requires_grad_(), A.requires_grad_(), B.requires_grad_())
+
+    def peak(function: Callable[..., torch.Tensor], f: str, *more: float) -> int:
+        delta_map = sinter(2e-2) if f == "sinter" else DeltaMap(Activation("identity"), 0.25)
+        for _ in range(2):  # kernels are compiled, the workspace and cuBLAS's own are there
+            y = function(*given, None, base, delta_map, *more)
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            y.backward(torch.ones_like(y))
+            for tensor in given:
+                tensor.grad = None
+        return torch.cuda.max_memory_allocated() - before
+
+    qlora = peak(merged_linear, "identity")
+    found = peak(separate_linear, f, p) if p else peak(merged_linear, f)
+    assert found - qlora <= (2 * dropout.BAND if p else 0) + (4 << 20)
+    assert qlora > 8192 * 4096 * 2

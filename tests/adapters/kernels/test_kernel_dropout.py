@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from curvelora.kernels.dropout import SIZE, add_dropped_, dropped
+from curvelora.kernels import dropout
+from curvelora.kernels.dropout import SIZE, add_dropped_, bands, dropped
 
 WORD = 0xFFFFFFFF
 
@@ -56,3 +57,21 @@ def test_entries_are_dropped_where_philox_says_so(device: torch.device, entries:
     out = other.clone().to(device)
     assert add_dropped_(out, x.to(device), there, p) is out
     torch.testing.assert_close(out.cpu(), (wanted + other.float()).bfloat16(), **bounds)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "width", "count"), [(200, 64, 4), (64, 64, 1), (2100, 10, 2), (5, 4096, 5), (4100, 3, 2)]
+)
+def test_bands_of_rows_drop_what_the_whole_drops(
+    device: torch.device, tokens: int, width: int, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The smallest that there can be: from one row on, and as many as it takes where the width has other factors than 2."""
+    x, seed = torch.randn(tokens, width, device=device).bfloat16(), torch.tensor([3], device=device)
+    whole, parts = torch.zeros_like(x), torch.zeros_like(x)
+    assert [*bands(tokens, width)] == [slice(0, tokens)]
+    monkeypatch.setattr(dropout, "BAND", 1)
+    found = [*bands(tokens, width)]
+    assert len(found) == count and [row for band in found for row in range(tokens)[band]] == [*range(tokens)]
+    for band in found:
+        add_dropped_(parts[band], x[band], seed, 0.3, band.start)
+    assert torch.equal(parts, add_dropped_(whole, x, seed, 0.3))

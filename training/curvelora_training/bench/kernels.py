@@ -18,6 +18,7 @@ from curvelora.kernels import factor_gradients as gradients
 from curvelora.kernels import merged_weight as merged
 from curvelora.kernels.factor_norms import factor_norms
 from curvelora.kernels.fp8_gate import why_no_fp8
+from curvelora.kernels.rounded_factors import rounded_factors
 from curvelora.layers.dense_delta import DeltaMap
 from curvelora.precision import exact_products
 from curvelora_eval.environment import describe_environment
@@ -79,17 +80,16 @@ def _measure_layer(
     delta_map = DeltaMap(activation, 0.25)
     torch.mm(g.T, x, out=G)
     y = torch.empty(tokens, d_out, device=device, dtype=torch.bfloat16)
-    A16, B16 = A.to(x.dtype), B.to(x.dtype)
-    low, has_fp8 = x @ A16.T, why_no_fp8(device) is None
+    low, has_fp8 = x @ A.to(x.dtype).T, why_no_fp8(device) is None
     seed = dropout.new_seed(device)
-    thin = fp8_readings.first_readings(g, x, A16, B16) if has_fp8 else ()
+    thin = fp8_readings.first_readings(g, x, A, B) if has_fp8 else ()
     record: dict[str, Any] = {"d_out": d_out, "d_in": d_in, "tiles": {}}
     record["errors"] = _errors(base, A, B, G, W, delta_map, layer)
     for name in tune:
         if name == "merged_weight":
             tried = _tried(WEIGHT_TILES, lambda tile: merged.merged_weight(A, B, delta_map, base, W, tile))
         elif name == "first_readings":
-            tried = _tried(FIRST_TILES, lambda tile: fp8_readings.first_readings(g, x, A16, B16, tile=tile))
+            tried = _tried(FIRST_TILES, lambda tile: fp8_readings.first_readings(g, x, A, B, tile=tile))
         elif name == "second_readings":
             tried = _tried(SECOND_TILES, lambda tile: fp8_readings.second_readings(g, x, *thin, tile=tile))
         else:
@@ -114,10 +114,11 @@ def _measure_layer(
         record["errors"]["product_G_in_fp8"] = _relative(fp8_product.fp8_product(*codes, G), g.double().T @ x.double())
         first, second = best.get("first_readings"), best.get("second_readings")
         calls |= {
-            "first_readings": lambda: fp8_readings.first_readings(g, x, A16, B16, tile=first),
+            "first_readings": lambda: fp8_readings.first_readings(g, x, A, B, tile=first),
             "second_readings": lambda: fp8_readings.second_readings(g, x, *thin, tile=second),
             "product_G_in_fp8": lambda: fp8_product.fp8_product(*codes, G),
             "gradients_beyond": lambda: gradients.factor_gradients(G, A, B, delta_map, linear=False),
+            "rounded_factors": lambda: rounded_factors(A, B),
             "factor_norms": lambda: factor_norms([(A, B)]),
             "low_rank_gradients": lambda: gradients.low_rank_gradients(g, x, A, B, delta_map.slope_at_zero),
         }

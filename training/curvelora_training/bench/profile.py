@@ -28,7 +28,7 @@ KINDS = {
     "matrix products": r"gemm|nvjet|cutlass|xmma|splitKreduce",
     "optimiser and clipping": r"multi_tensor|FusedAdam|lpnorm|LpNorm",
     "copies and fills": r"[mM]emcpy|[mM]emset|[cC]opy|[fF]ill",
-    "elementwise and reductions": r"elementwise|reduce|softmax|index|cat|embedding",
+    "elementwise and reductions": r"^_rounded|elementwise|reduce|softmax|index|cat|embedding",
 }
 # lengths of gaps between kernels, microseconds
 GAPS = (("below 5 us", 0, 5), ("5 to 50 us", 5, 50), ("50 us to 1 ms", 50, 1000), ("1 ms and more", 1000, float("inf")))
