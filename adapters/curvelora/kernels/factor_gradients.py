@@ -11,8 +11,7 @@ u is formed to 2^-16 (`split_product`).
 
 A program keeps the columns of dL/dA that belong to its columns of G in registers and walks over rows; what its tiles add to
 dL/dB goes to memory and is summed by a second kernel, so there are no atomics and the sums have one order. Traffic: G once
-(2 bytes an entry), and 4 r bytes a row and tile written and read again for the parts of dL/dB, at r = 64 as much as G (half of
-it in bf16, for what f' - f'(0) adds alone). Two
+(2 bytes an entry), and 4 r bytes a row and tile written and read again for the parts of dL/dB, at r = 64 as much as G. Two
 kernels that read G once each, with nothing to sum, took 8 to 17 % longer: both form u and f' (docs/decisions.md, 8).
 
 Where f is the identity the layer is LoRA, and the gradients need no G:  dL/dB = s g^T (x A^T),  dL/dA = s (g B)^T x.
@@ -51,13 +50,6 @@ def tile_for(rank: int) -> Tile:
 
 
 @triton.jit
-def _write_part(out, at, part, there):
-    if out.dtype.element_ty == tl.bfloat16:
-        part = to_bf16(part)
-    tl.store(out + at, part, there)
-
-
-@triton.jit
 def _gradients(
     out_A, out_B, G, A, B, d_out, d_in, rank, span, factor, inner, inverse, amplitude, frequency,
     NAME: tl.constexpr, LINEAR: tl.constexpr, SCALED: tl.constexpr,
@@ -89,9 +81,9 @@ def _gradients(
         if LINEAR:
             sums = dot(b_transposed, g, sums)
             part = dot(g, a_transposed, part)
-        _write_part(out_B + tl.program_id(0) * d_out * rank, of_B, factor * part, inside & of_rank[None, :])
-    of_A = ranks[:, None] * d_in + columns[None, :]
-    _write_part(out_A + tl.program_id(1) * rank * d_in, of_A, factor * sums, of_rank[:, None] & there)
+        tl.store(out_B + tl.program_id(0) * d_out * rank + of_B, factor * part, inside & of_rank[None, :])
+    at = tl.program_id(1) * rank * d_in + ranks[:, None] * d_in + columns[None, :]
+    tl.store(out_A + at, factor * sums, of_rank[:, None] & there)
 
 
 @triton.jit
@@ -146,8 +138,6 @@ def factor_gradients(
     A, B, f = A.contiguous(), B.contiguous(), delta_map.activation
     at_zero, inner = f.slope_at_zero or 1.0, scales_of(delta_map)[1]
     blocks = cdiv(d_in, columns)
-    # what f adds alone can be rounded as its products were; beside the linear part it would not be seen then
-    dtype = torch.float32 if linear else torch.bfloat16
     band = max(rows, PARTS // (blocks * rank) // rows * rows)
     of_A, of_B = torch.empty_like(A), torch.empty_like(B)
     more_A, more_B = more or (None, None)
@@ -155,8 +145,8 @@ def factor_gradients(
         here = slice(start, min(start + band, d_out))
         height = here.stop - start
         span = cdiv(cdiv(height, max(1, programs // blocks)), rows) * rows
-        parts_A = torch.empty((cdiv(height, span), rank, d_in), dtype=dtype, device=G.device)
-        parts_B = torch.empty((blocks, height, rank), dtype=dtype, device=G.device)
+        parts_A = torch.empty((cdiv(height, span), rank, d_in), dtype=torch.float32, device=G.device)
+        parts_B = torch.empty((blocks, height, rank), dtype=torch.float32, device=G.device)
         launch(
             _gradients, (blocks, len(parts_A)), parts_A, parts_B, G[here], A, B[here], height, d_in, rank, span,
             delta_map.scale * at_zero, inner, 1 / at_zero, f.amplitude, f.frequency,

@@ -110,6 +110,5 @@ def add_parts(total, parts, at, there, count, apart, TURN: tl.constexpr):
     for start in range(0, count, TURN):
         part = start + tl.arange(0, TURN)
         of_parts = part.to(tl.int64)[:, None] * apart + at[None, :]
-        value = tl.load(parts + of_parts, (part < count)[:, None] & there[None, :], other=0.0)
-        total += tl.sum(value.to(tl.float32), 0)
+        total += tl.sum(tl.load(parts + of_parts, (part < count)[:, None] & there[None, :], other=0.0), 0)
     return total

@@ -57,9 +57,8 @@ def shared(kernel, name, rank, arch, _):
         types = {"out_A": "*bf16", "out_B": "*bf16", "zeros": "*i32"}
         types |= {name: "i32" for name in ("size_A", "size_B", "count")}
         return build(rounded_factors._rounded, types, {"BLOCK": rounded_factors.BLOCK}, arch, num_warps=4)
-    if kernel.startswith("sums"):
-        types = {name: "*fp32" for name in ("out_A", "out_B", "more_A", "more_B")}
-        types |= {name: "*fp32" if kernel == "sums" else "*bf16" for name in ("parts_A", "parts_B")}
+    if kernel == "sums":
+        types = {name: "*fp32" for name in ("out_A", "out_B", "parts_A", "parts_B", "more_A", "more_B")}
         counts = ("count_A", "count_B", "count_more_A", "count_more_B", "apart_more_B")
         types |= {name: "i32" for name in ("size_A", "size_B", *counts)}
         constants = {"ADD": True, "TURN": gradients.SUM_TILE[0], "BLOCK": gradients.SUM_TILE[1]}
@@ -88,8 +87,7 @@ def shared(kernel, name, rank, arch, _):
     rows, columns, _, warps, stages = tile
     constants = {"NAME": name, "LINEAR": kernel == "gradients", "SCALED": name != "sinter", "RANK": rank}
     constants |= {"ROWS": rows, "COLUMNS": columns}
-    part = "*fp32" if kernel == "gradients" else "*bf16"
-    types = {"out_A": part, "out_B": part, "G": "*bf16"}
+    types = {"out_A": "*fp32", "out_B": "*fp32", "G": "*bf16"}
     return build(gradients._gradients, types, constants, arch, num_warps=warps, num_stages=stages)
 
 
@@ -135,7 +133,6 @@ def test_kernels_of_sinter_fit_everywhere(arch: int, kib: int, tmp_path: Path) -
         ("dropped", 1),
         ("rounded", 1),
         ("sums", 1),
-        ("sums in bf16", 1),
         ("norms", 64),
         ("norms", 128),
         *(FP8 if arch >= 89 else []),
