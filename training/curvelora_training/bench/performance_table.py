@@ -35,6 +35,7 @@ ROWS = (
     Row("**LoRAN Sinter, kernels, Liger**", STEP, "loran:sinter@liger", 0.78),
     Row("the same, FP8 for the gradients beyond f'(0)", STEP, "loran:sinter@liger@fp8", 0.72),
     Row("LoRAN with tanh, kernels, Liger", STEP, "loran:tanh@liger", 0.78),
+    Row("PEFT QLoRA, Liger, dropout 0.05", STEP, "peft_dropped", None),
     Row("QLoRA, kernels, Liger, dropout 0.05", STEP, "dropped", None),
     Row("LoRAN Sinter, kernels, Liger, dropout 0.05, `dropout_form: exact`", STEP, "exact", 1.30),
     Row("the same, dropout 0.05, `dropout_form: features`", STEP, "features", 0.85),
