@@ -26,7 +26,7 @@ from curvelora.kernels.portable import cdiv, to_bf16
 
 SIZE = 512  # a program has eight times as many entries: Philox makes four words at a time, and each is for two
 STEPS = 1 << 16  # of p
-BAND = 1 << 24  # entries of a product that is there only to be dropped and added: what stays in the cache between the two
+BAND = 1 << 24  # entries of a product that is there only to be dropped and added
 
 
 def new_seed(device: torch.device) -> Tensor:

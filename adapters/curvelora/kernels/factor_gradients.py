@@ -174,14 +174,14 @@ def low_rank_gradients(
         g: (tokens, d_out), bf16.
         x: (tokens, d_in), bf16.
         A, B: factors, (r, d_in) and (d_out, r), fp32.
-        back_and_A: from `low_rank_back`, where it is known.
+        back_and_A: from `thin_back`, where it is known.
     """
-    back, A = back_and_A or low_rank_back(g, A, B, scale)
+    back, A = back_and_A or thin_back(g, A, B, scale)
     down = scaled_product(x, A.T, scale)
     return _fp32_product(back.T, x), _fp32_product(g.T, down)
 
 
-def low_rank_back(g: Tensor, A: Tensor, B: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def thin_back(g: Tensor, A: Tensor, B: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """(scale g B, A): what makes g dW of dW = scale BA, (tokens, r) and (r, d_in), bf16."""
     A, B = rounded_factors(A, B)
     return scaled_product(g, B, scale), A
@@ -215,7 +215,7 @@ def gradients_of_factors(
         g: dL/dy (tokens, d_out), bf16.
         x: (tokens, d_in), bf16.
         fp8: who is asked whether G of the part beyond f'(0) may be from FP8, and counts; or None.
-        back_and_A: from `low_rank_back`, where f is the identity and it is known.
+        back_and_A: from `thin_back`, where f is the identity and it is known.
     """
     if delta_map.activation.name == "identity":
         return low_rank_gradients(g, x, A, B, delta_map.scale, back_and_A)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from curvelora.kernels import nf4
 from curvelora.kernels.dropout import add_dropped_, bands, dropped, new_seed
-from curvelora.kernels.factor_gradients import gradients_of_factors, low_rank_back, scaled_product
+from curvelora.kernels.factor_gradients import gradients_of_factors, scaled_product, thin_back
 from curvelora.kernels.fp8_gate import Asked
 from curvelora.kernels.held import (
     Factors,
@@ -65,7 +65,7 @@ def _low_rank(z: Tensor, A: Tensor, B: Tensor, *fields: Any) -> tuple[Tensor, Te
 def _low_rank_back(g: Tensor, A: Tensor, B: Tensor, *fields: Any) -> tuple[Tensor, Tensor] | None:
     """(P, Q) with g dW = P Q where f is the identity; None where it is not."""
     f = delta_map_of(*fields)
-    return low_rank_back(g, A, B, f.scale) if f.activation.name == "identity" else None
+    return thin_back(g, A, B, f.scale) if f.activation.name == "identity" else None
 
 
 def _product(

@@ -15,7 +15,7 @@ from curvelora.kernels.dropout import mask_reference, new_seed
 from curvelora.kernels.merged_linear import merged_linear
 from curvelora.kernels.nf4 import codes_of
 from curvelora.kernels.separate_linear import separate_linear
-from curvelora.layers.dense_delta import DeltaMap
+from curvelora.layers.dense_delta import DeltaMap, map_fields
 
 # bf16's own: W or dW, G, M and every result are rounded once each, 1.7e-3 in the norm; measured: 5e-3 at most
 BOUND = 8e-3
@@ -86,16 +86,33 @@ def test_bases_of_plain_linear_layers_may_have_any_width(device: torch.device) -
 
 @pytest.mark.parametrize("f", [sinter(2e-2), LORA], ids=["sinter", "identity"])
 @pytest.mark.parametrize("base", ["nf4", "bf16"])
+@pytest.mark.parametrize("as_operator", [False, True])
 def test_dropout_is_the_mask_s(
-    nf4: Callable[..., nn.Module], device: torch.device, base: str, f: DeltaMap, monkeypatch: pytest.MonkeyPatch
+    nf4: Callable[..., nn.Module],
+    device: torch.device,
+    base: str,
+    f: DeltaMap,
+    as_operator: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Of the adapter's input alone; the same mask in both passes, which the seed decides, in three bands of rows."""
+    """Of the adapter's input alone; the same mask in both passes, which the seed decides, in three bands of rows.
+
+    The operator is what a compiled layer calls, and one whose input needs no gradient.
+    """
     monkeypatch.setattr(dropout, "BAND", 1)
     layer, given = nf4(40, 64, bias=True), inputs(device, 40, 64, 8, 3, 50)
     W0 = stored_weight(layer) if base == "nf4" else stored_weight(layer).bfloat16()
     stored = codes_of(layer) if base == "nf4" else [W0]
     torch.manual_seed(7)
-    found = gradients(lambda x, A, B: separate_linear(x, A, B, layer.bias, stored, f, 0.3), **given)
+    operator = torch.ops.curvelora.separate_linear
+    found = gradients(
+        lambda x, A, B: (
+            operator(x, new_seed(device), A, B, layer.bias, stored, 0.3, *map_fields(f))
+            if as_operator
+            else separate_linear(x, A, B, layer.bias, stored, f, 0.3)
+        ),
+        **given,
+    )
     torch.manual_seed(7)
     mask = mask_reference(given["x"].shape, new_seed(device), 0.3)
     assert 0.6 < (mask != 0).float().mean() < 0.8

@@ -124,3 +124,14 @@ def test_norms_of_all_factors_in_one_launch(device: torch.device, layers: int) -
     pairs[-1][1][3, 0] = float("nan")
     found = factor_norms(pairs)
     assert found[-1, 1] == float("inf") and torch.isfinite(found[:-1]).all() and torch.isfinite(found[-1, 0])
+
+
+@pytest.mark.parametrize(("side", "place"), [(0, 3), (0, 1599), (1, 0), (1, 700), (1, 1599)])
+def test_norms_of_factors_that_several_programs_share(device: torch.device, side: int, place: int) -> None:
+    """The longest column or row is found wherever it is, beside narrower factors, also of the same layer."""
+    widths = [(48, 16), (1600, 16) if side == 0 else (16, 1600), (16, 48)]
+    pairs = [(normal(device, 4, a).float(), normal(device, b, 4, seed=1).float()) for a, b in widths]
+    (pairs[1][0].T if side == 0 else pairs[1][1])[place] = 50
+    found = factor_norms(pairs)
+    assert found[1, side].item() == pytest.approx(100, rel=1e-6)
+    assert torch.allclose(found.double(), factor_norms_reference(pairs), rtol=1e-6, atol=0)

@@ -19,6 +19,7 @@ from curvelora.kernels.factor_gradients import factor_gradients, low_rank_gradie
 from curvelora.kernels.merged_weight import merged_weight
 from curvelora.kernels.nf4 import codes_of, decoded, why_unreadable
 from curvelora.kernels.portable import split, split_product
+from curvelora.kernels.rounded_factors import rounded_factors
 from curvelora.layers.dense_delta import DeltaMap
 
 # Rounding once to bf16 is off by 2^-9 at most and 1.7e-3 in the norm; two factors of bf16 in a sum by about the same.
@@ -162,6 +163,20 @@ def test_factors_with_strides_are_read_as_they_are_meant(nf4: Callable[..., nn.M
     assert torch.equal(found, wanted)
     pairs = zip(factor_gradients(G, *strided, sinter(2e-2)), factor_gradients(G, A, B, sinter(2e-2)), strict=True)
     assert all(torch.equal(*pair) for pair in pairs)
+    assert all(torch.equal(*pair) for pair in zip(rounded_factors(*strided), rounded_factors(A, B), strict=True))
+
+
+@pytest.mark.parametrize(("rank", "zeros"), [(1, 5000), (17, 100), (8, 0)])
+def test_factors_in_bf16_and_zeros(device: torch.device, rank: int, zeros: int) -> None:
+    """Of any sizes, each factor larger than the other in turn; with what is not finite, or not so in bf16."""
+    A, B = factors(device, 90, 1600, rank, 1e-2)
+    A[0, :3] = torch.tensor([float("nan"), float("inf"), 3.4e38], device=device)
+    for pair in ((A, B), (B.T, A.T)):
+        filled = torch.full((zeros,), 7, dtype=torch.int32, device=device)
+        for found, factor in zip(rounded_factors(*pair, filled if zeros else None), pair, strict=True):
+            assert found.is_contiguous() and torch.equal(found.isnan(), factor.isnan())
+            assert torch.equal(found[~found.isnan()], factor.bfloat16()[~factor.isnan()])
+        assert not filled.any()
 
 
 # --- dL/dA, dL/dB -----------------------------------------------------------------------------------------------------

@@ -108,6 +108,7 @@ def _measure_layer(
         "merged_weight": lambda: merged.merged_weight(A, B, delta_map, base, W, best.get("merged_weight")),
         "gradients": lambda: gradients.factor_gradients(G, A, B, delta_map, best.get("gradients")),
         "dropped": lambda: dropout.dropped(x, seed, 0.05),
+        "rounded_factors": lambda: rounded_factors(A, B),
     }
     if has_fp8:
         codes = fp8_readings.second_readings(g, x, *thin)[:2]
@@ -118,7 +119,6 @@ def _measure_layer(
             "second_readings": lambda: fp8_readings.second_readings(g, x, *thin, tile=second),
             "product_G_in_fp8": lambda: fp8_product.fp8_product(*codes, G),
             "gradients_beyond": lambda: gradients.factor_gradients(G, A, B, delta_map, linear=False),
-            "rounded_factors": lambda: rounded_factors(A, B),
             "factor_norms": lambda: factor_norms([(A, B)]),
             "low_rank_gradients": lambda: gradients.low_rank_gradients(g, x, A, B, delta_map.slope_at_zero),
         }
