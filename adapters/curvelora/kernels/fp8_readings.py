@@ -7,9 +7,9 @@
 that codes need anyway.
 
 In a first reading a program has some tokens and some tiles of columns. Its part of a thin product stays in registers; the parts
-are summed and rounded by a small kernel, in one order. Largest entries go to one place as whole numbers by `atomic_max`, whose
-result knows no order. In a second reading a program has some columns and a span of tokens, and keeps its part of a gradient in
-registers; those are summed with the parts of `factor_gradients`. Traffic: 2 bytes an entry, then 2 and 1 for the code; the
+are summed, scaled and rounded by a small kernel, in one order. Largest entries go to one place as whole numbers by `atomic_max`,
+whose result knows no order. In a second reading a program has some columns and a span of tokens, and keeps its part of a gradient
+in registers; those are summed with the parts of `factor_gradients`. Traffic: 2 bytes an entry, then 2 and 1 for the code; the
 factors come from the cache, a quarter as many bytes as x with 256 tokens a program; parts are 4 r bytes a token and split. One
 launch reads both matrices, so that one's last programs run beside the other's first.
 """

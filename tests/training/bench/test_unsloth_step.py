@@ -88,20 +88,7 @@ def test_its_record_is_that_of_bench_step(
     monkeypatch.setitem(sys.modules, "unsloth", SimpleNamespace(FastLanguageModel=Rival))
     monkeypatch.setattr(unsloth_ground, "version", lambda name: f"{name} 1")
     out = tmp_path / "record.json"
-    counts = [
-        "--batch-size",
-        "2",
-        "--length",
-        "16",
-        "--rank",
-        "4",
-        "--rounds",
-        "1",
-        "--timed",
-        "2",
-        "--warm-up-steps",
-        "0",
-    ]
+    counts = ["--batch-size=2", "--length=16", "--rank=4", "--rounds=1", "--timed=2", "--warm-up-steps=0"]
     assert main(["--model", shape, *counts, *flags, "--out", str(out)]) == 0
     record = json.loads(out.read_text(encoding="utf-8"))
     (arm,) = record["arms"].values()
@@ -126,7 +113,11 @@ def test_without_unsloth(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
 
 @pytest.mark.parametrize(
     ("argv", "said"),
-    [(["--model", "llama2-7b", "--base", "bf16"], "--base nf4"), (["--rounds", "0"], "--rounds and --timed")],
+    [
+        (["--model", "llama2-7b", "--base", "bf16"], "--base nf4"),
+        (["--model", "llama2-7b", "--no-checkpointing", "--own-checkpointing"], "leave out --no-checkpointing"),
+        (["--rounds", "0"], "--rounds and --timed"),
+    ],
 )
 def test_what_cannot_be_measured(
     argv: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -134,3 +125,10 @@ def test_what_cannot_be_measured(
     monkeypatch.setitem(sys.modules, "unsloth", SimpleNamespace(FastLanguageModel=Rival))
     assert main(argv) == 2
     assert said in capsys.readouterr().err
+
+
+def test_under_a_launcher(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "unsloth", SimpleNamespace(FastLanguageModel=Rival))
+    monkeypatch.setattr(unsloth_ground, "world_size", lambda: 2)
+    assert main(["--model", "llama2-7b"]) == 2
+    assert "without a launcher" in capsys.readouterr().err

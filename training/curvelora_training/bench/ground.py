@@ -51,8 +51,13 @@ class Ground:
             inner.enable_input_require_grads()
             inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": s.reentrant})
         computed = switch(model, arm)
+        return Trial(model, self.optimisation(arm, at_peak), self.device, self.heads, arm.fp32, seed, computed)
+
+    def optimisation(self, arm: Arm, at_peak: bool) -> Optimisation:
+        """How `arm` is trained; at_peak: as for `trial`."""
+        s = self.settings
         warmup = round(s.warmup * s.steps) if s.warmup < 1 else round(s.warmup)
-        how = Optimisation(
+        return Optimisation(
             learning_rate=arm.learning_rate or s.learning_rate,
             head_learning_rate=s.head_learning_rate,
             weight_decay=s.weight_decay,
@@ -61,7 +66,6 @@ class Ground:
             schedule="constant" if at_peak else s.schedule,
             max_grad_norm=s.max_grad_norm,
         )
-        return Trial(model, how, self.device, self.heads, arm.fp32, seed, computed)
 
 
 def build_ground(settings: LabSettings, device: torch.device) -> Ground:

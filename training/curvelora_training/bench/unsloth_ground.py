@@ -7,6 +7,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -23,36 +24,35 @@ from curvelora_training.bench.cost import measure_steps, table
 from curvelora_training.bench.devices import Device
 from curvelora_training.bench.ground import Ground
 from curvelora_training.bench.options import add_timing_arguments, rounds_from
+from curvelora_training.bench.processes import join
 from curvelora_training.bench.random_base import random_model
 from curvelora_training.bench.settings import LabSettings, add_model_arguments, settings_from
 from curvelora_training.bench.shapes import shape_config
 from curvelora_training.bench.sources import RandomTokens
-from curvelora_training.bench.trial import Optimisation, Trial
+from curvelora_training.bench.trial import Trial
+from curvelora_training.distributed import world_size
 
 ARM = "unsloth=qlora@eager"  # our kernels stay out
 
 
+@dataclass
 class UnslothGround(Ground):
-    """`Ground` whose one trial is Unsloth's model."""
+    """`Ground` whose one trial is Unsloth's model; own_checkpointing: see `unsloth_model`."""
 
-    own_checkpointing = False
+    own_checkpointing: bool = False
 
     def trial(self, arm: Arm, seed: int, at_peak: bool = False) -> Trial:
         """As `Ground.trial`, with the model that Unsloth loads and adapts."""
-        s = self.settings
         with tempfile.TemporaryDirectory() as folder:
-            write_checkpoint(s.model, Path(folder), self.device.device)
-            model = unsloth_model(s, Path(folder), seed, self.own_checkpointing)
-        how = Optimisation(
-            learning_rate=s.learning_rate, steps=s.steps, schedule="constant", max_grad_norm=s.max_grad_norm
-        )
+            write_checkpoint(self.settings.model, Path(folder), self.device.device)
+            model = unsloth_model(self.settings, Path(folder), seed, self.own_checkpointing)
         computed = {
             "fused_layers": 0,
             "unsloth": version("unsloth"),
             "unsloth_checkpointing": self.own_checkpointing,
             "unsloth_patches": patches(model),
         }
-        return Trial(model, how, self.device, self.heads, False, seed, computed)
+        return Trial(model, self.optimisation(arm, at_peak), self.device, self.heads, arm.fp32, seed, computed)
 
 
 def write_checkpoint(shape: str, folder: Path, device: torch.device) -> None:
@@ -135,9 +135,8 @@ def build_ground(settings: LabSettings, device: torch.device, own_checkpointing:
     with torch.device("meta"):
         base: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     source = RandomTokens(config.vocab_size, settings.batch_size, settings.length)
-    ground = UnslothGround(settings, base, source, [], Device(device), time.perf_counter() - started)
-    ground.own_checkpointing = own_checkpointing
-    return ground
+    seconds = time.perf_counter() - started
+    return UnslothGround(settings, base, source, [], Device(device), seconds, own_checkpointing=own_checkpointing)
 
 
 def run(argv: list[str] | None = None) -> int:
@@ -153,9 +152,12 @@ def run(argv: list[str] | None = None) -> int:
         settings = settings_from(args, lambda: parse_arms("", [ARM]), None, [lambda: rounds_from(args)])
         if not settings.random or settings.base != "nf4":
             raise UserError("--model has to be a built-in shape or a config.json, and --base nf4")
+        if args.own_checkpointing and not settings.checkpointing:
+            raise UserError("--own-checkpointing is a kind of checkpointing: leave out --no-checkpointing")
+        if world_size() > 1:
+            raise UserError("Unsloth's step is measured in one process: start it without a launcher")
         make_folder(args.out.parent)
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu", 0 if torch.cuda.is_available() else None)
-        ground = build_ground(settings, device, args.own_checkpointing)
+        ground = build_ground(settings, join(), args.own_checkpointing)
         for record in measure_steps(ground, rounds_from(args), args.std):
             write_json(args.out, record)
     except UserError as error:
