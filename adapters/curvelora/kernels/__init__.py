@@ -1,7 +1,7 @@
 """Fused kernels for adapters on a frozen base, in Triton; `choice` says when a layer takes them.
 
     merged_weight      W0 + s f(BA), NF4 codes decoded on the way        -> merged_linear     one product a pass
-    factor_gradients   dL/dA and dL/dB of s f(BA)                        -> separate_linear   dropout, bf16 and FP4 bases
+    factor_gradients   dL/dA and dL/dB of s f(BA)                        -> separate_linear   dropout, and LoRA on bf16 and FP4
     fused_output       which of the two products a layer's pass is
     fp8_product        G for them from FP8                               -> fp8_gate          where its error is bounded
     fp8_readings       what that multiplies, and the linear part of dL/dA and dL/dB, from two readings of g and x

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from curvelora.kernels.fp8_gate import Asked
 from curvelora.kernels.merged_linear import merged_linear
-from curvelora.kernels.nf4 import codes_of, keeps_updates
+from curvelora.kernels.nf4 import codes_of, lies_between_numbers
 from curvelora.kernels.separate_linear import separate_linear
 from curvelora.layers.dense_delta import DeltaMap
 
@@ -25,10 +25,12 @@ def fused_output(
         fp8: from `fp8_gate.asked`, or None.
     """
     bias = base_layer.bias if base_layer.bias is None else base_layer.bias.to(torch.bfloat16)
-    if type(base_layer) is nn.Linear:  # which leaves its output in bf16 under autocast
-        return separate_linear(x, A, B, bias, [base_layer.weight], delta_map, p, fp8)
-    if p or not keeps_updates(base_layer):
-        found = separate_linear(x, A, B, bias, codes_of(base_layer), delta_map, p, fp8)
+    in_bf16 = type(base_layer) is nn.Linear  # which leaves its output in bf16 under autocast
+    base = [base_layer.weight] if in_bf16 else codes_of(base_layer)
+    on_numbers = in_bf16 or not lies_between_numbers(base_layer)
+    # LoRA's two thin products cost no more than to merge and dither, and with few tokens far less
+    if p or (on_numbers and delta_map.activation.name == "identity"):
+        found = separate_linear(x, A, B, bias, base, delta_map, p, fp8)
     else:
-        found = merged_linear(x, A, B, bias, codes_of(base_layer), delta_map, fp8)
-    return found.to(x.dtype)
+        found = merged_linear(x, A, B, bias, base, delta_map, fp8, dithered=on_numbers)
+    return found if in_bf16 else found.to(x.dtype)

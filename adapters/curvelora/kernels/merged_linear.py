@@ -1,4 +1,4 @@
-"""y = x (W0 + s f(BA))^T + bias over an NF4 base, as one product with a merged weight, and its gradients.
+"""y = x (W0 + s f(BA))^T + bias, as one product with a merged weight, and its gradients.
 
     x: (..., d_in) bf16   A: (r, d_in) fp32   B: (d_out, r) fp32   W = W0 + s f(BA): (d_out, d_in) bf16, in the workspace
 
@@ -40,6 +40,7 @@ def _product(
     B: Tensor,
     bias: Tensor | None,
     base: list[Tensor],
+    dithered: bool,
     name: str,
     amplitude: float,
     frequency: float,
@@ -47,12 +48,13 @@ def _product(
     inside: bool,
 ) -> Tensor:
     with LOCK, torch.cuda.device_of(x):
-        return F.linear(x, _weight(A, B, base, name, amplitude, frequency, scale, inside), bias)
+        return F.linear(x, _weight(A, B, base, dithered, name, amplitude, frequency, scale, inside), bias)
 
 
-def _weight(A: Tensor, B: Tensor, base: list[Tensor], *fields: Any) -> Tensor:
+def _weight(A: Tensor, B: Tensor, base: list[Tensor], dithered: bool, *fields: Any) -> Tensor:
     """W, in the workspace."""
-    return merged_weight(A, B, delta_map_of(*fields), base, workspace(B.shape[0], A.shape[1], A.device))
+    out = workspace(B.shape[0], A.shape[1], A.device)
+    return merged_weight(A, B, delta_map_of(*fields), base, out, dithered=dithered)
 
 
 _product_operator = torch.library.custom_op("curvelora::merged_linear", _product, mutates_args=())
@@ -71,6 +73,7 @@ def _gradients(
     base: list[Tensor],
     needs_x: bool,
     needs_factors: bool,
+    dithered: bool,
     name: str,
     amplitude: float,
     frequency: float,
@@ -84,7 +87,7 @@ def _gradients(
     with LOCK, torch.cuda.device_of(x):
         if needs_factors:
             factors = gradients_of_factors(g, x2, A, B, delta_map_of(*fields))
-        grad_x = (g @ _weight(A, B, base, *fields)).view(x.shape) if needs_x else grad.new_empty(0)
+        grad_x = (g @ _weight(A, B, base, dithered, *fields)).view(x.shape) if needs_x else grad.new_empty(0)
     return grad_x, *factors
 
 
@@ -126,14 +129,16 @@ class _Merged(torch.autograd.Function):
         B: Tensor,
         bias: Tensor | None,
         base: list[Tensor],
+        dithered: bool,
         fields: tuple,
         fp8: Asked | None,
     ) -> Tensor:
-        ctx.input, ctx.factors, ctx.base, ctx.fields, ctx.fp8 = x.grad_fn, Factors(A, B), base, fields, fp8
+        ctx.input, ctx.factors, ctx.base, ctx.dithered = x.grad_fn, Factors(A, B), base, dithered
+        ctx.fields, ctx.fp8 = fields, fp8
         if saves_itself():
             ctx.save_for_backward(x.detach())  # not as the view of a function's input that it is
         product = _product_operator if is_watched() else _product
-        return product(x, A, B, bias, base, *fields)
+        return product(x, A, B, bias, base, dithered, *fields)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -147,8 +152,8 @@ class _Merged(torch.autograd.Function):
                 x2 = x.reshape(-1, A.shape[1])
                 grad_A, grad_B = gradients_of_factors(g, x2, A, B, delta_map_of(*ctx.fields), ctx.fp8)
             if needs_x:
-                grad_x = add_product(ctx.input, g, _weight(A, B, ctx.base, *ctx.fields), x.shape)
-        return grad_x, grad_A, grad_B, None, None, None, None
+                grad_x = add_product(ctx.input, g, _weight(A, B, ctx.base, ctx.dithered, *ctx.fields), x.shape)
+        return grad_x, grad_A, grad_B, None, None, None, None, None
 
 
 def merged_linear(
@@ -159,6 +164,7 @@ def merged_linear(
     base: list[Tensor],
     delta_map: DeltaMap,
     fp8: Asked | None = None,
+    dithered: bool = False,
 ) -> Tensor:
     """x (W0 + s f(BA))^T + bias: (..., d_out), bf16, differentiable in x, A and B.
 
@@ -166,12 +172,13 @@ def merged_linear(
         x: (..., d_in), bf16, or another dtype, which is rounded to it, in training once for all that `held_input` joins.
         A, B: factors, (r, d_in) and (d_out, r), fp32.
         bias: (d_out,), bf16, or None; frozen.
-        base: the NF4 weight, from `nf4.codes_of`.
+        base: [W0] in bf16, or a 4-bit weight from `nf4.codes_of`; frozen.
         delta_map: with an `Activation` whose kernel exists (`curves.NAMES`).
         fp8: from `fp8_gate.asked`, or None.
+        dithered: as `merged_weight` has it, for a base whose weights are numbers of bf16.
     """
     fields = map_fields(delta_map)
     if not is_recorded(x, A, B):
         product = _product_operator if needs_operator(x) else _product
-        return product(x.to(torch.bfloat16), A, B, bias, base, *fields)
-    return _Merged.apply(held_input(x), held_factor(A, B), B, bias, base, fields, fp8)
+        return product(x.to(torch.bfloat16), A, B, bias, base, dithered, *fields)
+    return _Merged.apply(held_input(x), held_factor(A, B), B, bias, base, dithered, fields, fp8)

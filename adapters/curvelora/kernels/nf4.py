@@ -51,10 +51,11 @@ def why_unreadable(base_layer: nn.Module) -> str | None:
     return None
 
 
-def keeps_updates(base_layer: nn.Module) -> bool:
-    """Whether updates far below bf16's half unit survive, in the mean, in W0 + dW rounded to bf16.
+def lies_between_numbers(base_layer: nn.Module) -> bool:
+    """Whether W0 lies anywhere between the numbers of bf16, as NF4's table times a scale does.
 
-    They do where W0 lies between the numbers of bf16, as NF4's table times a scale does. Half of FP4's table are powers of two.
+    Then updates far below bf16's half unit survive, in the mean, in W0 + dW rounded to the nearest. FP4's table is half powers of
+    two.
     """
     return base_layer.weight.quant_state.quant_type == "nf4"
 

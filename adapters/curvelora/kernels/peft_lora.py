@@ -1,8 +1,6 @@
 """PEFT's own LoRA layers, with their pass by `merged_linear` with the identity, or `separate_linear` where that cannot be.
 
-On NF4 the pass is one product. With dropout, and on FP4, whose values would swallow the update of a merged weight, it is the
-base's product and two thin ones. A base in bf16 keeps PEFT's pass: nobody has timed the kernels' there, and they take more of the
-CPU's time for a small layer.
+On NF4 the pass is one product. With dropout, and on FP4 and in bf16, it is the base's product and two thin ones.
 """
 
 from __future__ import annotations
@@ -42,8 +40,7 @@ def _why_not(layer: Any) -> str | None:
         return "another dropout than PyTorch's"
     if layer.base_layer is not layer.get_base_layer():
         return "an adapter around another one"
-    base = layer.get_base_layer()
-    return "LoRA on a base that is not in 4 bits" if type(base) is nn.Linear else why_not(base, layer.r[adapter])
+    return why_not(layer.get_base_layer(), layer.r[adapter])
 
 
 def _fused(plain: type[nn.Module]) -> type[nn.Module]:

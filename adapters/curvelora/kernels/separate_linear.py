@@ -1,4 +1,4 @@
-"""y = x W0^T + bias + drop(x) (s f(BA))^T where the two products cannot be one: dropout, or a base that would swallow the update.
+"""y = x W0^T + bias + drop(x) (s f(BA))^T as two products: a merged weight has no dropout, and LoRA's own second one is thin.
 
     x: (..., d_in) bf16   z = drop(x), or x where p = 0 (`dropout`)   dW = s f(BA): (d_out, d_in) bf16, in the workspace
 

@@ -80,9 +80,10 @@ def shared(kernel, name, rank, arch, _):
         return build(made, types, constants, arch, num_warps=warps, num_stages=stages)
     if kernel.startswith("weight"):
         rows, columns, tiles, warps, stages = merged.TILE
-        base = int(kernel[-1])
-        constants = {"NAME": name, "BASE": base, "RANK": rank, "ROWS": rows, "COLUMNS": columns, "TILES": tiles}
-        types = {"out": "*bf16", "scales": "*u8" if base == 2 else "*fp32"}
+        base = int(kernel[-1])  # how many tensors it has
+        constants = {"NAME": name, "BASE": base, "DITHERED": base in (1, 3), "RANK": rank}
+        constants |= {"ROWS": rows, "COLUMNS": columns, "TILES": tiles}
+        types = {"out": "*bf16", "scales": "*u8" if base == 6 else "*fp32"} | ({"codes": "*bf16"} if base == 1 else {})
         return build(merged._merged_weight, types, constants, arch, num_warps=warps, num_stages=stages)
     rows, columns, _, warps, stages = tile
     constants = {"NAME": name, "LINEAR": kernel == "gradients", "SCALED": name != "sinter", "RANK": rank}
@@ -116,7 +117,7 @@ def check(cases: list[tuple[str, str, int, int, int]], cache: Path) -> None:
 
 def test_kernels_of_sinter_fit_into_99_kib(tmp_path: Path) -> None:
     """What RTX 30 and 40 have, at the published rank and at the largest."""
-    cases = [(kernel, rank) for kernel in ("weight2", "gradients") for rank in (64, 128)]
+    cases = [(kernel, rank) for kernel in ("weight6", "gradients") for rank in (64, 128)]
     fp8_on_rtx_40 = [("thin", "", 1, 89, 99)]
     fp8_on_rtx_40 += [(f"{which} readings", "", rank, 89, 99) for which in ("first", "second") for rank in (64, 128)]
     check([*fp8_on_rtx_40, *((kernel, "sinter", rank, 80, 99) for kernel, rank in cases)], tmp_path)
@@ -126,7 +127,7 @@ def test_kernels_of_sinter_fit_into_99_kib(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("arch", "kib"), [(80, 99), (86, 99), (89, 99), (90, 99), (120, 99)])
 def test_kernels_of_sinter_fit_everywhere(arch: int, kib: int, tmp_path: Path) -> None:
     """Ranks that are no power of two, bases without double quantisation and no base at all included."""
-    kernels = ("weight0", "weight1", "weight2", "gradients", "gradients beyond f'(0)")
+    kernels = ("weight0", "weight1", "weight3", "weight6", "gradients", "gradients beyond f'(0)")
     cases = [(kernel, "sinter", rank, arch, kib) for rank in (1, 17, 64, 128) for kernel in kernels]
     others = [
         ("decoded", 1),
@@ -143,5 +144,6 @@ def test_kernels_of_sinter_fit_everywhere(arch: int, kib: int, tmp_path: Path) -
 @pytest.mark.slow
 @pytest.mark.parametrize("name", curves.NAMES)
 def test_kernels_of_every_f_fit_into_99_kib(name: str, tmp_path: Path) -> None:
-    kernels = ("weight0", "weight2") if name == "identity" else ("weight0", "weight2", "gradients")
+    weights = ("weight0", "weight1", "weight6")
+    kernels = weights if name == "identity" else (*weights, "gradients")
     check([(kernel, name, rank, arch, 99) for arch in (80, 90) for rank in (64, 128) for kernel in kernels], tmp_path)

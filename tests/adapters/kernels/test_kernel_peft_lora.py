@@ -1,4 +1,4 @@
-"""PEFT's LoRA layers on NF4: fused after `use_kernels`, PEFT's own again after "off", and left alone where LoRA is more."""
+"""PEFT's LoRA layers on NF4 and in bf16: fused after `use_kernels`, PEFT's own after "off" and where LoRA is more."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from curvelora.kernels.peft_lora import is_lora_layer
 BOUND = 1.2e-2
 
 
-def lora(device: torch.device, **options: object) -> nn.Module:
-    """`Small` on NF4 with PEFT's LoRA on both layers, whose B are as after training."""
+def lora(device: torch.device, base: str = "nf4", **options: object) -> nn.Module:
+    """`Small` with PEFT's LoRA on both layers, whose B are as after training."""
     torch.manual_seed(4)
     config = LoraConfig(**({"r": 8, "lora_alpha": 16, "target_modules": ["up", "down"]} | options))
-    model = get_peft_model(Small(device, bias=True), config).train()
+    model = get_peft_model(Small(device, base, bias=True), config).train()
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.02)
@@ -43,17 +43,18 @@ def fused(model: nn.Module, x: torch.Tensor, **call: object) -> int:
     return products.count
 
 
+@pytest.mark.parametrize("base", ["nf4", "bf16"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_fused_and_peft_s_own_are_one_function(
-    device: torch.device, dtype: torch.dtype, p: float, monkeypatch: pytest.MonkeyPatch
+    device: torch.device, base: str, dtype: torch.dtype, p: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the same mask of dropout, which is otherwise the kernels' own."""
 
     def draw(x: torch.Tensor, p: float, training: bool, inplace: bool) -> torch.Tensor:
         return (x * mask_reference(x.shape, new_seed(x.device), p)).to(x.dtype) if training else x
 
-    model, x = lora(device, lora_dropout=p), normal(device, 3, 16, 64).to(dtype)
+    model, x = lora(device, base, lora_dropout=p), normal(device, 3, 16, 64).to(dtype)
     assert fused(model, x) == 0, "untouched until it is asked for"
     with monkeypatch.context() as patch:
         patch.setattr("torch.nn.functional.dropout", draw)
@@ -189,5 +190,5 @@ def test_copies_and_saved_adapters(device: torch.device, tmp_path) -> None:
 
 
 def test_other_layers_are_counted_with_their_reason(device: torch.device) -> None:
-    model = get_peft_model(Small(device, "bf16"), LoraConfig(r=4, target_modules=["up", "down"]))
-    assert use_kernels(model) == (0, {"LoRA on a base that is not in 4 bits": 2})
+    model = get_peft_model(Small(device, "bf16").float(), LoraConfig(r=4, target_modules=["up", "down"]))
+    assert use_kernels(model) == (0, {"a base in float32": 2})
