@@ -14,15 +14,26 @@ import pytest
 from curvelora.kernels import factor_gradients
 from curvelora.kernels.fp8_readings import FIRST_TILE, SECOND_TILE
 from curvelora.kernels.merged_weight import TILE as MERGED_TILE
-from curvelora_training.bench import kernels_command, profile_command, step_command
+from curvelora_training.bench import kernels_command, profile_command, step_command, unsloth_ground
 from curvelora_training.bench.arms import parse_arms
-from curvelora_training.bench.performance_table import KEPT, LARGE, PROFILE, STEP, performance_table, profile_table
+from curvelora_training.bench.performance_table import (
+    IN_BF16,
+    KEPT,
+    LARGE,
+    PROFILE,
+    STEP,
+    UNSLOTH,
+    UNSLOTH_OWN,
+    performance_table,
+    profile_table,
+)
 from curvelora_training.bench.profile import KINDS, idle_of, kind_of
 
 # products with a factor of rank 64, by cuBLAS's names for their kernels
 THIN = re.compile(r"nvjet_sm90_[a-z]+_(64x|96x64_)|splitKreduce")
 # earlier runs: a card with less power for the same work, on which the profile was taken too, and a machine with a slower host
 FAST, SLOW_HOST = "step_7b_h200_fast_card.json", "step_7b_h200_slow_host.json"
+OTHER_CARD = "step_7b_h200_other_card.json"  # the same kernels, and the card of KEPT and LARGE
 COMMANDS = {"step": step_command, "profile": profile_command, "kernels": kernels_command}
 
 
@@ -50,28 +61,51 @@ def test_the_tables_are_those_of_the_files(page: str, folder: Path, block: str, 
 
 
 def test_which_goals_are_met(page: str, folder: Path) -> None:
-    step, large = seconds(folder, STEP), seconds(folder, LARGE)
+    step, other, large = seconds(folder, STEP), seconds(folder, OTHER_CARD), seconds(folder, LARGE)
     goals = {"qlora@liger": 0.62, "loran:sinter@liger": 0.78, "features": 0.85, "exact": 1.30}
-    goals["loran:tanh@liger"] = 0.78
     assert all(step[arm] < goal for arm, goal in goals.items()) and seconds(folder, KEPT)["qlora@liger"] < 0.50
     ratio = {arm: large[arm] / large["qlora@liger"] for arm in ("loran:sinter@liger", "loran:sinter@liger@fp8")}
     assert ratio["loran:sinter@liger@fp8"] < 1.30
     assert (
-        "LoRAN with Sinter and tanh, both forms of dropout, QLoRA with all activations kept, LoRAN over QLoRA" in page
+        "**Met**: QLoRA, LoRAN with Sinter, both forms of dropout, QLoRA with all activations kept, LoRAN over" in page
     )
-    over = [step["loran:sinter@liger@fp8"] / 0.72, ratio["loran:sinter@liger"] / 1.30]
-    assert [round(100 * (one - 1), 1) for one in over] == [2.1, 3.8]
-    assert "FP8 at 7B by 2 %, and LoRAN over QLoRA at the 70B shape in bf16 alone by 4 %" in page
-    eager = step["qlora@eager@liger"]
-    assert f"and takes {step['dropped'] / step['peft_dropped']:.2f} of PEFT's step with dropout" in page
+    over = [card["loran:sinter@liger@fp8"] / 0.72 for card in (step, other)]
+    over += [step["loran:tanh@liger"] / 0.78, ratio["loran:sinter@liger"] / 1.30]
+    assert [round(100 * (one - 1), 1) for one in over] == [2.8, 2.1, 0.5, 3.8]
+    assert "**Missed**: at 7B FP8 by 3 % and tanh by 0.5 %" in page
+    assert (
+        f"FP8 by 2 %, and tanh with {other['loran:tanh@liger']:.3f} s not" in page and other["loran:tanh@liger"] < 0.78
+    )
+    assert "LoRAN over QLoRA at the 70B shape in bf16 alone by 4 %" in page
+
+
+def test_rivals(page: str, folder: Path) -> None:
+    step, in_bf16 = seconds(folder, STEP), seconds(folder, IN_BF16)
+    eager, unsloth = step["qlora@eager@liger"], seconds(folder, UNSLOTH)["unsloth"]
+    ours, loran, fp8 = (step[arm] for arm in ("qlora@liger", "loran:sinter@liger", "loran:sinter@liger@fp8"))
+    assert f"takes {ours / eager:.2f} of PEFT's with Liger in both, and {ours / unsloth:.2f} of Unsloth's" in page
+    (first,), (own,) = (arms(folder, file).values() for file in (UNSLOTH, UNSLOTH_OWN))
+    peaks = [one["peak_allocated_bytes"] / 1e9 for one in (first, own)]
+    assert f"takes {peaks[0]:.1f} GB" in page and f"to the host: {peaks[1]:.1f} GB, and no faster" in page
+    assert own["step_seconds"]["median"] > unsloth and (own["unsloth_checkpointing"], first["unsloth"]) == (
+        True,
+        "2026.10.9",
+    )
+    assert set(first["unsloth_patches"].values()) == {32}
+    assert (
+        f"takes {loran / eager:.2f} of PEFT's QLoRA step with Liger in both, and {loran / unsloth:.2f} of Unsl" in page
+    )
+    assert f"with FP8 {fp8 / unsloth:.2f}." in page
     ahead = [arm for arm in step if arm.endswith(("@liger", "@fp8")) and "eager" not in arm] + ["features", "dropped"]
     assert len(ahead) == 6 and all(step[arm] < eager for arm in ahead)
-    assert f"exact dropout, which takes {step['exact'] / eager:.2f} times its step" in page
-    ours = step["loran:sinter@liger"]
-    assert (
-        f"takes {ours / eager:.2f} of PEFT's QLoRA step with Liger in both, and {ours / step['qlora@eager']:.2f}"
-        in page
-    )
+    assert f"behind PEFT with Liger, by a factor of {step['exact'] / eager:.2f}" in page
+    assert f"and takes {step['dropped'] / step['peft_dropped']:.2f} of PEFT's step with dropout" in page
+    before = seconds(folder, "step_7b_h200_bf16_before.json")
+    over, dropped = in_bf16["lora@eager@liger"], in_bf16["dropped"] / in_bf16["peft_dropped"]
+    words = f"takes {in_bf16['lora@liger'] / over:.2f} of PEFT's with Liger in both, with dropout {dropped:.2f}, and "
+    assert words + f"LoRAN's {in_bf16['loran:sinter@liger'] / over:.2f} of PEFT's LoRA" in page
+    was = [before[arm] / before["lora@eager@liger"] for arm in ("loran:sinter@liger", "loran:sinter@eager@liger")]
+    assert f"It took {was[0]:.2f} of it" in page and f"the eager pass too: {was[1]:.2f}" in page
 
 
 def test_peaks(page: str, folder: Path) -> None:
@@ -151,6 +185,10 @@ def test_where_the_time_goes(page: str, folder: Path) -> None:
 
 
 def test_how_cards_and_hosts_differ(page: str, folder: Path) -> None:
+    step, other = seconds(folder, STEP), seconds(folder, OTHER_CARD)
+    less = {arm: 100 * (1 - other[arm] / step[arm]) for arm in step}
+    assert round(less.pop("dropped")) == 3
+    assert f"took {min(less.values()):.1f} to {max(less.values()):.1f} % less time in each arm but QLoRA with" in page
     fast, slow = arms(folder, FAST), arms(folder, SLOW_HOST)
     same = [arm for arm in fast if arm not in ("features", "dropped")]  # which waited for the slower host
     for key, low, high in (("joules_per_step", 2, 4), ("step_seconds", 2, 3)):
@@ -173,6 +211,10 @@ def test_the_readme_says_the_same(root: Path, folder: Path) -> None:
     ours, peft = (f"{step[arm]:.2f} s" for arm in ("qlora@liger", "qlora@eager"))
     assert f"takes {ours} for a QLoRA step at 7B and {step['loran:sinter@liger']:.2f} s for LoRAN's" in text
     assert f"PEFT's QLoRA takes {peft} there, and {step['qlora@eager@liger']:.2f} s with Liger" in text
+    in_bf16, unsloth = seconds(folder, IN_BF16), seconds(folder, UNSLOTH)["unsloth"]
+    lora, loran, eager = (f"{in_bf16[arm]:.2f} s" for arm in ("lora@liger", "loran:sinter@liger", "lora@eager@liger"))
+    assert f"with Liger, Unsloth's {unsloth:.2f} s" in text
+    assert f"On a bf16 base LoRA takes {lora} and LoRAN {loran}, PEFT's LoRA with Liger {eager}" in text
     assert f"At 70B it is {large['qlora@liger']:.2f} and {large['loran:sinter@liger']:.2f} s" in text
 
 
@@ -189,9 +231,12 @@ def test_tiles_are_nearly_the_fastest_that_were_measured(page: str, folder: Path
 
 def test_its_commands_are_accepted(page: str) -> None:
     lines = [line for block in re.findall(r"```bash\n(.*?)```", page, flags=re.DOTALL) for line in block.splitlines()]
-    assert len(lines) == 5
+    assert len(lines) == 8
     for line in lines:
         _, _, name, *rest = shlex.split(line)
+        if name == "curvelora_training.bench.unsloth_step":
+            assert unsloth_ground.options().parse_args(rest).out
+            continue
         parser = argparse.ArgumentParser()
         COMMANDS[name].add_arguments(parser)
         args = parser.parse_args(rest)

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-STEP, KEPT, LARGE = "step_7b_h200.json", "kept_7b_h200.json", "step_70b_h200.json"
+STEP, KEPT, LARGE, IN_BF16 = "step_7b_h200.json", "kept_7b_h200.json", "step_70b_h200.json", "step_7b_h200_bf16.json"
+UNSLOTH, UNSLOTH_OWN = "unsloth_7b_h200.json", "unsloth_7b_h200_own.json"
 PROFILE = "profile_7b_h200.json"
 
 
@@ -29,6 +30,8 @@ class Row:
 ROWS = (
     Row("PEFT QLoRA", STEP, "qlora@eager", None),
     Row("PEFT QLoRA, Liger", STEP, "qlora@eager@liger", None),
+    Row("Unsloth's QLoRA", UNSLOTH, "unsloth", None),
+    Row("the same, its own checkpointing", UNSLOTH_OWN, "unsloth", None),
     Row("QLoRA, kernels", STEP, "qlora", None),
     Row("**QLoRA, kernels, Liger**", STEP, "qlora@liger", 0.62),
     Row("LoRAN Sinter, kernels", STEP, "loran:sinter", None),
@@ -41,6 +44,12 @@ ROWS = (
     Row("the same, dropout 0.05, `dropout_form: features`", STEP, "features", 0.85),
     Row("QLoRA, kernels, Liger, all activations kept", KEPT, "qlora@liger", 0.50),
     Row("LoRAN Sinter, kernels, Liger, all activations kept", KEPT, "loran:sinter@liger", None),
+    Row("bf16 base: PEFT LoRA, Liger", IN_BF16, "lora@eager@liger", None),
+    Row("bf16 base: LoRA, kernels, Liger", IN_BF16, "lora@liger", None),
+    Row("bf16 base: LoRAN Sinter, kernels, Liger", IN_BF16, "loran:sinter@liger", None),
+    Row("the same, FP8 for the gradients beyond f'(0)", IN_BF16, "loran:sinter@liger@fp8", None),
+    Row("bf16 base: PEFT LoRA, Liger, dropout 0.05", IN_BF16, "peft_dropped", None),
+    Row("bf16 base: LoRA, kernels, Liger, dropout 0.05", IN_BF16, "dropped", None),
     Row("70B shape: LoRAN over QLoRA, kernels and Liger in both", LARGE, "loran:sinter@liger", 1.30, "qlora@liger"),
     Row("the same, FP8 for the gradients beyond f'(0)", LARGE, "loran:sinter@liger@fp8", 1.30, "qlora@liger"),
 )
@@ -56,7 +65,7 @@ def performance_table(folder: Path) -> str:
         OSError: a record is missing.
     """
     records: dict[str, Any] = {
-        name: json.loads((folder / name).read_text(encoding="utf-8")) for name in (STEP, KEPT, LARGE)
+        name: json.loads((folder / name).read_text(encoding="utf-8")) for name in {row.file for row in ROWS}
     }
     lines = [HEAD]
     for row in ROWS:

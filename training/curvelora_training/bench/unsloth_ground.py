@@ -139,15 +139,20 @@ def build_ground(settings: LabSettings, device: torch.device, own_checkpointing:
     return UnslothGround(settings, base, source, [], Device(device), seconds, own_checkpointing=own_checkpointing)
 
 
-def run(argv: list[str] | None = None) -> int:
-    """Measure, write the record, print the table; the exit status."""
+def options() -> argparse.ArgumentParser:
+    """Of the command."""
     parser = argparse.ArgumentParser(description="Time whole QLoRA steps by Unsloth; see `curvelora bench step`.")
     add_model_arguments(parser)
     add_timing_arguments(parser, 5, 2)
     own = "Unsloth's checkpointing, which moves activations to the CPU, instead of plain recomputation"
     parser.add_argument("--own-checkpointing", action="store_true", help=own)
     parser.add_argument("--out", type=Path, default=Path("runs/bench/unsloth.json"), metavar="FILE", help="result")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def run(argv: list[str] | None = None) -> int:
+    """Measure, write the record, print the table; the exit status."""
+    args = options().parse_args(argv)
     try:
         settings = settings_from(args, lambda: parse_arms("", [ARM]), None, [lambda: rounds_from(args)])
         if not settings.random or settings.base != "nf4":
