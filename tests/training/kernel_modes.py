@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -37,6 +37,7 @@ ARMS = {
     "exact": ("nf4", "loran:sinter-large", {"dropout": 0.1, "dropout_form": "exact"}),
     "dense": ("bf16", "loran:sinter-large", {}),
     "qlora": ("nf4", "qlora", {}),
+    "thin": ("bf16", "qlora", {}),
     "dropped": ("nf4", "qlora", {"dropout": 0.1}),
     "fp8": ("nf4", "loran:sinter@fp8", {}),
 }
@@ -57,7 +58,8 @@ def cell(arm: str, mode: str, device: torch.device) -> dict[str, Any]:
     Returns:
         losses: of each batch before the step, and of the last one after it; without kernels, then with them.
         apart: how far apart the updates of A and of B are, relative to their size without kernels.
-        calls: how often a kernel made a weight, of each, and how often it should have, with kernels.
+        calls: how often a kernel made a weight (or a thin product stood in for one), of each, and how often it should have, with
+            kernels.
         fused, unfused: how many layers have kernels, and why the others have not.
         fp8: how many products were made in FP8, and how many should have been.
     """
@@ -78,7 +80,11 @@ def cell(arm: str, mode: str, device: torch.device) -> dict[str, Any]:
         adapted = arm_model(model, parse_arms(name)[0], options, [], 0, True)
         set_update_std(adapted, 1e-2)
         fused, reasons = use_kernels(adapted, kernels)
-        with counted("decoded" if arm == "dropped" else "merged_weight") as calls, same_masks(), counted_fp8() as products:
+        with (
+            counted({"dropped": "decoded", "thin": "thin"}.get(arm, "merged_weight")) as calls,
+            same_masks(),
+            counted_fp8() as products,
+        ):
             losses, moved = step(adapted, mode, device)
         found[kernels] = losses, moved, calls[0], fused, reasons
     (before, wanted, none, *_), (after, given, calls, fused, reasons) = found["off"], found[switched]
@@ -106,22 +112,26 @@ def counted(kernel: str = "merged_weight") -> Iterator[list[int]]:
     """Inside, a list of one number: how many weights a kernel has made. On a CPU in tiles no larger than these layers.
 
     Args:
-        kernel: or "decoded", where a layer makes no other.
+        kernel: or, where a layer makes no other, "decoded"; where it makes none, "thin", for the products in place of one.
     """
-    calls, merge, decode = [0], merged_linear.merged_weight, nf4.decoded
+    calls, merge = [0], merged_linear.merged_weight
 
-    def merging(A: torch.Tensor, *args: Any) -> torch.Tensor:
-        calls[0] += kernel == "merged_weight"
-        return merge(A, *args) if A.is_cuda else merge(A, *args, tile=(64, 64, 1, 4, 1))
+    def merging(A: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        return merge(A, *args, **options) if A.is_cuda else merge(A, *args, tile=(64, 64, 1, 4, 1), **options)
 
-    def decoding(*args: Any) -> torch.Tensor:
-        calls[0] += kernel == "decoded"
-        return decode(*args)
+    def count(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+        def counting(*args: Any, **options: Any) -> Any:
+            calls[0] += kernel == name
+            return function(*args, **options)
+
+        return counting
 
     with (
-        mock.patch.object(merged_linear, "merged_weight", merging),
-        mock.patch.object(separate_linear, "merged_weight", merging),
-        mock.patch.object(nf4, "decoded", decoding),
+        mock.patch.object(merged_linear, "merged_weight", count(merging, "merged_weight")),
+        mock.patch.object(separate_linear, "merged_weight", count(merging, "merged_weight")),
+        mock.patch.object(nf4, "decoded", count(nf4.decoded, "decoded")),
+        mock.patch.object(separate_linear, "scaled_product", count(separate_linear.scaled_product, "thin")),
+        mock.patch.object(separate_linear, "thin_back", count(separate_linear.thin_back, "thin")),
     ):
         yield calls
 

@@ -39,6 +39,7 @@ QUICK = (
     "kept:exact",
     "offloaded:merged",
     "autocast:dense",
+    "reentrant:thin",
     "nonreentrant:fp8",
     "nonreentrant:dropped",
 )
