@@ -41,6 +41,7 @@ ARMS = {
     "dropped": ("nf4", "qlora", {"dropout": 0.1}),
     "fp8": ("nf4", "loran:sinter@fp8", {}),
 }
+COUNTED = {"dropped": "decoded", "thin": "thin"}  # what an arm without merged weights makes in their place
 SINGLE = ("plain", "nonreentrant", "reentrant", "kept", "offloaded", "autocast", "compiled")
 ENGINES = ("ddp", "ddp_unused", "ddp_accumulated", "zero1", "zero2", "zero3", "zero3_checkpointed")
 # three blocks, so that two of them share a buffer under ZeRO-3; a CPU, where kernels are interpreted, has two layers in each
@@ -81,7 +82,7 @@ def cell(arm: str, mode: str, device: torch.device) -> dict[str, Any]:
         set_update_std(adapted, 1e-2)
         fused, reasons = use_kernels(adapted, kernels)
         with (
-            counted({"dropped": "decoded", "thin": "thin"}.get(arm, "merged_weight")) as calls,
+            counted(COUNTED.get(arm, "merged_weight")) as calls,
             same_masks(),
             counted_fp8() as products,
         ):

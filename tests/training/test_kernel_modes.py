@@ -25,7 +25,7 @@ from curvelora.layers.dense_delta import DeltaMap
 from curvelora_training.bench.adapted import arm_model, set_update_std
 from curvelora_training.bench.arms import parse_arms
 from curvelora_training.bench.random_base import nf4_byte_table, random_model, random_nf4_linear
-from kernel_modes import ARMS, ENGINES, FEW, SINGLE, SMALL, cell, counted, step
+from kernel_modes import ARMS, COUNTED, ENGINES, FEW, SINGLE, SMALL, cell, counted, step
 
 APART, LOSS = 0.03, 2e-3
 BLOCKS = 4  # of a base in shares, which has two buffers
@@ -159,7 +159,7 @@ def gradients(model: Any) -> dict[str, torch.Tensor]:
     return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
 
 
-@pytest.mark.parametrize("arm", ["merged", *(pytest.param(arm, marks=pytest.mark.slow) for arm in ("dense", "qlora"))])
+@pytest.mark.parametrize("arm", ["merged", *(pytest.param(arm, marks=pytest.mark.slow) for arm in ("dense", "qlora", "thin"))])
 def test_a_base_in_shares_is_read_again_in_the_backward_pass(group: None, interpreted: None, arm: str) -> None:
     """More blocks than buffers: by then the buffer of a layer has been another one's, and was gathered again in its place."""
     base, name, _ = ARMS[arm]
@@ -168,7 +168,7 @@ def test_a_base_in_shares_is_read_again_in_the_backward_pass(group: None, interp
         sizes = llama(num_hidden_layers=BLOCKS)
         model = adapted(random_model(sizes, base, CPU, shared=shared), name, ("down_proj",))
         assert use_kernels(model, "auto")[0] == BLOCKS
-        with counted() as calls:
+        with counted(COUNTED.get(arm, "merged_weight")) as calls:
             found.append(gradients(model))
         assert calls[0] == 2 * BLOCKS
     whole, shares = found
@@ -191,7 +191,7 @@ def test_a_base_layer_that_its_own_hook_gathers_takes_no_kernels(group: None, in
             assert (shares[key] - gradient).norm() <= APART * gradient.norm(), key
 
 
-@pytest.mark.parametrize("arm", ["merged", "dense", "qlora"])
+@pytest.mark.parametrize("arm", ["merged", "dense", "qlora", "thin"])
 def test_a_base_that_deepspeed_partitions_takes_no_kernels(interpreted: None, arm: str) -> None:
     """Also while its weight is there: prefetched, it may not have arrived, and it is gone before the backward pass."""
     base, name, _ = ARMS[arm]
@@ -201,7 +201,7 @@ def test_a_base_that_deepspeed_partitions_takes_no_kernels(interpreted: None, ar
             parameter.ds_id = 1
     fused, reasons = use_kernels(model, "auto")
     assert (fused, reasons) == (0, {"the base is partitioned by DeepSpeed's ZeRO-3": 6})
-    with counted() as calls:
+    with counted(COUNTED.get(arm, "merged_weight")) as calls:
         gradients(model)
     assert calls[0] == 0
 

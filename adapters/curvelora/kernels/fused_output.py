@@ -28,7 +28,7 @@ def fused_output(
     in_bf16 = type(base_layer) is nn.Linear  # which leaves its output in bf16 under autocast
     base = [base_layer.weight] if in_bf16 else codes_of(base_layer)
     on_numbers = in_bf16 or not lies_between_numbers(base_layer)
-    # LoRA's two thin products cost no more than to merge and dither, and with few tokens far less
+    # LoRA's two thin products cost about as much as to merge and dither, and with few tokens far less
     if p or (on_numbers and delta_map.activation.name == "identity"):
         found = separate_linear(x, A, B, bias, base, delta_map, p, fp8)
     else:

@@ -41,13 +41,15 @@ def _thresholds(rows, columns):
     Multiples of two numbers modulo 1: the two-dimensional sequence R2 (M. Roberts, "The unreasonable effectiveness of
     quasirandom sequences", 2018).
     """
-    return ((rows * STEP_DOWN)[:, None] + (columns * STEP_RIGHT)[None, :] >> 16) & 0xFFFF
+    down = tl.mul(rows, STEP_DOWN, sanitize_overflow=False)  # modulo 2^32, as it is meant
+    right = tl.mul(columns, STEP_RIGHT, sanitize_overflow=False)
+    return (tl.add(down[:, None], right[None, :], sanitize_overflow=False) >> 16) & 0xFFFF
 
 
 @triton.jit
 def _rounded_above(x, thresholds):
     """x (fp32) in bf16: away from zero where what bf16 has no room for is 2^16 - `thresholds` or more, else towards it."""
-    bits = x.to(tl.uint32, bitcast=True) + thresholds.to(tl.uint32)
+    bits = tl.add(x.to(tl.uint32, bitcast=True), thresholds.to(tl.uint32), sanitize_overflow=False)
     rounded = (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
     return to_bf16(tl.where(x == x, rounded, x))  # or a NaN, whose bits are all ones on a GPU, would become a zero
 

@@ -110,6 +110,7 @@ class FusedProducts(InsideOperators):
     def __init__(self) -> None:
         super().__init__()
         self.names: list[str] = []
+        self.arguments: list[tuple] = []
 
     @property
     def count(self) -> int:
@@ -120,6 +121,7 @@ class FusedProducts(InsideOperators):
         """One operation."""
         if str(func) in ("curvelora.merged_linear.default", "curvelora.separate_linear.default"):
             self.names.append(str(func))
+            self.arguments.append(args)
 
 
 class Small(nn.Module):

@@ -182,8 +182,8 @@ def test_how_good_a_dither_decoded_weights_are(
 ) -> None:
     """Of rounding alone, over 12 layers: an update of 2.5e-6 has a share of 0.99, or 0.92 without double quantisation.
 
-    There the largest weight of each block is a number of bf16 itself, 3.6 % of all. Of FP4's weights more than half are: no base
-    for a merged weight.
+    There the largest weight of each block is a number of bf16 itself, 3.6 % of all. Of FP4's weights more than half are: none to
+    be rounded to the nearest.
     """
     shares, exact_weights = [], []
     for seed in range(12):

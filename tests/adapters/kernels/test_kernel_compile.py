@@ -80,8 +80,8 @@ def shared(kernel, name, rank, arch, _):
         return build(made, types, constants, arch, num_warps=warps, num_stages=stages)
     if kernel.startswith("weight"):
         rows, columns, tiles, warps, stages = merged.TILE
-        base = int(kernel[-1])  # how many tensors it has
-        constants = {"NAME": name, "BASE": base, "DITHERED": base in (1, 3), "RANK": rank}
+        base = int(kernel[6])  # how many tensors it has
+        constants = {"NAME": name, "BASE": base, "DITHERED": "dithered" in kernel, "RANK": rank}
         constants |= {"ROWS": rows, "COLUMNS": columns, "TILES": tiles}
         types = {"out": "*bf16", "scales": "*u8" if base == 6 else "*fp32"} | ({"codes": "*bf16"} if base == 1 else {})
         return build(merged._merged_weight, types, constants, arch, num_warps=warps, num_stages=stages)
@@ -96,6 +96,7 @@ for case in json.loads(sys.argv[1]):
     print(json.dumps(shared(*case)), flush=True)
 """
 
+DITHERED = ("weight1 dithered", "weight3 dithered", "weight6 dithered")
 FP8 = [
     ("thin", 1),
     *((f"{which} readings", rank) for which in ("first", "second") for rank in (1, 64, 128)),
@@ -127,7 +128,7 @@ def test_kernels_of_sinter_fit_into_99_kib(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("arch", "kib"), [(80, 99), (86, 99), (89, 99), (90, 99), (120, 99)])
 def test_kernels_of_sinter_fit_everywhere(arch: int, kib: int, tmp_path: Path) -> None:
     """Ranks that are no power of two, bases without double quantisation and no base at all included."""
-    kernels = ("weight0", "weight1", "weight3", "weight6", "gradients", "gradients beyond f'(0)")
+    kernels = ("weight0", "weight3", "weight6", *DITHERED, "gradients", "gradients beyond f'(0)")
     cases = [(kernel, "sinter", rank, arch, kib) for rank in (1, 17, 64, 128) for kernel in kernels]
     others = [
         ("decoded", 1),
@@ -144,6 +145,6 @@ def test_kernels_of_sinter_fit_everywhere(arch: int, kib: int, tmp_path: Path) -
 @pytest.mark.slow
 @pytest.mark.parametrize("name", curves.NAMES)
 def test_kernels_of_every_f_fit_into_99_kib(name: str, tmp_path: Path) -> None:
-    weights = ("weight0", "weight1", "weight6")
+    weights = ("weight0", "weight1 dithered", "weight6")
     kernels = weights if name == "identity" else (*weights, "gradients")
     check([(kernel, name, rank, arch, 99) for arch in (80, 90) for rank in (64, 128) for kernel in kernels], tmp_path)

@@ -83,6 +83,7 @@ def test_small_updates_survive_where_weights_are_numbers_of_bf16(
 ) -> None:
     """Or half of them, as FP4's, transformers's default."""
     if kind == "bf16":
+        torch.manual_seed(3)
         base = nn.Linear(512, 448, bias=False, device=device, dtype=torch.bfloat16).requires_grad_(False)
     else:
         base = nf4_layer(device, 448, 512, nested=kind != "fp4", quant_type="fp4")

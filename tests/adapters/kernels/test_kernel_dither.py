@@ -12,11 +12,14 @@ from torch import Tensor, nn
 
 from curvelora import LoranConfig
 from curvelora.kernels import use_kernels
+from curvelora.kernels.choice import why_not
+from curvelora.kernels.merged_linear import merged_linear
 from curvelora.kernels.merged_weight import _thresholds, merged_weight
 from curvelora.kernels.nf4 import codes_of
-from curvelora.layers.dense_delta import DeltaMap
+from curvelora.layers.dense_delta import DeltaMap, map_fields
 
 BASES = ("bf16", "fp4", "fp4, double")
+DITHERED = 5  # where the operator's arguments say so
 
 
 def base_of(kind: str, device: torch.device, d_out: int, d_in: int, seed: int = 11) -> tuple[list[Tensor], Tensor]:
@@ -93,8 +96,10 @@ def test_updates_of_every_size_are_right_in_the_mean(device: torch.device, kind:
 
 
 def test_without_an_update_the_weight_is_the_base(device: torch.device) -> None:
-    base, W0 = base_of("bf16", device, 130, 150)
-    A, B = factors(device, 130, 150, 8, 1e-2)
+    """Where the threshold is the largest too."""
+    base, W0 = base_of("bf16", device, 512, 450)
+    assert thresholds(torch.arange(512), torch.arange(450)).max() == 65535
+    A, B = factors(device, 512, 450, 8, 1e-2)
     assert torch.equal(merged(base, A, 0 * B, sinter(2e-2)).double(), W0)
     upright = [base[0].T.contiguous().T]
     assert not upright[0].is_contiguous()
@@ -125,30 +130,62 @@ class OneLayer(nn.Module):
         return self.proj(x)
 
 
-@pytest.mark.parametrize("kind", BASES)
+@pytest.mark.parametrize("kind", ["nf4", *BASES])
 @pytest.mark.parametrize(
-    ("config", "name"),
+    ("config", "on_nf4", "elsewhere"),
     [
-        (LoranConfig(r=4, dropout=0.0), "merged_linear"),
-        (LoranConfig(r=4, dropout=0.3, dropout_form="features"), "merged_linear"),
-        (LoranConfig(r=4, dropout=0.3, dropout_form="exact"), "separate_linear"),
-        (LoranConfig(r=4, dropout=0.0, activation="identity"), "separate_linear"),
-        (LoraConfig(r=4), "separate_linear"),
+        (LoranConfig(r=4, dropout=0.0), "merged_linear", "merged_linear"),
+        (LoranConfig(r=4, dropout=0.3, dropout_form="features"), "merged_linear", "merged_linear"),
+        (LoranConfig(r=4, dropout=0.3, dropout_form="exact"), "separate_linear", "separate_linear"),
+        (LoranConfig(r=4, dropout=0.0, activation="identity"), "merged_linear", "separate_linear"),
+        (LoraConfig(r=4), "merged_linear", "separate_linear"),
     ],
     ids=["loran", "features", "exact", "identity", "lora"],
 )
 def test_which_product_a_layer_takes(
-    device: torch.device, kind: str, config: LoranConfig | LoraConfig, name: str
+    device: torch.device, kind: str, config: LoranConfig | LoraConfig, on_nf4: str, elsewhere: str
 ) -> None:
-    """LoRA's thin products cost less than a merged weight that has to be dithered."""
+    """One with a merged weight, dithered but on NF4; two with dropout, and for LoRA where it would have to be dithered."""
     layer = (
         base_layer(device, "bf16", 96, 128)
         if kind == "bf16"
-        else nf4_layer(device, 96, 128, nested=kind != "fp4", quant_type="fp4")
+        else nf4_layer(device, 96, 128, nested=kind != "fp4", quant_type=kind[:3])
     )
     config.target_modules = ["proj"]
     model = get_peft_model(OneLayer(layer), config).train()
     assert use_kernels(model) == (1, {})
     with FusedProducts() as products, torch.no_grad():
         model(normal(device, 3, 128))
-    assert products.names == [f"curvelora.{name}.default"]
+    assert products.names == [f"curvelora.{on_nf4 if kind == 'nf4' else elsewhere}.default"]
+    if "merged" in products.names[0]:
+        assert products.arguments[0][DITHERED] == (kind != "nf4")
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["function", "operator"])
+def test_both_passes_have_one_weight(device: torch.device, inside: bool) -> None:
+    """Bit for bit, by the autograd function and by the operator in its place."""
+    base, _ = base_of("bf16", device, 96, 150)
+    A, B = factors(device, 96, 150, 8, 1e-2)
+    W, f = merged(base, A, B, sinter(2e-2)), sinter(2e-2)
+    assert not torch.equal(W, merged(base, A, B, f, dithered=False))
+    x, grad = normal(device, 5, 150).requires_grad_(), normal(device, 5, 96, seed=2)
+    A.requires_grad_(), B.requires_grad_()
+    if inside:
+        y = torch.ops.curvelora.merged_linear(x, A, B, None, base, True, *map_fields(f))
+    else:
+        y = merged_linear(x, A, B, None, base, f, dithered=True)
+    y.backward(grad)
+    assert torch.equal(y, x @ W.T) and torch.equal(x.grad, grad @ W)
+
+
+def test_a_weight_of_another_kind_is_multiplied_as_before(device: torch.device) -> None:
+    """A subclass of tensors, as torchao's, which says bf16 and keeps its bytes elsewhere."""
+
+    class Other(Tensor):
+        pass
+
+    layer = base_layer(device, "bf16", 96, 128)
+    assert why_not(layer, 4) is None
+    layer.weight = nn.Parameter(layer.weight.data.as_subclass(Other), requires_grad=False)
+    assert type(layer.weight) is not nn.Parameter
+    assert why_not(layer, 4) == "the base's weight is a Other"

@@ -33,6 +33,7 @@ from curvelora_training.bench.profile import KINDS, idle_of, kind_of
 THIN = re.compile(r"nvjet_sm90_[a-z]+_(64x|96x64_)|splitKreduce")
 # earlier runs: a card with less power for the same work, on which the profile was taken too, and a machine with a slower host
 FAST, SLOW_HOST = "step_7b_h200_fast_card.json", "step_7b_h200_slow_host.json"
+BF16_BEFORE = "step_7b_h200_bf16_before.json"  # LoRAN's dW with a product of its own
 OTHER_CARD = "step_7b_h200_other_card.json"  # the same kernels, and the card of KEPT and LARGE
 COMMANDS = {"step": step_command, "profile": profile_command, "kernels": kernels_command}
 
@@ -100,7 +101,7 @@ def test_rivals(page: str, folder: Path) -> None:
     assert len(ahead) == 6 and all(step[arm] < eager for arm in ahead)
     assert f"behind PEFT with Liger, by a factor of {step['exact'] / eager:.2f}" in page
     assert f"and takes {step['dropped'] / step['peft_dropped']:.2f} of PEFT's step with dropout" in page
-    before = seconds(folder, "step_7b_h200_bf16_before.json")
+    before = seconds(folder, BF16_BEFORE)
     over, dropped = in_bf16["lora@eager@liger"], in_bf16["dropped"] / in_bf16["peft_dropped"]
     words = f"takes {in_bf16['lora@liger'] / over:.2f} of PEFT's with Liger in both, with dropout {dropped:.2f}, and "
     assert words + f"LoRAN's {in_bf16['loran:sinter@liger'] / over:.2f} of PEFT's LoRA" in page
@@ -195,6 +196,12 @@ def test_how_cards_and_hosts_differ(page: str, folder: Path) -> None:
         value = (lambda one: one["median"]) if key == "step_seconds" else float
         less = [100 * (1 - value(fast[arm][key]) / value(slow[arm][key])) for arm in same]
         assert low <= round(min(less)) and round(max(less)) <= high, less
+    before, now = (seconds(folder, file)["lora@eager@liger"] for file in (BF16_BEFORE, IN_BF16))
+    assert round(100 * (1 - now / before)) == 2 and "PEFT's LoRA took 2 % less time than on" in page
+    commits = [
+        json.loads((folder / file).read_text(encoding="utf-8"))["environment"]["commit"] for file in (STEP, IN_BF16)
+    ]
+    assert "The first rows are of commit {:.7}, those on bf16 of {:.7}".format(*commits) in page
     assert "2 to 4 % less energy and 2 to 3 % less time" in page
     over = [
         arms_of[arm]["step_seconds"]["median"] / arms_of["qlora@liger"]["step_seconds"]["median"]
@@ -214,7 +221,7 @@ def test_the_readme_says_the_same(root: Path, folder: Path) -> None:
     in_bf16, unsloth = seconds(folder, IN_BF16), seconds(folder, UNSLOTH)["unsloth"]
     lora, loran, eager = (f"{in_bf16[arm]:.2f} s" for arm in ("lora@liger", "loran:sinter@liger", "lora@eager@liger"))
     assert f"with Liger, Unsloth's {unsloth:.2f} s" in text
-    assert f"On a bf16 base LoRA takes {lora} and LoRAN {loran}, PEFT's LoRA with Liger {eager}" in text
+    assert f"On a bf16 base (another H200) LoRA takes {lora} and LoRAN {loran}, PEFT's LoRA with Liger {eager}" in text
     assert f"At 70B it is {large['qlora@liger']:.2f} and {large['loran:sinter@liger']:.2f} s" in text
 
 
