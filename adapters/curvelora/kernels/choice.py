@@ -124,7 +124,7 @@ def _why_not_stored(base_layer: nn.Module, weight: Tensor | None) -> str | None:
     from curvelora.kernels import nf4
 
     if type(base_layer) is nn.Linear and type(weight) not in (Tensor, nn.Parameter):
-        return f"the base's weight is a {type(weight).__name__}"  # who knows what lies where
+        return f"the base's weight is a {type(weight).__name__}"  # which may keep its bytes elsewhere
     if type(base_layer) is not nn.Linear and (reason := nf4.why_unreadable(base_layer)) is not None:
         return reason
     if hasattr(weight, "ds_id"):  # also while it is gathered: it is given back between forward and backward pass

@@ -1,4 +1,4 @@
-"""W = W0 + dW in one pass, dW = s f(BA): NF4 codes are decoded, f is applied and the sum is rounded once to bf16.
+"""W = W0 + dW in one pass, dW = s f(BA): 4-bit codes are decoded, f is applied and the sum is rounded once to bf16.
 
     A: (r, d_in) fp32   B: (d_out, r) fp32   W: (d_out, d_in) bf16
     u = BA, formed to about 2^-16 (`split_product`), and where f is the identity from bf16 factors, as LoRA's own products are
@@ -6,9 +6,10 @@
 One matrix product with W then does what a layer does with one large and two thin ones. An update far below half a unit in the
 last place of W0 has to survive that in the mean: it changes few entries, each by a whole unit. Decoded NF4 weights lie anywhere
 between bf16's numbers, and rounding to the nearest is a dither by itself. Weights that are numbers of bf16, as a bf16 base's and
-half of FP4's are, would lose such an update in every entry. Their sum is rounded up where its distance from the number below is
-more than a threshold, of a unit, which is as often above one number as above any other (`_thresholds`): right in the mean for
-updates of any size, W0 itself where there is none, and the same in each pass. Roundings are then off by sqrt(2) times as much.
+half of FP4's are, would lose such an update in every entry. Their sum is rounded away from zero where the part that bf16 has no
+room for exceeds what the entry's threshold leaves of a unit, and thresholds are spread evenly over a unit (`_thresholds`): right
+in the mean for updates of any size, a bf16 W0 itself where there is none, and the same in each pass. Roundings are then off by
+sqrt(2) times as much.
 
 Traffic: codes and scales read (0.52 bytes an entry, 2 of a bf16 base), W written (2); the factors come from the L2 cache.
 """

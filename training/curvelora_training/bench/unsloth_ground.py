@@ -140,7 +140,7 @@ def build_ground(settings: LabSettings, device: torch.device, own_checkpointing:
 
 
 def options() -> argparse.ArgumentParser:
-    """Of the command."""
+    """The parser of the command's arguments."""
     parser = argparse.ArgumentParser(description="Time whole QLoRA steps by Unsloth; see `curvelora bench step`.")
     add_model_arguments(parser)
     add_timing_arguments(parser, 5, 2)
